@@ -1,0 +1,217 @@
+"""The words of the store as types: ballots, rows, guards, transactions, queries (DESIGN sections 3, 6, 7).
+
+Tables and columns are numbers that the catalog gave out; the store never learns their names. A row is a map from
+column number to value. Rows and row keys travel and rest as bytes (`dht.rows`), so that an acceptor stores exactly what
+the proposer digested.
+
+All types are msgspec structs: frozen, positional on the wire, and validated by their annotations when decoded, so a
+frame that does not fit is refused before any code of ours looks at it.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+if TYPE_CHECKING:
+    Value = None | int | float | str | bytes
+else:  # msgspec has no union of str and bytes: `dht.rows.check_value` checks values where they enter the store
+    Value = Any
+Row = dict[int, Value]
+Columns = dict[int, Value]
+GroupKey = bytes
+RowKey = bytes
+NodeId = bytes
+TransactionId = bytes
+
+
+class Ballot(NamedTuple):
+    """Totally ordered; unique per operation, because (node, boot, op) never repeats.
+
+    Rule: promises are compared whole, so a ballot of a higher generation or tablet epoch beats any round below it.
+    """
+
+    generation: int
+    epoch: int
+    round: int
+    node: bytes
+    boot: int
+    op: int
+
+
+ZERO = Ballot(0, 0, 0, b"", 0, 0)
+
+
+class Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of everything that is sent or stored."""
+
+
+class Op(enum.IntEnum):
+    """What a change does to its row."""
+
+    INSERT = 1
+    UPDATE = 2
+    DELETE = 3
+
+
+class Change(Struct, frozen=True):
+    """One row's change. INSERT requires the row to be absent, UPDATE and DELETE require it to exist.
+
+    `columns`: the values set (INSERT: all). Columns not named are never touched. `guards`: column -> value that the
+    current row must have, compared by value; a mismatch is a Conflict.
+    """
+
+    op: Op
+    table: int
+    pk: tuple[Value, ...]
+    columns: Columns = {}
+    guards: Columns = {}
+
+
+class GuardKind(enum.IntEnum):
+    """HAS: the row (table, pk) exists and has the columns' values. ABSENT: it does not exist.
+
+    UNIQUE: no row of the table in this group, other than `pk`, has all of the columns' values (empty pk: excepts none).
+    """
+
+    HAS = 1
+    ABSENT = 2
+    UNIQUE = 3
+
+
+class Guard(Struct, frozen=True):
+    """A condition on a group beside those of its changes. `fails_as` is the error code: conflict or duplicate."""
+
+    kind: GuardKind
+    table: int
+    pk: tuple[Value, ...] = ()
+    columns: Columns = {}
+    fails_as: str = "conflict"
+
+
+class Part(Struct, frozen=True):
+    """What a transaction does to one group. Guards are checked before, UNIQUE guards after, the changes.
+
+    `seen`: the ballot at which the transaction first saw the group; None if it never did. Guards without changes are
+    allowed.
+    """
+
+    key: GroupKey
+    seen: Ballot | None = None
+    changes: tuple[Change, ...] = ()
+    guards: tuple[Guard, ...] = ()
+
+
+class Transaction(Struct, frozen=True):
+    """All parts or none. `id`: 16 random bytes, the same at every retry. A single part is the common, fast case."""
+
+    id: TransactionId
+    database: str
+    catalog_version: int
+    parts: tuple[Part, ...]
+
+
+class Applied(Struct, frozen=True):
+    """The ballots at which the parts now stand, in the order of the parts."""
+
+    ballots: tuple[Ballot, ...]
+
+
+class GroupRead(Struct, frozen=True):
+    """One group at one ballot. `rows` is None where the caller's known ballot still holds.
+
+    A group that does not exist reads as no rows; its ballot is ZERO or that of its tombstone.
+    """
+
+    key: GroupKey
+    ballot: Ballot
+    rows: dict[RowKey, bytes] | None
+
+
+class Comparison(enum.IntEnum):
+    """NULL never satisfies a comparison but IS_NULL (and NOT_NULL never accepts it), as in SQL."""
+
+    EQ = 1
+    NE = 2
+    IN = 3
+    LT = 4
+    LE = 5
+    GT = 6
+    GE = 7
+    IS_NULL = 8
+    NOT_NULL = 9
+
+
+class Constraint(Struct, frozen=True):
+    """One column's condition; `values` holds one value, several for IN, none for IS_NULL and NOT_NULL."""
+
+    column: int
+    comparison: Comparison
+    values: tuple[Value, ...] = ()
+
+
+class Order(Struct, frozen=True):
+    """Order by columns of an index or of the primary key; all ascending or all descending."""
+
+    columns: tuple[int, ...]
+    descending: bool = False
+
+
+class FindQuery(Struct, frozen=True):
+    """Rows of one table in whatever group, by conjunction of constraints.
+
+    `limit` cuts only together with `order`. `whole_groups` brings the matching rows' groups too.
+    """
+
+    database: str
+    table: int
+    catalog_version: int
+    constraints: tuple[Constraint, ...] = ()
+    order: Order | None = None
+    limit: int | None = None
+    whole_groups: bool = False
+
+
+class FoundRow(Struct, frozen=True):
+    """A row, and the group at the ballot at which it was read."""
+
+    group: GroupKey
+    ballot: Ballot
+    key: RowKey
+    row: bytes
+
+
+class FindResult(Struct, frozen=True):
+    """Rows in the asked order (else by primary key); `groups` is filled when whole groups were asked for."""
+
+    rows: tuple[FoundRow, ...]
+    groups: tuple[GroupRead, ...] = ()
+
+
+class IndexSpec(Struct, frozen=True):
+    """An index that replicas keep. `id` is unique in its table and never reused; id 0 is the primary key, implicit."""
+
+    id: int
+    columns: tuple[int, ...]
+
+
+class TableSpec(Struct, frozen=True):
+    """What replicas must know of a table: its primary-key columns and its indexes."""
+
+    table: int
+    pk_columns: tuple[int, ...]
+    indexes: tuple[IndexSpec, ...] = ()
+
+
+CATALOG_FAMILY = "catalog"
+CATALOG_TABLE = 0
+"""Rows of table 0 in the group (database, "catalog") are the catalog: pk (0,) is the database's own row, its column 0
+the catalog version; pk (n,) is table n, whose column 0 is its `TableSpec` in msgpack. Other columns belong to SQL."""
+
+SYSTEM_WINDOW = -1
+SYSTEM_INTENT = -2
+SYSTEM_DECISION = -3
+SYSTEM_META = -4
+"""Tables of a group that readers never see: the once-only window, intents, decision records, the window's floor."""

@@ -1,0 +1,185 @@
+"""The store's own interface: what a client of a node can ask, in one asynchronous and one blocking shape.
+
+The same requests travel over the local socket. `Store` is served by a node (`dht.register`), by the asynchronous
+client; `BlockingStore` by the blocking client and by the in-process store of unit tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from dht.codec import Message, message
+from dht.model import (
+    Applied,
+    Ballot,
+    FindQuery,
+    FindResult,
+    GroupKey,
+    GroupRead,
+    Transaction,
+    TransactionId,
+)
+
+
+@message
+class ReadGroups(Message, frozen=True, tag=100):
+    """Linearizable read of groups, each at one ballot. `known[i]`: the ballot the caller has cached, or None."""
+
+    keys: tuple[GroupKey, ...]
+    known: tuple[Ballot | None, ...]
+
+
+@message
+class ReadGroupsReply(Message, frozen=True, tag=101):
+    groups: tuple[GroupRead, ...]
+
+
+@message
+class Find(Message, frozen=True, tag=102):
+    query: FindQuery
+
+
+@message
+class FindReply(Message, frozen=True, tag=103):
+    result: FindResult
+
+
+@message
+class Commit(Message, frozen=True, tag=104):
+    """`attempt`: 0 the first time, then counted up; the transaction's id stays."""
+
+    transaction: Transaction
+    attempt: int = 0
+
+
+@message
+class CommitReply(Message, frozen=True, tag=105):
+    applied: Applied
+
+
+@message
+class ReserveIds(Message, frozen=True, tag=106):
+    """`count` consecutive ids of the sequence (database, name), all greater than `above`."""
+
+    database: str
+    name: str
+    count: int
+    above: int = 0
+
+
+@message
+class ReserveIdsReply(Message, frozen=True, tag=107):
+    first: int
+
+
+@message
+class RaiseSequence(Message, frozen=True, tag=108):
+    """Make the sequence give out only ids greater than `above` from now on (an explicit id was inserted)."""
+
+    database: str
+    name: str
+    above: int
+
+
+@message
+class ListDatabases(Message, frozen=True, tag=109):
+    pass
+
+
+@message
+class ListDatabasesReply(Message, frozen=True, tag=110):
+    names: tuple[str, ...]
+
+
+@message
+class CreateDatabase(Message, frozen=True, tag=111):
+    """Create the database if it does not exist; `created` in the reply tells which."""
+
+    name: str
+
+
+@message
+class DropDatabase(Message, frozen=True, tag=112):
+    """Delete the database with all its groups."""
+
+    name: str
+
+
+@message
+class Done(Message, frozen=True, tag=113):
+    """Success without content; `changed` is False when there was nothing to do."""
+
+    changed: bool = True
+
+
+@message
+class AskOutcome(Message, frozen=True, tag=114):
+    """Was the transaction applied? Asked at its first part's group after an Indeterminate."""
+
+    id: TransactionId
+    key: GroupKey
+    seen: Ballot | None = None
+
+
+@message
+class AskOutcomeReply(Message, frozen=True, tag=115):
+    """`outcome`: "applied", "not_applied" or "unknown" (the window no longer covers it)."""
+
+    outcome: str
+
+
+class Store(Protocol):
+    """Errors: see `dht.errors`. `timeout_s` bounds the whole call; None means limits.REQUEST_TIMEOUT_S."""
+
+    async def read(
+        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+    ) -> tuple[GroupRead, ...]: ...
+
+    async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult: ...
+
+    async def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied: ...
+
+    async def reserve_ids(
+        self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
+    ) -> int: ...
+
+    async def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None: ...
+
+    async def outcome(
+        self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
+    ) -> str: ...
+
+    async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
+
+    async def create_database(self, name: str, timeout_s: float | None = None) -> bool: ...
+
+    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool: ...
+
+
+class BlockingStore(Protocol):
+    """`Store` for threads and greenlets: the same calls, blocking."""
+
+    def read(
+        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+    ) -> tuple[GroupRead, ...]: ...
+
+    def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult: ...
+
+    def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied: ...
+
+    def reserve_ids(
+        self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
+    ) -> int: ...
+
+    def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None: ...
+
+    def outcome(
+        self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
+    ) -> str: ...
+
+    def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
+
+    def create_database(self, name: str, timeout_s: float | None = None) -> bool: ...
+
+    def drop_database(self, name: str, timeout_s: float | None = None) -> bool: ...
