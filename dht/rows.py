@@ -39,7 +39,7 @@ def check_value(value: object) -> None:
         if not _INT_MIN <= value <= _INT_MAX:  # type: ignore[operator]
             raise Invalid(f"integer {value} does not fit 64 bits")
     elif kind is float:
-        if math.isnan(value):
+        if math.isnan(value):  # type: ignore[arg-type]
             raise Invalid("NaN is not a value")
     elif kind is not str and kind is not bytes and value is not None:
         raise Invalid(f"a value of type {kind.__name__} cannot be stored")
