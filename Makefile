@@ -1,0 +1,53 @@
+# The two commands of the README: `make demo` and `make test`. Everything else serves development and measurement.
+# Each target makes what it needs: a virtual environment below this folder, never anything outside it.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SEEDS ?= 1000
+JOBS ?= $(shell nproc)
+
+.PHONY: demo test lint unit cluster-tests soak nova-suites bench sample clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/lucd demo
+
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory lint
+	$(PY) -m pytest tests
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+soak: $(VENV)/.test
+	$(PY) -m dht.sim soak --seeds $(SEEDS) --jobs $(JOBS)
+
+nova-suites: $(VENV)/.test
+	$(PY) tests/nova_suites/run.py
+
+bench: $(VENV)/.test
+	$(PY) tests/bench/run.py
+
+sample: $(VENV)/.demo
+	$(VENV)/bin/lucd config sample > config/lucd.conf.sample
+
+$(VENV)/bin/python:
+	@python3 -c 'import ensurepip' 2>/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } || { \
+	  echo 'lucd: python3 has no ensurepip; install the package python3-venv and run make again' >&2; exit 1; }
+	python3 -m venv $(VENV)
+
+# The nova extra is pinned by constraints.txt, so a fresh clone of an old commit installs what that commit was tested with.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[nova]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[nova,test]'
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
