@@ -1,0 +1,151 @@
+"""The hot calls of nova.db.main.api during a VM's boot (FACTS: what one boot calls), as repeatable operations.
+
+`World` holds what the calls work on; `CALLS` maps a name to (how often it happens in one boot, operation). Every
+operation must leave the world fit for the next repetition.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+HOST = "host-0"
+PROJECT = "p" * 32
+USER = "u" * 32
+
+
+@dataclass
+class World:
+    """One cell's content as the benchmark needs it."""
+
+    db: Any
+    context: Any
+    instances: list[str] = field(default_factory=list)
+    bdms: list[int] = field(default_factory=list)
+    compute_id: int = 0
+    counter: itertools.count[int] = field(default_factory=itertools.count)
+
+    def next_instance(self) -> str:
+        return self.instances[next(self.counter) % len(self.instances)]
+
+
+def instance_values(number: int) -> dict[str, Any]:
+    """What nova-conductor passes to instance_create, in size and shape."""
+    return {
+        "uuid": str(uuid.uuid4()),
+        "project_id": PROJECT,
+        "user_id": USER,
+        "host": HOST,
+        "node": HOST,
+        "hostname": f"vm-{number}",
+        "display_name": f"vm-{number}",
+        "vm_state": "building",
+        "task_state": "scheduling",
+        "memory_mb": 512,
+        "vcpus": 1,
+        "root_gb": 1,
+        "ephemeral_gb": 0,
+        "instance_type_id": 1,
+        "image_ref": str(uuid.uuid4()),
+        "reservation_id": f"r-{number:08d}",
+        "system_metadata": {f"image_key_{i}": f"value {i}" for i in range(8)},
+        "metadata": {"role": "bench"},
+        "extra": {"numa_topology": None, "flavor": '{"cur": {"name": "m1.tiny"}}' * 8, "vcpu_model": None},
+    }
+
+
+def fill(db: Any, context: Any, instances: int) -> World:
+    """A service, a compute node and `instances` instances on one host."""
+    world = World(db, context)
+    db.service_create(context, {"host": HOST, "binary": "nova-compute", "topic": "compute", "report_count": 0})
+    node = {"host": HOST, "hypervisor_hostname": HOST, "uuid": str(uuid.uuid4()), "vcpus": 64, "memory_mb": 1 << 18}
+    node |= {"local_gb": 1 << 12, "vcpus_used": 0, "memory_mb_used": 0, "local_gb_used": 0, "hypervisor_type": "fake"}
+    node |= {"hypervisor_version": 1, "cpu_info": "{}", "mapped": 0}
+    world.compute_id = db.compute_node_create(context, node)["id"]
+    for number in range(instances):
+        world.instances.append(db.instance_create(context, instance_values(number))["uuid"])
+        bdm = {"instance_uuid": world.instances[-1], "source_type": "image", "destination_type": "local", "boot_index": 0}
+        world.bdms.append(db.block_device_mapping_create(context, bdm, legacy=False)["id"])
+        db.action_start(context, _action(world.instances[-1]))
+    return world
+
+
+def _action(instance: str) -> dict[str, Any]:
+    values = {"action": "create", "instance_uuid": instance, "request_id": f"req-{instance}", "user_id": USER}
+    return values | {"project_id": PROJECT, "start_time": _now()}
+
+
+def _now() -> Any:
+    from oslo_utils import timeutils
+
+    return timeutils.utcnow()
+
+
+def _update(world: World) -> None:
+    number = next(world.counter)
+    values = {"task_state": "spawning" if number % 2 else "networking", "progress": number % 100}
+    world.db.instance_update_and_get_original(world.context, world.next_instance(), values)
+
+
+def _extra(world: World) -> None:
+    world.db.instance_extra_update_by_uuid(world.context, world.next_instance(), {"pci_requests": str(next(world.counter))})
+
+
+def _create(world: World) -> None:
+    world.db.instance_create(world.context, instance_values(next(world.counter)))
+
+
+def _bdm(world: World) -> None:
+    bdm = world.bdms[next(world.counter) % len(world.bdms)]
+    world.db.block_device_mapping_update(world.context, bdm, {"connection_info": str(bdm)}, legacy=False)
+
+
+def _compute(world: World) -> None:
+    used = {"vcpus_used": next(world.counter) % 64, "memory_mb_used": 512}
+    world.db.compute_node_update(world.context, world.compute_id, used)
+
+
+def _event_start(world: World) -> None:
+    instance = world.next_instance()
+    values = {"event": "compute__do_build", "instance_uuid": instance, "request_id": f"req-{instance}", "start_time": _now()}
+    world.db.action_event_start(world.context, values)
+
+
+def _event_finish(world: World) -> None:
+    instance = world.instances[0]
+    values = {"event": "compute__do_build", "instance_uuid": instance, "request_id": f"req-{instance}"}
+    world.db.action_event_finish(world.context, values | {"finish_time": _now(), "result": "Success"})
+
+
+def _event_seed(world: World) -> None:
+    instance = world.instances[0]
+    values = {"event": "compute__do_build", "instance_uuid": instance, "request_id": f"req-{instance}", "start_time": _now()}
+    world.db.action_event_start(world.context, values)
+
+
+CALLS: dict[str, tuple[int, Callable[[World], object]]] = {
+    "instance_update_and_get_original": (6, _update),
+    "instance_extra_update_by_uuid": (6, _extra),
+    "quota_get_all_by_project_and_user": (
+        2,
+        lambda w: w.db.quota_get_all_by_project_and_user(w.context, PROJECT, USER),
+    ),
+    "instance_create": (1, _create),
+    "instance_get_by_uuid": (1, lambda w: w.db.instance_get_by_uuid(w.context, w.next_instance())),
+    "action_start": (1, lambda w: w.db.action_start(w.context, _action(w.next_instance()))),
+    "action_event_start": (1, _event_start),
+    "action_event_finish": (1, _event_finish),
+    "block_device_mapping_update": (1, _bdm),
+    "compute_node_update": (1, _compute),
+    "instance_get_all_by_host": (1, lambda w: w.db.instance_get_all_by_host(w.context, HOST)),
+    "service_get_all": (1, lambda w: w.db.service_get_all(w.context)),
+}
+
+
+def prepare(name: str, world: World) -> None:
+    """What a call needs once before its repetitions."""
+    if name == "action_event_finish":
+        _event_seed(world)

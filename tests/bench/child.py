@@ -1,0 +1,63 @@
+"""One client process of the benchmark: Nova's own db API on one database, driven by lines of JSON on stdin.
+
+Started as `python -m tests.bench.child KIND URL`. KIND: `sql` opens the URL by SQLAlchemy; `rpc` installs lucd's RPC
+client, whose transport the URL names. Answers one line of JSON per line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from typing import Any
+
+
+def open_nova(kind: str, url: str, sync: bool) -> tuple[Any, Any]:
+    """Nova's db module and a context, on the database that the URL names."""
+    warnings.simplefilter("ignore")
+    from nova import conf, context
+    from nova.db import migration
+    from nova.db.main import api as db
+
+    conf.CONF([], project="nova", default_config_files=[])
+    if kind == "sql":
+        conf.CONF.set_override("connection", url, "database")
+        db.configure(conf.CONF)
+        if sync:
+            migration.db_sync(database="main")
+    else:
+        from nova_bridge.rpc import client
+
+        client.install(conf.CONF, transport_url=url)
+    return db, context.get_admin_context()
+
+
+def main() -> None:
+    """Serve `{"fill": n}` and `{"call": name, "times": n}` until stdin ends."""
+    from tests.bench import calls
+
+    kind, url = sys.argv[1:3]
+    db, context = open_nova(kind, url, sync=kind == "sql")
+    world: calls.World | None = None
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "fill" in order:
+            world = calls.fill(db, context, order["fill"])
+            print(json.dumps({"filled": len(world.instances)}), flush=True)
+            continue
+        assert world is not None
+        operation = calls.CALLS[order["call"]][1]
+        calls.prepare(order["call"], world)
+        walls = []
+        cpu = time.process_time()
+        for _ in range(order["times"]):
+            begin = time.perf_counter()
+            operation(world)
+            walls.append((time.perf_counter() - begin) * 1000)
+        print(json.dumps({"wall_ms": walls, "cpu_ms": (time.process_time() - cpu) * 1000}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
