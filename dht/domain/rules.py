@@ -1,0 +1,38 @@
+"""The switches of the reconfiguration rules (DESIGN section 5). All on; the simulator turns single ones off.
+
+A rule whose breaking no test notices is not tested: each switch is a planted bug.
+"""
+
+from __future__ import annotations
+
+from dht.model import Struct
+
+
+class DomainRules(Struct, frozen=True):
+    """True: the rule holds.
+
+    seal: a seal is recorded at all. seal_on_accept: it stops accepts too, not only prepares. seal_before_init: the old
+    replicas are sealed before they are read. serve_only_initialised: a member votes only when initialised.
+    only_initialised_contribute: rule 2. highest_ballot_wins: rule 2, per register. init_durable: the initialised epoch
+    survives a restart. refuse_stale_init: rule 3, an epoch below a sealed or initialised one is never initialised, nor
+    one twice. replace_content: rule 3, what the replica held before is not merged. decided_by_previous_voters: the
+    voters of link e decide link e+1. incarnation_checked: a wiped node does not pass for the one it was.
+    gate_on_majority: rule 5, the wait for the last change. floor_carried: rule 7.
+    """
+
+    seal: bool = True
+    seal_on_accept: bool = True
+    seal_before_init: bool = True
+    serve_only_initialised: bool = True
+    only_initialised_contribute: bool = True
+    highest_ballot_wins: bool = True
+    init_durable: bool = True
+    refuse_stale_init: bool = True
+    replace_content: bool = True
+    decided_by_previous_voters: bool = True
+    incarnation_checked: bool = True
+    gate_on_majority: bool = True
+    floor_carried: bool = True
+
+
+RULES = DomainRules()
