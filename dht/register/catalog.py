@@ -1,0 +1,113 @@
+"""What the store itself keeps in groups of its own: the registry of databases, a database's catalog, its sequences.
+
+All three use table 0, which has no indexes and which no find sees. The catalog's rows belong to the SQL door; the store
+reads their column 0 only (dht.model.CATALOG_TABLE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from dht.errors import Invalid, NotFound, SchemaChanged
+from dht.limits import SEQUENCE_BLOCK_IDS
+from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part, RowKey, TableSpec
+from dht.rows import decode_row, group_key, row_key, split_row_key
+
+REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
+DATABASE_NAME_CHARACTERS_MAX = 64
+SEQUENCE_IDS_MAX = 100_000
+_SEQUENCE_ROW = row_key(0, ())
+_spec_decoder = msgspec.msgpack.Decoder(TableSpec)
+
+
+def check_database_name(name: str) -> None:
+    """Raise Invalid for a name that no database may have."""
+    if not 0 < len(name) <= DATABASE_NAME_CHARACTERS_MAX or not all(c.isalnum() or c in "_-" for c in name):
+        raise Invalid(
+            f"{name!r} cannot name a database: 1 to {DATABASE_NAME_CHARACTERS_MAX} letters, digits, '_' and '-'"
+        )
+
+
+def no_such_database(name: str) -> NotFound:
+    return NotFound(f"there is no database {name!r}; `lucd database create {name}` makes it", database=name)
+
+
+def schema_changed(database: str, have: int, current: int) -> SchemaChanged:
+    return SchemaChanged(
+        f"the catalog of {database!r} is at version {current}, the request knows {have}; reload the catalog",
+        database=database,
+        version=current,
+    )
+
+
+def database_names(rows: Mapping[RowKey, bytes]) -> list[str]:
+    """The names in the registry's rows, sorted."""
+    return sorted(str(split_row_key(key)[1][0]) for key in rows)
+
+
+def registry_row(name: str) -> RowKey:
+    """The key of the registry's row of a database."""
+    return row_key(0, (name,))
+
+
+def database_added(name: str) -> Part:
+    """The registry's part of a database's creation."""
+    return Part(REGISTRY_GROUP, changes=(Change(Op.INSERT, 0, (name,), {0: 1}),))
+
+
+def database_removed(name: str) -> Part:
+    return Part(REGISTRY_GROUP, changes=(Change(Op.DELETE, 0, (name,)),))
+
+
+def catalog_group(database: str) -> GroupKey:
+    return group_key(database, CATALOG_FAMILY, ())
+
+
+def catalog_of(rows: Mapping[RowKey, bytes]) -> tuple[int, list[TableSpec]]:
+    """(version, table specs) from the rows of a catalog group; (0, []) when there is none yet."""
+    version, specs = 0, []
+    for key, data in rows.items():
+        table, pk = split_row_key(key)
+        if table != CATALOG_TABLE:
+            continue
+        value = decode_row(data).get(0)
+        if pk == (0,):
+            version = value if isinstance(value, int) else 0
+        elif isinstance(value, bytes):
+            try:
+                specs.append(_spec_decoder.decode(value))
+            except msgspec.MsgspecError as error:
+                raise Invalid(f"the catalog's row {pk} has no table spec in column 0: {error}") from None
+    return version, specs
+
+
+def sequence_group(database: str, name: str) -> GroupKey:
+    return group_key(database, "sequence", (name,))
+
+
+def sequence_next(rows: Mapping[RowKey, bytes]) -> int | None:
+    """The lowest id that the sequence never gave out; None when it was never used."""
+    row = rows.get(_SEQUENCE_ROW)
+    if row is None:
+        return None
+    value = decode_row(row).get(0)
+    return value if isinstance(value, int) else None
+
+
+def sequence_moved(key: GroupKey, current: int | None, following: int) -> Part:
+    """Compare-and-set of the sequence from `current` to `following`."""
+    if current is None:
+        return Part(key, changes=(Change(Op.INSERT, 0, (), {0: following}),))
+    return Part(key, changes=(Change(Op.UPDATE, 0, (), {0: following}, {0: current}),))
+
+
+def check_count(count: int) -> None:
+    if not 0 < count <= SEQUENCE_IDS_MAX:
+        raise Invalid(f"{count} ids were asked for; 1 to {SEQUENCE_IDS_MAX} can be reserved at once")
+
+
+def block_of(count: int) -> int:
+    """How many ids to take from the group so that `count` of them can be given out now."""
+    return max(count, SEQUENCE_BLOCK_IDS)

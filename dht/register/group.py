@@ -1,0 +1,430 @@
+"""What a write does to one group: pure rules, no I/O (DESIGN sections 6 and 7).
+
+A group is a map of rows, those of the application and, under negative table numbers, the store's own. A write is
+decided by whoever proposes (the coordinator) on the state that a prepare or the last chosen write gave him; acceptors
+only store the result. So everything that must hold at commit is decided here, once, on one state:
+
+* The once-only window. Beside its rows a group keeps the last transactions that touched it: id -> ballot, outcome. When
+  the oldest are evicted, the ballot of the newest evicted one becomes the floor. Every write names the ballot at which
+  its transaction first saw the group; the transaction's own write is above that ballot. Hence: id found, the recorded
+  outcome is the answer; id absent and that ballot not below the floor, it was never applied; id absent and below the
+  floor, nobody can tell, and it is not applied (Conflict at a first attempt, which certainly was not applied before,
+  Indeterminate at a retry).
+* A refused first attempt leaves no trace. A refused retry records its refusal, and is answered when that record is
+  chosen: an earlier attempt that is still on its way can then no longer apply after the Conflict was reported.
+* Guards compare by value with the row as it is now; columns that are not set are never touched. Part guards hold
+  before the changes, UNIQUE guards after them. Changes run in order, each on what the one before left.
+
+A row of the application begins with a number >= 0, a row of the store with a negative one; the second byte of the key
+tells them apart because the encoding keeps a number's sign there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Invalid, rebuild
+from dht.limits import GROUP_BYTES_MAX, TRANSACTION_BYTES_MAX, WINDOW_TRANSACTIONS
+from dht.model import (
+    SYSTEM_DECISION,
+    SYSTEM_INTENT,
+    SYSTEM_META,
+    SYSTEM_WINDOW,
+    ZERO,
+    Ballot,
+    Change,
+    Columns,
+    Guard,
+    GuardKind,
+    Op,
+    Part,
+    Row,
+    RowKey,
+    Transaction,
+    TransactionId,
+)
+from dht.rows import (
+    check_value,
+    decode_row,
+    encode_row,
+    encode_value,
+    row_digest,
+    row_key,
+    split_row_key,
+    table_prefix,
+)
+
+Delta = dict[RowKey, bytes | None]
+
+WINDOW_SLACK_TRANSACTIONS = 16
+"""The window is cut back to its size only when it is this much longer: one eviction in 16 writes, not one in each."""
+
+APPLIED, REFUSED, ABORTED = 1, 2, 3
+"""Outcomes in the window. REFUSED: by a guard, the error is kept. ABORTED: a resolver or a rollback ended it."""
+
+_DIGEST_MODULUS = 1 << 128
+_WINDOW_PREFIX = table_prefix(SYSTEM_WINDOW)
+_INTENT_PREFIX = table_prefix(SYSTEM_INTENT)
+_DECISION_PREFIX = table_prefix(SYSTEM_DECISION)
+_FLOOR_KEY = row_key(SYSTEM_META, ())
+_ballot_encoder = msgspec.msgpack.Encoder()
+_ballot_decoder = msgspec.msgpack.Decoder(Ballot)
+
+
+def pack_ballot(ballot: Ballot) -> bytes:
+    """A ballot as a column's value."""
+    return _ballot_encoder.encode(ballot)
+
+
+def unpack_ballot(data: object) -> Ballot:
+    """The ballot of `pack_ballot`. Raises Invalid on anything else."""
+    try:
+        return _ballot_decoder.decode(data)  # type: ignore[arg-type]
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise Invalid(f"not a ballot: {error}") from None
+
+
+def is_system(key: RowKey) -> bool:
+    """Whether the row is the store's own."""
+    return key[1] < 0x80
+
+
+def window_key(id: TransactionId) -> RowKey:
+    return _WINDOW_PREFIX + encode_value(id)
+
+
+def intent_key(id: TransactionId) -> RowKey:
+    return _INTENT_PREFIX + encode_value(id)
+
+
+def decision_key(id: TransactionId) -> RowKey:
+    return _DECISION_PREFIX + encode_value(id)
+
+
+def digest_bytes(digest: int) -> bytes:
+    return digest.to_bytes(16, "big")
+
+
+class GroupState:
+    """All rows of a group at one ballot, with what is derived from them kept current by `apply`."""
+
+    __slots__ = ("ballot", "data_rows", "decisions", "digest", "floor", "intents", "rows", "size_bytes", "window")
+
+    def __init__(self, rows: dict[RowKey, bytes], ballot: Ballot) -> None:
+        self.rows = rows
+        self.ballot = ballot
+        self.digest = 0
+        self.size_bytes = 0
+        self.data_rows = 0
+        self.window: dict[TransactionId, Ballot] = {}
+        self.floor = ZERO
+        self.intents: dict[RowKey, bytes] = {}
+        self.decisions: dict[RowKey, bytes] = {}
+        for key, row in rows.items():
+            self.digest += row_digest(key, row)
+            self._count(key, row, 1)
+        self.digest %= _DIGEST_MODULUS
+        self.window = dict(sorted(self.window.items(), key=lambda entry: (entry[1], entry[0])))
+
+    def _count(self, key: RowKey, row: bytes, sign: int) -> None:
+        self.size_bytes += sign * (len(key) + len(row))
+        if not is_system(key):
+            self.data_rows += sign
+            return
+        if key.startswith(_WINDOW_PREFIX):
+            id = split_row_key(key)[1][0]
+            assert isinstance(id, bytes)
+            if sign < 0:
+                self.window.pop(id, None)
+            else:
+                self.window[id] = unpack_ballot(decode_row(row)[0])
+        elif key.startswith(_INTENT_PREFIX):
+            _keep(self.intents, key, row, sign)
+        elif key.startswith(_DECISION_PREFIX):
+            _keep(self.decisions, key, row, sign)
+        elif key == _FLOOR_KEY:
+            self.floor = unpack_ballot(decode_row(row)[0]) if sign > 0 else ZERO
+
+    @property
+    def deleted(self) -> bool:
+        """Nothing but window and floor is left: the register becomes a tombstone."""
+        return not self.data_rows and not self.intents and not self.decisions
+
+    def apply(self, delta: Mapping[RowKey, bytes | None]) -> None:
+        """Take the delta over; the ballot is the caller's to set."""
+        rows = self.rows
+        for key, row in delta.items():
+            old = rows.get(key)
+            if old is not None:
+                self.digest -= row_digest(key, old)
+                self._count(key, old, -1)
+            if row is None:
+                rows.pop(key, None)
+            else:
+                rows[key] = row
+                self.digest += row_digest(key, row)
+                self._count(key, row, 1)
+        self.digest %= _DIGEST_MODULUS
+
+    def data(self) -> dict[RowKey, bytes]:
+        """The application's rows."""
+        return {key: row for key, row in self.rows.items() if key[1] >= 0x80}
+
+
+def _keep(into: dict[RowKey, bytes], key: RowKey, row: bytes, sign: int) -> None:
+    if sign > 0:
+        into[key] = row
+    else:
+        into.pop(key, None)
+
+
+def digest_after(digest: int, changed: Iterable[tuple[RowKey, bytes | None, bytes | None]]) -> int:
+    """The digest after (key, old row, new row) of each changed row; for acceptors, who hold no state in memory."""
+    for key, old, new in changed:
+        if old is not None:
+            digest -= row_digest(key, old)
+        if new is not None:
+            digest += row_digest(key, new)
+    return digest % _DIGEST_MODULUS
+
+
+# The once-only window.
+
+
+def recall(state: GroupState, id: TransactionId, seen: Ballot | None, attempt: int) -> tuple[Ballot, int] | None:
+    """The recorded (ballot, outcome) of the transaction, or None when it certainly was not applied here.
+
+    A recorded refusal is raised as the error that it was. Raises Conflict or Indeterminate (module docstring) when the
+    window no longer covers the transaction. `seen` None counts as older than any floor; whoever may let it pass (a
+    first delivery) puts the state's own ballot there.
+    """
+    ballot = state.window.get(id)
+    if ballot is not None:
+        entry = decode_row(state.rows[window_key(id)])
+        outcome = entry[1]
+        if outcome == REFUSED:
+            raise _recorded_refusal(entry)
+        return ballot, int(outcome)  # type: ignore[arg-type]
+    if state.floor != ZERO and (seen is None or seen < state.floor):
+        if attempt:
+            raise Indeterminate(
+                f"transaction {id.hex()} was tried before, and its group has since forgotten so old a transaction; "
+                "read the rows to see whether it was applied",
+                id=id,
+            )
+        raise Conflict(
+            "the group changed too often since the transaction first read it; run the transaction again",
+            what="window",
+            index=0,
+            unseen=seen is None,
+        )
+    return None
+
+
+def _recorded_refusal(entry: Row) -> DhtError:
+    detail = msgspec.msgpack.decode(entry[4])  # type: ignore[arg-type]
+    return rebuild(str(entry[2]), str(entry[3]), detail)
+
+
+def remember(
+    state: GroupState,
+    delta: Delta,
+    id: TransactionId,
+    ballot: Ballot,
+    outcome: int,
+    refusal: DhtError | None = None,
+) -> None:
+    """Add the window entry to the delta, and what it evicts. Evictions raise the floor in the same delta."""
+    entry: Row = {0: pack_ballot(ballot), 1: outcome}
+    if refusal is not None:
+        entry |= {2: refusal.code, 3: refusal.message, 4: msgspec.msgpack.encode(refusal.detail)}
+    delta[window_key(id)] = encode_row(entry)
+    if len(state.window) < WINDOW_TRANSACTIONS + WINDOW_SLACK_TRANSACTIONS:
+        return
+    oldest = list(state.window.items())[: WINDOW_SLACK_TRANSACTIONS + 1]
+    for old_id, _ in oldest:
+        delta[window_key(old_id)] = None
+    floor = max(state.floor, oldest[-1][1])
+    delta[_FLOOR_KEY] = encode_row({0: pack_ballot(floor)})
+
+
+# Guards and changes.
+
+
+class _Draft:
+    """The rows as they would be: a delta over a state."""
+
+    __slots__ = ("delta", "state")
+
+    def __init__(self, state: GroupState) -> None:
+        self.state = state
+        self.delta: Delta = {}
+
+    def row(self, key: RowKey) -> bytes | None:
+        if key in self.delta:
+            return self.delta[key]
+        return self.state.rows.get(key)
+
+    def rows_of(self, table: int) -> Iterable[tuple[RowKey, bytes]]:
+        prefix = table_prefix(table)
+        for key, row in self.state.rows.items():
+            if key.startswith(prefix) and key not in self.delta:
+                yield key, row
+        for key, new in self.delta.items():
+            if new is not None and key.startswith(prefix):
+                yield key, new
+
+
+def evaluate(state: GroupState, part: Part, part_index: int = 0) -> Delta:
+    """The rows that the part changes. Raises Conflict or Duplicate (detail: part, what, index) or Invalid (size)."""
+    draft = _Draft(state)
+    for index, guard in enumerate(part.guards):
+        if guard.kind != GuardKind.UNIQUE:
+            _check_guard(draft, guard, part_index, index)
+    for index, change in enumerate(part.changes):
+        _make_change(draft, change, part_index, index)
+    for index, guard in enumerate(part.guards):
+        if guard.kind == GuardKind.UNIQUE:
+            _check_guard(draft, guard, part_index, index)
+    check_size(state, draft.delta)
+    return draft.delta
+
+
+def check_size(state: GroupState, delta: Mapping[RowKey, bytes | None]) -> None:
+    """Raise Invalid if the delta makes the group larger than a group may be; shrinking always works."""
+    growth = 0
+    for key, row in delta.items():
+        old = state.rows.get(key)
+        growth += (len(key) + len(row) if row is not None else 0) - (len(key) + len(old) if old is not None else 0)
+    if growth > 0 and state.size_bytes + growth > GROUP_BYTES_MAX:
+        raise Invalid(
+            f"the group would grow to {state.size_bytes + growth} bytes, a group holds at most {GROUP_BYTES_MAX}; "
+            "delete rows of it or choose a finer family key"
+        )
+
+
+def _make_change(draft: _Draft, change: Change, part_index: int, index: int) -> None:
+    key = row_key(change.table, change.pk)
+    current = draft.row(key)
+    if change.op == Op.INSERT:
+        if current is not None:
+            raise Duplicate(
+                f"row {change.pk} of table {change.table} exists", part=part_index, what="change", index=index
+            )
+        draft.delta[key] = encode_row(change.columns)
+        return
+    if current is None:
+        raise Conflict(
+            f"row {change.pk} of table {change.table} is gone", part=part_index, what="change", index=index, columns=[]
+        )
+    if change.op == Op.DELETE and not change.guards:
+        draft.delta[key] = None
+        return
+    row = decode_row(current)
+    if wrong := _differing(row, change.guards):
+        raise Conflict(
+            f"row {change.pk} of table {change.table} was changed by another transaction (columns {wrong})",
+            part=part_index,
+            what="change",
+            index=index,
+            columns=wrong,
+        )
+    if change.op == Op.DELETE:
+        draft.delta[key] = None
+    else:
+        row.update(change.columns)
+        draft.delta[key] = encode_row(row)
+
+
+def _differing(row: Row, expected: Columns) -> list[int]:
+    return [column for column, value in expected.items() if row.get(column) != value]
+
+
+def _check_guard(draft: _Draft, guard: Guard, part_index: int, index: int) -> None:
+    match guard.kind:
+        case GuardKind.HAS:
+            row = draft.row(row_key(guard.table, guard.pk))
+            holds = row is not None and (not guard.columns or not _differing(decode_row(row), guard.columns))
+            wanted = "is needed and is absent or different"
+        case GuardKind.ABSENT:
+            holds = draft.row(row_key(guard.table, guard.pk)) is None
+            wanted = "has to be absent and exists"
+        case GuardKind.UNIQUE:
+            except_key = row_key(guard.table, guard.pk) if guard.pk else None
+            holds = all(
+                key == except_key or _differing(decode_row(row), guard.columns)
+                for key, row in draft.rows_of(guard.table)
+            )
+            wanted = f"has to be the only one with its values in columns {sorted(guard.columns)} and is not"
+    if holds:
+        return
+    text = f"row {guard.pk} of table {guard.table} {wanted}"
+    detail = {"part": part_index, "what": "guard", "index": index, "fails_as": guard.fails_as}
+    raise (Duplicate if guard.fails_as == "duplicate" else Conflict)(text, **detail)
+
+
+# What may enter the store at all.
+
+
+def check_transaction(transaction: Transaction) -> None:
+    """Raise Invalid if the transaction is not well formed: types, sizes, names. Done once, where it enters."""
+    if len(transaction.id) != 16:
+        raise Invalid(f"a transaction's id has 16 bytes, not {len(transaction.id)}")
+    if not transaction.database:
+        raise Invalid("a transaction names its database")
+    if not transaction.parts:
+        raise Invalid("a transaction has at least one part")
+    prefix = encode_value(transaction.database)
+    keys = {part.key for part in transaction.parts}
+    if len(keys) != len(transaction.parts):
+        raise Invalid("a transaction names each group once; merge the parts of the same group")
+    size = 0
+    for part in transaction.parts:
+        if not part.key.startswith(prefix):
+            raise Invalid(f"group {part.key.hex()} is not of database {transaction.database!r}")
+        size += len(part.key) + _check_part(part)
+    if size > TRANSACTION_BYTES_MAX:
+        raise Invalid(
+            f"the transaction has {size} bytes, at most {TRANSACTION_BYTES_MAX} are allowed; commit it in pieces"
+        )
+
+
+_FAILURES = ("conflict", "duplicate", "foreign_key")
+
+
+def _check_part(part: Part) -> int:
+    size = 0
+    for change in part.changes:
+        if change.table < 0:
+            raise Invalid(f"table {change.table} is the store's own")
+        if change.op == Op.INSERT and change.guards:
+            raise Invalid("an INSERT has no column guards, its row is absent")
+        size += _check_values(change.pk) + _check_columns(change.columns) + _check_columns(change.guards)
+    for guard in part.guards:
+        if guard.table < 0:
+            raise Invalid(f"table {guard.table} is the store's own")
+        if guard.fails_as not in _FAILURES:
+            raise Invalid(f"a guard fails as one of {', '.join(_FAILURES)}, not as {guard.fails_as!r}")
+        size += _check_values(guard.pk) + _check_columns(guard.columns)
+    return size
+
+
+def _check_columns(columns: Columns) -> int:
+    return 3 * len(columns) + _check_values(columns.values())
+
+
+def _check_values(values: Iterable[object]) -> int:
+    """Bytes of the values, about; raises Invalid for what is not a value."""
+    size = 0
+    for value in values:
+        check_value(value)
+        if isinstance(value, str):
+            # ASCII is the common case and free to recognise; other text needs its encoded length.
+            size += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+        elif isinstance(value, bytes):
+            size += len(value)
+        else:
+            size += 9
+    return size
