@@ -1,0 +1,215 @@
+"""Index entries of the rows that a node keeps, and the table specs that say which indexes there are.
+
+An entry lies in Space.INDEX under
+
+    encoded (database, table, index id) + encoded column values + encoded primary key + group key
+
+so that entries sort by the index's columns, then by primary key, then by group, and never collide. Its value says
+where the tail's parts begin (`ENTRY`), so an entry is read without decoding it. Index 0 has the primary key itself for
+columns (not twice) and is kept for each row of each application table, with or without a spec.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from dht.errors import StorageError
+from dht.model import GroupKey, Row, RowKey, Struct, TableSpec
+from dht.rows import decode_row, encode_value, table_prefix
+from dht.world import Batch, Disk, Space
+
+ENTRY: Final = struct.Struct(">HII")
+"""An entry's value: tablet, bytes of the primary key, bytes of the group key."""
+PREFIX_END: Final = b"\xff"
+"""Sorts behind whatever may follow a complete encoded value, as every value's first byte is lower."""
+TABLE_PREFIX_BYTES: Final = len(table_prefix(0))
+_SCAN_PAIRS_FIRST: Final = 64
+_SCAN_PAIRS_MAX: Final = 4096
+_MISSING: Final = encode_value(None)
+
+
+class StoredSpecs(Struct, frozen=True):
+    """What Space.SPEC holds of a database."""
+
+    version: int
+    tables: tuple[TableSpec, ...]
+
+
+_decode_specs = msgspec.msgpack.Decoder(StoredSpecs).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """`prefix`: what all its entries begin with."""
+
+    id: int
+    columns: tuple[int, ...]
+    prefix: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TableIndexes:
+    """`primary.columns` is empty while no spec has told the primary key's columns."""
+
+    primary: Index
+    others: tuple[Index, ...]
+
+
+@dataclass(slots=True)
+class DatabaseIndexes:
+    """`tables`: by the table's encoded number."""
+
+    version: int
+    tables: dict[bytes, TableIndexes]
+
+
+def database_prefix(group: GroupKey) -> bytes:
+    """The encoded database name that a group's key begins with."""
+    end = group.find(b"\x00", 1)
+    while end >= 0 and group[end + 1 : end + 2] == b"\xff":
+        end = group.find(b"\x00", end + 2)
+    return group[: end + 1]
+
+
+def scan(disk: Disk, space: int, low: bytes, high: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    """The pairs of a range, fetched in growing pieces, so that who stops early has not paid for all."""
+    size = _SCAN_PAIRS_FIRST
+    while True:
+        pairs = disk.range(space, low, high, reverse=reverse, limit=size)
+        yield from pairs
+        if len(pairs) < size:
+            return
+        if reverse:
+            high = pairs[-1][0]
+        else:
+            low = pairs[-1][0] + b"\x00"
+        size = min(size * 4, _SCAN_PAIRS_MAX)
+
+
+def row_place(group: GroupKey) -> bytes:
+    """What the keys of all of a group's rows in Space.ROW begin with."""
+    return len(group).to_bytes(4, "big") + group
+
+
+class Indexes:
+    """The indexes of one node's file."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._databases: dict[bytes, DatabaseIndexes] = {}
+        for name, value in scan(disk, Space.SPEC, b"", PREFIX_END):
+            try:
+                stored = _decode_specs(value)
+            except msgspec.MsgspecError as error:
+                raise StorageError(f"the table specs of a database cannot be read ({error}); wipe the node") from None
+            self._databases[name] = DatabaseIndexes(stored.version, _tables_of(name, stored.tables))
+
+    def version(self, database: str) -> int:
+        """The catalog version whose indexes are complete here; 0 before the first."""
+        known = self._databases.get(encode_value(database))
+        return 0 if known is None else known.version
+
+    def of(self, database: bytes, table: bytes) -> TableIndexes:
+        """The indexes of a table; both arguments encoded."""
+        known = self._databases.get(database)
+        if known is None:
+            known = self._databases[database] = DatabaseIndexes(0, {})
+        indexes = known.tables.get(table)
+        if indexes is None:
+            indexes = known.tables[table] = TableIndexes(Index(0, (), database + table + encode_value(0)), ())
+        return indexes
+
+    def change(
+        self, batch: Batch, tablet: int, group: GroupKey, key: RowKey, old: bytes | None, new: bytes | None
+    ) -> None:
+        """Into the batch: the entries that a row gains and loses when `old` becomes `new`."""
+        indexes = self.of(database_prefix(group), key[:TABLE_PREFIX_BYTES])
+        pk = key[TABLE_PREFIX_BYTES:]
+        tail = pk + group
+        value = ENTRY.pack(tablet, len(pk), len(group))
+        if old is None and new is not None:
+            batch.put(Space.INDEX, indexes.primary.prefix + tail, value)
+        elif new is None and old is not None:
+            batch.delete(Space.INDEX, indexes.primary.prefix + tail)
+        if not indexes.others:
+            return
+        before = None if old is None else decode_row(old)
+        after = None if new is None else decode_row(new)
+        for index in indexes.others:
+            was = None if before is None else _encoded_columns(before, index.columns)
+            now = None if after is None else _encoded_columns(after, index.columns)
+            if was == now:
+                continue
+            if was is not None:
+                batch.delete(Space.INDEX, index.prefix + was + tail)
+            if now is not None:
+                batch.put(Space.INDEX, index.prefix + now + tail, value)
+
+    def set_specs(self, batch: Batch, database: str, version: int, specs: Sequence[TableSpec]) -> None:
+        """Into the batch: the specs, the entries of new indexes, and the removal of those that no spec names."""
+        name = encode_value(database)
+        known = self._databases.get(name, DatabaseIndexes(0, {}))
+        tables = _tables_of(name, specs)
+        for table, indexes in known.tables.items():
+            kept = tables[table].others if table in tables else ()
+            for index in indexes.others:
+                if index not in kept:
+                    for key, _ in scan(self._disk, Space.INDEX, index.prefix, index.prefix + PREFIX_END):
+                        batch.delete(Space.INDEX, key)
+        for table, indexes in tables.items():
+            had = known.tables[table].others if table in known.tables else ()
+            self._fill(batch, table, indexes, [index for index in indexes.others if index not in had])
+        if version or specs:
+            value = msgspec.msgpack.encode(StoredSpecs(version, tuple(specs)))
+            batch.put(Space.SPEC, name, value)
+        else:
+            batch.delete(Space.SPEC, name)
+        self._databases[name] = DatabaseIndexes(version, tables)
+
+    def _fill(self, batch: Batch, table: bytes, indexes: TableIndexes, added: list[Index]) -> None:
+        if not added:
+            return
+        start = indexes.primary.prefix
+        for entry, value in scan(self._disk, Space.INDEX, start, start + PREFIX_END):
+            tail = entry[len(start) :]
+            pk, group = split_tail(tail, value)
+            row = decode_row(self.row_of_entry(group, table + pk))
+            for index in added:
+                batch.put(Space.INDEX, index.prefix + _encoded_columns(row, index.columns) + tail, value)
+
+    def row_of_entry(self, group: GroupKey, key: RowKey) -> bytes:
+        """The row that an entry points to. Raises StorageError when there is none: the file contradicts itself."""
+        row = self._disk.get(Space.ROW, row_place(group) + key)
+        if row is None:
+            raise StorageError(
+                f"an index entry points to row {key.hex()} of group {group.hex()}, which is not there: the file "
+                "contradicts itself; wipe this node's data directory, it is rebuilt from the other replicas"
+            )
+        return row
+
+
+def split_tail(entry: bytes, value: bytes) -> tuple[bytes, GroupKey]:
+    """(encoded primary key, group key) of an entry."""
+    _, pk_bytes, group_bytes = ENTRY.unpack(value)
+    at = len(entry) - group_bytes
+    return entry[at - pk_bytes : at], entry[at:]
+
+
+def _encoded_columns(row: Row, columns: tuple[int, ...]) -> bytes:
+    return b"".join([_MISSING if (value := row.get(column)) is None else encode_value(value) for column in columns])
+
+
+def _tables_of(database: bytes, specs: Sequence[TableSpec]) -> dict[bytes, TableIndexes]:
+    tables = {}
+    for spec in specs:
+        table = table_prefix(spec.table)
+        tables[table] = TableIndexes(
+            Index(0, spec.pk_columns, database + table + encode_value(0)),
+            tuple(Index(i.id, i.columns, database + table + encode_value(i.id)) for i in spec.indexes),
+        )
+    return tables

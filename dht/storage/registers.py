@@ -1,0 +1,206 @@
+"""The registers of a node as they rest on its disk: header, rows, index entries, in one batch per change.
+
+Keys: Space.REGISTER tablet (2 bytes) + group key; Space.ROW length of the group key (4 bytes) + group key + row key;
+Space.INDEX and Space.SPEC as `dht.storage.indexes` says. Everything here is synchronous: reading a header, deciding,
+writing and submitting the batch without an await in between is atomic in the loop. What is read is what was submitted,
+so a batch holds at most one change of a register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from dht.errors import StorageError
+from dht.model import SYSTEM_INTENT, ZERO, Ballot, FindQuery, GroupKey, RowKey, Struct, TableSpec
+from dht.rows import encode_value, table_prefix, tablet_of
+from dht.storage.indexes import PREFIX_END, TABLE_PREFIX_BYTES, Indexes, database_prefix, row_place, scan
+from dht.storage.search import Match, search
+from dht.world import Batch, Disk, Space
+
+_TABLET_BYTES: Final = 2
+_FIRST_APPLICATION_TABLE: Final = table_prefix(1)
+_INTENT_TABLE: Final = table_prefix(SYSTEM_INTENT)
+_ALL_TABLES: Final = None
+
+
+class Header(Struct, frozen=True):
+    """What an acceptor keeps of a register besides the rows.
+
+    `digest`: of all rows, system rows too (16 bytes; empty before the first write). `deleted`: a tombstone.
+    `size_bytes` (of row keys and rows) and `intents` (rows of SYSTEM_INTENT) are kept by `RegisterFile`.
+    """
+
+    promise: Ballot = ZERO
+    accepted: Ballot = ZERO
+    chosen: Ballot = ZERO
+    digest: bytes = b""
+    deleted: bool = False
+    size_bytes: int = 0
+    intents: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether readers may take the rows for decided: the accepted value is chosen and no intent is open."""
+        return self.accepted == self.chosen and not self.intents
+
+
+ABSENT: Final = Header()
+_encode_header = msgspec.msgpack.Encoder().encode
+_decode_header = msgspec.msgpack.Decoder(Header).decode
+
+
+class RegisterFile:
+    """All registers of one node, over its disk. `tablets`: the domain's number of tablets, fixed for its life."""
+
+    def __init__(self, disk: Disk, tablets: int = 64) -> None:
+        self._disk = disk
+        self._tablets = tablets
+        self._indexes = Indexes(disk)
+        # database -> group -> the tables that were written since the group was last settled; None: any table.
+        self._unsettled: dict[bytes, dict[GroupKey, set[bytes] | None]] = {}
+        for key, value in scan(disk, Space.REGISTER, b"", PREFIX_END * 3):
+            if not self._header_of(value).settled:
+                group = key[_TABLET_BYTES:]
+                self._unsettled.setdefault(database_prefix(group), {})[group] = _ALL_TABLES
+
+    def header(self, key: GroupKey) -> Header:
+        """The register's header; `ABSENT` when this node has none."""
+        value = self._disk.get(Space.REGISTER, self._place(key))
+        return ABSENT if value is None else self._header_of(value)
+
+    def rows(self, key: GroupKey) -> dict[RowKey, bytes]:
+        """All rows of the group by row key, in key order, system rows too."""
+        place = row_place(key)
+        cut = len(place)
+        return {pair[0][cut:]: pair[1] for pair in self._disk.range(Space.ROW, place, place + PREFIX_END)}
+
+    def row(self, key: GroupKey, rowkey: RowKey) -> bytes | None:
+        return self._disk.get(Space.ROW, row_place(key) + rowkey)
+
+    def write(self, batch: Batch, key: GroupKey, header: Header, delta: Mapping[RowKey, bytes | None]) -> Header:
+        """Into the batch: the header, and the rows that changed (None deletes). Returns the header as stored.
+
+        `size_bytes` and `intents` of the given header are ignored: they follow from what is stored and the delta.
+        """
+        tablet = tablet_of(key, self._tablets)
+        place = tablet.to_bytes(_TABLET_BYTES, "big") + key
+        value = self._disk.get(Space.REGISTER, place)
+        before = ABSENT if value is None else self._header_of(value)
+        size_bytes, intents = before.size_bytes, before.intents
+        rows_at = row_place(key)
+        for rowkey, new in delta.items():
+            old = self._disk.get(Space.ROW, rows_at + rowkey)
+            if old == new:
+                continue
+            if old is not None:
+                size_bytes -= len(rowkey) + len(old)
+            if new is not None:
+                size_bytes += len(rowkey) + len(new)
+            table = rowkey[:TABLE_PREFIX_BYTES]
+            if table == _INTENT_TABLE:
+                intents += (new is not None) - (old is not None)
+            batch.writes.append((Space.ROW, rows_at + rowkey, new))
+            if table >= _FIRST_APPLICATION_TABLE:
+                self._indexes.change(batch, tablet, key, rowkey, old, new)
+        header = Header(
+            header.promise, header.accepted, header.chosen, header.digest, header.deleted, size_bytes, intents
+        )
+        batch.put(Space.REGISTER, place, _encode_header(header))
+        self._note(key, header, delta)
+        return header
+
+    def replace(self, batch: Batch, key: GroupKey, header: Header, rows: Mapping[RowKey, bytes]) -> Header:
+        """Into the batch: the register with exactly these rows, whatever it held. Returns the header as stored."""
+        delta: dict[RowKey, bytes | None] = dict.fromkeys(self.rows(key))
+        delta.update(rows)
+        stored = self.write(batch, key, header, delta)
+        if not stored.settled:
+            self._unsettled[database_prefix(key)][key] = _ALL_TABLES
+        return stored
+
+    def erase(self, batch: Batch, key: GroupKey) -> None:
+        """Into the batch: the register gone without a trace (collection of a tombstone, wipe of a tablet)."""
+        self.write(batch, key, ABSENT, dict.fromkeys(self.rows(key)))
+        batch.delete(Space.REGISTER, self._place(key))
+        self._settle(key)
+
+    def keys(self, tablet: int, after: GroupKey = b"", limit: int | None = None) -> list[GroupKey]:
+        """Groups of the tablet that have a header (tombstones too), in key order, those behind `after` only."""
+        prefix = tablet.to_bytes(_TABLET_BYTES, "big")
+        low = prefix + after + b"\x00" if after else prefix
+        pairs = self._disk.range(Space.REGISTER, low, prefix + PREFIX_END, limit=limit)
+        return [pair[0][_TABLET_BYTES:] for pair in pairs]
+
+    def tablet(self, key: GroupKey) -> int:
+        return tablet_of(key, self._tablets)
+
+    def spec_version(self, database: str) -> int:
+        """The catalog version that the indexes of the database follow; 0 before the first."""
+        return self._indexes.version(database)
+
+    def set_specs(self, batch: Batch, database: str, version: int, specs: Sequence[TableSpec]) -> None:
+        """Into the batch: the table specs, new indexes filled from the rows, and old ones dropped.
+
+        The batch must not hold changes of the database's application rows. In force at once. Version 0 without specs
+        forgets the database.
+        """
+        self._indexes.set_specs(batch, database, version, specs)
+
+    def find_local(
+        self, query: FindQuery, tablets: Collection[int] | None = None, limit: int | None = None
+    ) -> tuple[list[Match], bool]:
+        """Matching rows of the tablets (None: all) in query order, and whether there are more than were given.
+
+        Without `query.order`, rows come by primary key and only `limit` cuts; with it, the lower of `query.limit` and
+        `limit` does.
+        """
+        return search(self._disk, self._indexes, query, None if tablets is None else frozenset(tablets), limit)
+
+    def unsettled(self, database: str, table: int, tablets: Collection[int] | None) -> list[GroupKey]:
+        """Groups of the tablets whose rows of the table may not be decided yet; possibly some more, never fewer."""
+        groups = self._unsettled.get(encode_value(database))
+        if not groups:
+            return []
+        wanted = table_prefix(table)
+        asked = None if tablets is None else frozenset(tablets)
+        return sorted(
+            group
+            for group, touched in groups.items()
+            if (touched is None or wanted in touched) and (asked is None or tablet_of(group, self._tablets) in asked)
+        )
+
+    def _place(self, key: GroupKey) -> bytes:
+        return tablet_of(key, self._tablets).to_bytes(_TABLET_BYTES, "big") + key
+
+    def _header_of(self, value: bytes) -> Header:
+        try:
+            return _decode_header(value)
+        except msgspec.MsgspecError as error:
+            raise StorageError(
+                f"a register's header cannot be read ({error}): the file is damaged or of another version; wipe this "
+                "node's data directory, it is rebuilt from the other replicas"
+            ) from None
+
+    def _note(self, key: GroupKey, header: Header, delta: Mapping[RowKey, bytes | None]) -> None:
+        if header.settled:
+            self._settle(key)
+            return
+        groups = self._unsettled.setdefault(database_prefix(key), {})
+        if header.intents or (key not in groups and not delta):
+            # An intent's changes are opaque here, and without a delta nothing says what is in doubt.
+            groups[key] = _ALL_TABLES
+            return
+        touched = groups.setdefault(key, set())
+        if touched is not None:
+            touched.update([rowkey[:TABLE_PREFIX_BYTES] for rowkey in delta])
+
+    def _settle(self, key: GroupKey) -> None:
+        database = database_prefix(key)
+        groups = self._unsettled.get(database)
+        if groups is not None and key in groups:
+            del groups[key]
+            if not groups:
+                del self._unsettled[database]

@@ -1,0 +1,277 @@
+"""Matching rows of one table from a node's own indexes (`find` of DESIGN section 6, one member's share).
+
+A plan takes the index with the longest run of columns bound by equality (=, IN, IS NULL), then a range on the next
+column, then one whose order is the asked order. The plan's stretches of the index are scanned, each entry's row is
+fetched, and all constraints are checked on the row, with SQLite's comparison of values: numbers by value, text by code
+point, blobs; numbers below text below blobs; NULL matches nothing but IS_NULL.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from dht.limits import FIND_ROWS_MAX
+from dht.model import Comparison, Constraint, FindQuery, GroupKey, Row, RowKey, Value
+from dht.rows import decode_row, decode_values, encode_value, table_prefix
+from dht.storage.indexes import ENTRY, PREFIX_END, Index, Indexes, TableIndexes, scan, split_tail
+from dht.world import Disk, Space
+
+Match = tuple[GroupKey, RowKey, bytes]
+Test = tuple[int, Callable[[Value], bool]]
+
+_PROBES_MAX: Final = 10_000
+_ABOVE_NULL: Final = b"\x06"
+_EQUALITIES: Final = (Comparison.EQ, Comparison.IN, Comparison.IS_NULL)
+_UPPER: Final = (Comparison.LT, Comparison.LE)
+_LOWER: Final = (Comparison.GT, Comparison.GE, Comparison.NOT_NULL)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Stretches [low, high) of one index, in index order, each with the length of the bytes its keys share.
+
+    `ordered`: read one after the other they give query order. `merged`: each gives query order, so they are merged.
+    """
+
+    stretches: list[tuple[bytes, bytes, int]]
+    ordered: bool
+    merged: bool
+
+
+def search(
+    disk: Disk, indexes: Indexes, query: FindQuery, tablets: frozenset[int] | None, limit: int | None
+) -> tuple[list[Match], bool]:
+    """See `RegisterFile.find_local`."""
+    limit = FIND_ROWS_MAX if limit is None else limit
+    if query.order is not None and query.limit is not None:
+        limit = min(limit, query.limit)
+    if any(_never(constraint) for constraint in query.constraints):
+        return [], False
+    table = table_prefix(query.table)
+    known = indexes.of(encode_value(query.database), table)
+    plan = _best_plan(known, query)
+    descending = query.order is not None and query.order.descending
+    found = _matches(disk, indexes, known, plan, query, tablets, descending)
+    if plan.ordered or plan.merged:
+        rows = list(itertools.islice(found, limit + 1))
+    else:
+        rows = _sorted_rows(list(found), known.primary.columns, query)
+    return rows[:limit], len(rows) > limit
+
+
+def _never(constraint: Constraint) -> bool:
+    """Whether the constraint compares with NULL only, which nothing satisfies."""
+    if constraint.comparison in (Comparison.IS_NULL, Comparison.NOT_NULL):
+        return False
+    return all(value is None for value in constraint.values)
+
+
+def _best_plan(table: TableIndexes, query: FindQuery) -> Plan:
+    bound: dict[int, list[bytes]] = {}
+    for constraint in query.constraints:
+        if constraint.comparison in _EQUALITIES:
+            values = _equal_values(constraint)
+            if constraint.column not in bound or len(values) < len(bound[constraint.column]):
+                bound[constraint.column] = values
+    ranges: dict[int, list[Constraint]] = {}
+    for constraint in query.constraints:
+        if constraint.comparison in _LOWER or constraint.comparison in _UPPER:
+            ranges.setdefault(constraint.column, []).append(constraint)
+    best: Plan | None = None
+    best_score: tuple[int, int, int] | None = None
+    for index in (table.primary, *table.others):
+        run = _equality_run(index, bound)
+        ranged = run < len(index.columns) and index.columns[run] in ranges
+        ordered, merged = _order_given(index, run, bound, table.primary.columns, query)
+        score = (run, int(ranged), int(ordered) * 2 + int(merged))
+        if best_score is None or score > best_score:
+            best_score = score
+            stretches = _stretches(index, run, bound, ranges)
+            best = Plan(stretches, ordered, merged)
+    assert best is not None
+    return best
+
+
+def _equal_values(constraint: Constraint) -> list[bytes]:
+    """The encoded values, each once, in order."""
+    if constraint.comparison is Comparison.IS_NULL:
+        return [encode_value(None)]
+    return sorted({encode_value(value): None for value in constraint.values if value is not None})
+
+
+def _equality_run(index: Index, bound: dict[int, list[bytes]]) -> int:
+    probes = 1
+    for at, column in enumerate(index.columns):
+        if column not in bound:
+            return at
+        probes *= len(bound[column])
+        if probes > _PROBES_MAX:
+            return at
+    return len(index.columns)
+
+
+def _stretches(
+    index: Index, run: int, bound: dict[int, list[bytes]], ranges: dict[int, list[Constraint]]
+) -> list[tuple[bytes, bytes, int]]:
+    low_end, high_end = b"", PREFIX_END
+    if run < len(index.columns):
+        for constraint in ranges.get(index.columns[run], ()):
+            low, high = _range_ends(constraint)
+            low_end, high_end = max(low_end, low), min(high_end, high)
+    out = []
+    for values in itertools.product(*[bound[column] for column in index.columns[:run]]):
+        probe = index.prefix + b"".join(values)
+        out.append((probe + low_end, probe + high_end, len(probe)))
+    return out
+
+
+def _range_ends(constraint: Constraint) -> tuple[bytes, bytes]:
+    """[low, high) of the bytes that follow the probe. A complete value is followed by a byte below PREFIX_END."""
+    if constraint.comparison is Comparison.NOT_NULL:
+        return _ABOVE_NULL, PREFIX_END
+    value = encode_value(constraint.values[0])
+    match constraint.comparison:
+        case Comparison.LT:
+            return _ABOVE_NULL, value
+        case Comparison.LE:
+            return _ABOVE_NULL, value + PREFIX_END
+        case Comparison.GT:
+            return value + PREFIX_END, PREFIX_END
+        case _:
+            return value, PREFIX_END
+
+
+def _order_given(
+    index: Index, run: int, bound: dict[int, list[bytes]], pk: tuple[int, ...], query: FindQuery
+) -> tuple[bool, bool]:
+    """(whether the stretches one after the other give query order, whether each of them does)."""
+    wanted = query.order.columns if query.order is not None else ()
+    if not pk:
+        # Without a spec there is index 0 alone, and it gives the primary key's order by itself.
+        return not wanted, not wanted
+    fixed = [column for column, values in bound.items() if len(values) == 1]
+    sequence = _without((*wanted, *pk), fixed)
+    given = _without((*index.columns, *pk), fixed)
+    inside = _without(given, index.columns[:run])
+    return given[: len(sequence)] == sequence, inside[: len(sequence)] == sequence
+
+
+def _without(columns: Sequence[int], removed: Sequence[int]) -> list[int]:
+    return [column for column in dict.fromkeys(columns) if column not in removed]
+
+
+def _entries(disk: Disk, plan: Plan, descending: bool) -> Iterator[tuple[bytes, bytes]]:
+    stretches = plan.stretches[::-1] if descending else plan.stretches
+    if plan.ordered or not plan.merged or len(stretches) == 1:
+        for low, high, _ in stretches:
+            if low < high:
+                yield from scan(disk, Space.INDEX, low, high, reverse=descending)
+        return
+    streams = [_stream(disk, stretch, descending) for stretch in stretches]
+    for _, entry, value in heapq.merge(*streams, reverse=descending):
+        yield entry, value
+
+
+def _stream(disk: Disk, stretch: tuple[bytes, bytes, int], descending: bool) -> Iterator[tuple[bytes, bytes, bytes]]:
+    low, high, cut = stretch
+    if low < high:
+        for entry, value in scan(disk, Space.INDEX, low, high, reverse=descending):
+            yield entry[cut:], entry, value
+
+
+def _matches(
+    disk: Disk,
+    indexes: Indexes,
+    known: TableIndexes,
+    plan: Plan,
+    query: FindQuery,
+    tablets: frozenset[int] | None,
+    descending: bool,
+) -> Iterator[Match]:
+    table = table_prefix(query.table)
+    tests = [_test(constraint) for constraint in query.constraints]
+    keyed = any(constraint.column in known.primary.columns for constraint in query.constraints)
+    for entry, value in _entries(disk, plan, descending):
+        if tablets is not None and ENTRY.unpack(value)[0] not in tablets:
+            continue
+        pk, group = split_tail(entry, value)
+        data = indexes.row_of_entry(group, table + pk)
+        if tests:
+            row = decode_row(data)
+            if keyed:
+                row = with_key(row, known.primary.columns, pk)
+            if not all(accepts(row.get(column)) for column, accepts in tests):
+                continue
+        yield group, table + pk, data
+
+
+def with_key(row: Row, columns: tuple[int, ...], pk: bytes) -> Row:
+    """The row with its primary key's columns, should it not carry them itself."""
+    if all(column in row for column in columns):
+        return row
+    return dict(zip(columns, decode_values(pk), strict=False)) | row
+
+
+def _sorted_rows(rows: list[Match], pk: tuple[int, ...], query: FindQuery) -> list[Match]:
+    order = query.order.columns if query.order is not None else ()
+    cut = len(table_prefix(query.table))
+
+    def place(match: Match) -> tuple[bytes, bytes, bytes]:
+        group, rowkey, data = match
+        if not order:
+            return b"", rowkey, group
+        row = with_key(decode_row(data), pk, rowkey[cut:])
+        return b"".join([encode_value(row.get(column)) for column in order]), rowkey, group
+
+    return sorted(rows, key=place, reverse=query.order is not None and query.order.descending)
+
+
+def _rank(value: Value) -> int:
+    if isinstance(value, str):
+        return 1
+    return 2 if isinstance(value, bytes) else 0
+
+
+def _test(constraint: Constraint) -> Test:
+    """The constraint as a predicate on its column's value."""
+    column = constraint.column
+    match constraint.comparison:
+        case Comparison.IS_NULL:
+            return column, lambda value: value is None
+        case Comparison.NOT_NULL:
+            return column, lambda value: value is not None
+        case Comparison.EQ | Comparison.IN:
+            wanted = frozenset(value for value in constraint.values if value is not None)
+            return column, lambda value: value in wanted
+        case Comparison.NE:
+            other = constraint.values[0]
+            return column, lambda value: value is not None and value != other
+        case _:
+            return column, _range_test(constraint)
+
+
+def _range_test(constraint: Constraint) -> Callable[[Value], bool]:
+    bound = constraint.values[0]
+    rank = _rank(bound)
+    sign = {
+        Comparison.LT: (-1, -1),
+        Comparison.LE: (-1, 0),
+        Comparison.GT: (1, 1),
+        Comparison.GE: (1, 0),
+    }[constraint.comparison]
+
+    def accepts(value: Value) -> bool:
+        if value is None:
+            return False
+        own = _rank(value)
+        if own != rank:
+            return (own > rank) == (sign[0] > 0)
+        if value == bound:
+            return sign[1] == 0
+        return (value > bound) == (sign[0] > 0)  # type: ignore[operator]
+
+    return accepts

@@ -1,0 +1,325 @@
+"""RegisterFile: headers, rows and indexes against a model that has none."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dht.errors import StorageError
+from dht.model import (
+    SYSTEM_INTENT,
+    ZERO,
+    Ballot,
+    Comparison,
+    Constraint,
+    FindQuery,
+    IndexSpec,
+    Order,
+    Row,
+    TableSpec,
+    Value,
+)
+from dht.rows import decode_row, encode_row, encode_value, group_key, row_key, tablet_of
+from dht.storage.memory import MemoryDisk
+from dht.storage.registers import ABSENT, Header, RegisterFile
+from dht.world import Batch, Space
+
+B1 = Ballot(1, 1, 1, b"n", 1, 1)
+B2 = Ballot(1, 1, 2, b"n", 1, 2)
+SETTLED = Header(B1, B1, B1, b"d" * 16)
+OPEN = Header(B2, B2, B1, b"e" * 16)
+SPEC = TableSpec(1, (0,), (IndexSpec(1, (1, 2)), IndexSpec(2, (3,)), IndexSpec(3, (2, 0))))
+
+
+def group(number: int, database: str = "db") -> bytes:
+    return group_key(database, "f", (number,))
+
+
+def put(
+    file: RegisterFile, disk: MemoryDisk, key: bytes, delta: dict[bytes, bytes | None], header: Header = SETTLED
+) -> Header:
+    batch = Batch()
+    stored = file.write(batch, key, header, delta)
+    disk.submit(batch)
+    return stored
+
+
+def make(specs: tuple[TableSpec, ...] = (SPEC,)) -> tuple[MemoryDisk, RegisterFile]:
+    disk = MemoryDisk()
+    file = RegisterFile(disk)
+    batch = Batch()
+    file.set_specs(batch, "db", 1, specs)
+    disk.submit(batch)
+    return disk, file
+
+
+def row(*values: Value) -> bytes:
+    return encode_row(dict(enumerate(values)))
+
+
+def rows_found(file: RegisterFile, *constraints: Constraint, **options: object) -> list[Row]:
+    found, _ = file.find_local(FindQuery("db", 1, 1, constraints, **options), None, None)  # type: ignore[arg-type]
+    return [decode_row(data) for _, _, data in found]
+
+
+def test_header_of_unknown_register_is_absent() -> None:
+    _, file = make()
+    assert file.header(group(1)) == ABSENT
+    assert file.header(group(1)).promise == ZERO
+    assert file.rows(group(1)) == {}
+
+
+def test_write_then_reopen_gives_header_rows_and_specs() -> None:
+    disk, file = make()
+    stored = put(file, disk, group(1), {row_key(1, (1,)): row(1, "a"), row_key(SYSTEM_INTENT, (b"t",)): b"x"}, OPEN)
+    again = RegisterFile(disk)
+    assert again.header(group(1)) == stored
+    assert (stored.intents, stored.accepted, stored.chosen) == (1, B2, B1)
+    assert stored.size_bytes == sum(len(k) + len(v) for k, v in again.rows(group(1)).items())
+    assert again.row(group(1), row_key(1, (1,))) == row(1, "a")
+    assert again.spec_version("db") == 1
+    assert again.spec_version("other") == 0
+
+
+def test_write_of_row_that_changes_moves_its_index_entries() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(1, (1,)): row(1, "a", 5)})
+    put(file, disk, group(1), {row_key(1, (1,)): row(1, "b", 5)})
+    assert rows_found(file, Constraint(1, Comparison.EQ, ("a",))) == []
+    assert rows_found(file, Constraint(1, Comparison.EQ, ("b",))) == [{0: 1, 1: "b", 2: 5}]
+    put(file, disk, group(1), {row_key(1, (1,)): None})
+    assert disk.range(Space.INDEX, b"", None) == []
+    assert file.header(group(1)).size_bytes == 0
+
+
+def test_replace_and_erase_leave_nothing_behind() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(1, (n,)): row(n, "a") for n in range(5)})
+    batch = Batch()
+    file.replace(batch, group(1), SETTLED, {row_key(1, (9,)): row(9, "z")})
+    disk.submit(batch)
+    assert rows_found(file) == [{0: 9, 1: "z"}]
+    batch = Batch()
+    file.erase(batch, group(1))
+    disk.submit(batch)
+    assert file.header(group(1)) == ABSENT
+    for space in (Space.INDEX, Space.ROW, Space.REGISTER):
+        assert disk.range(space, b"", None) == []
+
+
+def test_keys_lists_groups_of_a_tablet_in_pages() -> None:
+    disk, file = make()
+    for number in range(300):
+        put(file, disk, group(number), {})
+    tablet = tablet_of(group(0), 64)
+    expected = sorted(group(n) for n in range(300) if tablet_of(group(n), 64) == tablet)
+    assert file.keys(tablet) == expected
+    assert file.keys(tablet, limit=1) == expected[:1]
+    assert file.keys(tablet, expected[0]) == expected[1:]
+
+
+def test_unsettled_group_is_reported_until_chosen_and_after_restart() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(1, (1,)): row(1)}, OPEN)
+    put(file, disk, group(2), {row_key(1, (2,)): row(2)}, SETTLED)
+    assert file.unsettled("db", 1, None) == [group(1)]
+    assert file.unsettled("db", 2, None) == []
+    assert file.unsettled("other", 1, None) == []
+    assert file.unsettled("db", 1, [tablet_of(group(1), 64)]) == [group(1)]
+    assert file.unsettled("db", 1, []) == []
+    assert RegisterFile(disk).unsettled("db", 2, None) == [group(1)]
+    put(file, disk, group(1), {}, Header(B2, B2, B2))
+    assert file.unsettled("db", 1, None) == []
+    assert RegisterFile(disk).unsettled("db", 1, None) == []
+
+
+def test_unsettled_group_with_intent_counts_for_every_table() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(SYSTEM_INTENT, (b"t",)): b"x"}, SETTLED)
+    assert file.unsettled("db", 7, None) == [group(1)]
+    put(file, disk, group(1), {row_key(SYSTEM_INTENT, (b"t",)): None}, SETTLED)
+    assert file.unsettled("db", 7, None) == []
+
+
+def test_set_specs_with_new_index_fills_it_and_drops_the_old() -> None:
+    disk, file = make(())
+    put(file, disk, group(1), {row_key(1, (n,)): row(n, "a" if n % 2 else "b") for n in range(10)})
+    batch = Batch()
+    file.set_specs(batch, "db", 2, (SPEC,))
+    disk.submit(batch)
+    assert [r[0] for r in rows_found(file, Constraint(1, Comparison.EQ, ("a",)))] == [1, 3, 5, 7, 9]
+    full = list(disk.range(Space.INDEX, b"", None))
+    batch = Batch()
+    file.set_specs(batch, "db", 3, (TableSpec(1, (0,), SPEC.indexes[:1]),))
+    disk.submit(batch)
+    left = disk.range(Space.INDEX, b"", None)
+    assert len(full) == 40
+    assert len(left) == 20
+    assert file.spec_version("db") == 3
+
+
+def test_find_with_dangling_index_entry_raises_storage_error() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(1, (1,)): row(1)})
+    batch = Batch()
+    for key, _ in disk.range(Space.ROW, b"", None):
+        batch.delete(Space.ROW, key)
+    disk.submit(batch)
+    with pytest.raises(StorageError, match="contradicts itself"):
+        rows_found(file)
+
+
+def test_header_that_is_garbage_raises_storage_error() -> None:
+    disk, _ = make()
+    batch = Batch()
+    batch.put(Space.REGISTER, tablet_of(group(1), 64).to_bytes(2, "big") + group(1), b"\xff\x00")
+    disk.submit(batch)
+    with pytest.raises(StorageError, match="wipe"):
+        RegisterFile(disk)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.integers(-3, 3),
+    st.sampled_from([0.5, -1.0, 2.0, 2**53, 2**53 + 1, float(2**53), "", "a", "a\x00b", "b", b"", b"a", b"\x00"]),
+)
+
+
+def rank(value: Value) -> tuple[int, Value]:
+    if value is None:
+        return (0, 0)
+    return (1 if isinstance(value, (int, float)) else 2 if isinstance(value, str) else 3, value)
+
+
+def satisfies(value: Value, constraint: Constraint) -> bool:
+    match constraint.comparison:
+        case Comparison.IS_NULL:
+            return value is None
+        case Comparison.NOT_NULL:
+            return value is not None
+    if value is None:
+        return False
+    own, others = rank(value), [rank(v) for v in constraint.values if v is not None]
+    if not others:
+        return False
+    return {
+        Comparison.EQ: own == others[0],
+        Comparison.IN: own in others,
+        Comparison.NE: own != others[0],
+        Comparison.LT: own < others[0],
+        Comparison.LE: own <= others[0],
+        Comparison.GT: own > others[0],
+        Comparison.GE: own >= others[0],
+    }[constraint.comparison]
+
+
+@st.composite
+def constraints(draw: st.DrawFn) -> Constraint:
+    comparison = draw(st.sampled_from(list(Comparison)))
+    if comparison in (Comparison.IS_NULL, Comparison.NOT_NULL):
+        return Constraint(draw(st.integers(0, 3)), comparison)
+    count = draw(st.integers(1, 4)) if comparison is Comparison.IN else 1
+    return Constraint(draw(st.integers(0, 3)), comparison, tuple(draw(VALUES) for _ in range(count)))
+
+
+QUERIES = st.builds(
+    FindQuery,
+    st.just("db"),
+    st.just(1),
+    st.just(1),
+    st.lists(constraints(), max_size=3).map(tuple),
+    st.none() | st.builds(Order, st.lists(st.integers(0, 3), max_size=2, unique=True).map(tuple), st.booleans()),
+    st.none() | st.integers(0, 5),
+)
+
+
+def brute_force(content: dict[tuple[bytes, bytes], bytes], query: FindQuery, limit: int) -> tuple[list[bytes], bool]:
+    found = []
+    for (key, rowkey), data in content.items():
+        decoded = decode_row(data)
+        if all(satisfies(decoded.get(c.column), c) for c in query.constraints):
+            columns = query.order.columns if query.order else ()
+            found.append(([rank(decoded.get(c)) for c in columns], rowkey, key, data))
+    found.sort(reverse=query.order is not None and query.order.descending)
+    if query.order is not None and query.limit is not None:
+        limit = min(limit, query.limit)
+    return [f[3] for f in found[:limit]], len(found) > limit
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 9), st.none() | st.lists(VALUES, min_size=3, max_size=3)),
+        max_size=40,
+    ),
+    st.lists(QUERIES, min_size=1, max_size=8),
+    st.integers(0, 40),
+)
+@settings(max_examples=300, deadline=None)
+def test_find_after_random_writes_equals_brute_force(writes, queries, respec_at) -> None:
+    disk, file = make()
+    content: dict[tuple[bytes, bytes], bytes] = {}
+    for at, (number, pk, columns) in enumerate(writes):
+        if at == respec_at:
+            batch = Batch()
+            file.set_specs(batch, "db", 2, (TableSpec(1, (0,), (IndexSpec(4, (2, 1, 0)), SPEC.indexes[1])),))
+            disk.submit(batch)
+        key, rowkey = group(number), row_key(1, (pk,))
+        data = None if columns is None else row(pk, *columns)
+        put(file, disk, key, {rowkey: data})
+        content.pop((key, rowkey), None)
+        if data is not None:
+            content[key, rowkey] = data
+    for query in queries:
+        found, truncated = file.find_local(query, None, 7)
+        assert ([f[2] for f in found], truncated) == brute_force(content, query, 7), query
+
+
+def test_find_restricted_to_tablets_gives_only_theirs() -> None:
+    disk, file = make()
+    for number in range(50):
+        put(file, disk, group(number), {row_key(1, (number,)): row(number)})
+    wanted = {tablet_of(group(n), 64) for n in range(5)}
+    found, truncated = file.find_local(FindQuery("db", 1, 1), wanted, None)
+    assert {f[0] for f in found} == {group(n) for n in range(50) if tablet_of(group(n), 64) in wanted}
+    assert not truncated
+
+
+def test_find_by_key_column_that_the_row_does_not_carry_uses_the_key() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(1, (7,)): encode_row({1: "a"})})
+    assert rows_found(file, Constraint(0, Comparison.EQ, (7,))) == [{1: "a"}]
+    assert rows_found(file, Constraint(0, Comparison.GT, (7,))) == []
+    assert rows_found(file, order=Order((0,))) == [{1: "a"}]
+
+
+def test_find_with_order_and_limit_reads_few_entries() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(1, (n,)): row(n, None, n % 7, n) for n in range(2000)})
+    reads = 0
+    original = disk.get
+
+    def counted(space: int, key: bytes) -> bytes | None:
+        nonlocal reads
+        reads += 1
+        return original(space, key)
+
+    disk.get = counted  # type: ignore[method-assign]
+    assert [r[3] for r in rows_found(file, order=Order((3,), descending=True), limit=3)] == [1999, 1998, 1997]
+    assert reads == 4
+
+
+def test_find_in_database_name_with_zero_byte_stays_in_its_database() -> None:
+    disk = MemoryDisk()
+    file = RegisterFile(disk)
+    names = ["d", "d\x00", "d\x00\x00e", "é"]
+    random.Random(1).shuffle(names)
+    for name in names:
+        put(file, disk, group(1, name), {row_key(1, (1,)): row(name)}, OPEN)
+    for name in names:
+        found, _ = file.find_local(FindQuery(name, 1, 0), None, None)
+        assert [decode_row(f[2]) for f in found] == [{0: name}]
+        assert file.unsettled(name, 1, None) == [group(1, name)]
+        assert group(1, name).startswith(encode_value(name))
