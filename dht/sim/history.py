@@ -1,0 +1,161 @@
+"""What clients asked and what they were told, in an order that the oracles can rely on.
+
+Moments are numbers of a counter, not seconds: two events of one virtual instant still have an order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dht.model import Change, FindQuery, FindResult, GroupKey, Op, Part, Row, Transaction, Value
+from dht.rows import decode_row, split_row_key
+
+RowName = tuple[int, tuple[Value, ...]]
+Content = frozenset[tuple[RowName, frozenset[tuple[int, Value]]]]
+"""A group's rows as a value: ((table, primary key), columns)."""
+
+EMPTY: Content = frozenset()
+APPLIED, REFUSED, NOTHING, UNKNOWN = "applied", "refused", "nothing", "unknown"
+"""Outcomes of a commit. REFUSED: by a change or guard. NOTHING: certainly not applied, for another reason."""
+
+
+@dataclass(slots=True)
+class Read:
+    """A group read; `content` is None when it failed."""
+
+    client: str
+    key: GroupKey
+    call: int
+    ret: int | None = None
+    content: Content | None = None
+
+
+@dataclass(slots=True)
+class Commit:
+    """One transaction with all its attempts. `refused_part`: whose guard failed."""
+
+    client: str
+    transaction: Transaction
+    call: int
+    ret: int | None = None
+    outcome: str = UNKNOWN
+    refused_part: int = 0
+
+
+@dataclass(slots=True)
+class Find:
+    """A query and its rows; `result` is None when it failed."""
+
+    client: str
+    query: FindQuery
+    call: int
+    ret: int | None = None
+    result: FindResult | None = None
+
+
+@dataclass(slots=True)
+class Draw:
+    """`count` ids of a sequence, to exceed `above`; `first` is None when it failed."""
+
+    client: str
+    sequence: tuple[str, str]
+    count: int
+    above: int
+    call: int
+    ret: int | None = None
+    first: int | None = None
+
+
+@dataclass(slots=True)
+class Raise:
+    """A sequence was told to exceed `above`; `done` when that was acknowledged."""
+
+    client: str
+    sequence: tuple[str, str]
+    above: int
+    call: int
+    ret: int | None = None
+    done: bool = False
+
+
+@dataclass(slots=True)
+class History:
+    """Everything that the clients of one run did."""
+
+    moment: int = 0
+    reads: list[Read] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
+    finds: list[Find] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    raises: list[Raise] = field(default_factory=list)
+
+    def tick(self) -> int:
+        self.moment += 1
+        return self.moment
+
+    def counts(self) -> dict[str, int]:
+        """How much a run exercised, for its report."""
+        outcomes = {f"commits_{o}": 0 for o in (APPLIED, REFUSED, NOTHING, UNKNOWN)}
+        for commit in self.commits:
+            outcomes[f"commits_{commit.outcome}"] += 1
+        return {
+            "reads": sum(r.content is not None for r in self.reads),
+            "reads_failed": sum(r.content is None for r in self.reads),
+            **outcomes,
+            "finds": sum(f.result is not None for f in self.finds),
+            "finds_failed": sum(f.result is None for f in self.finds),
+            "draws": sum(d.first is not None for d in self.draws),
+        }
+
+
+def freeze_row(row: Row) -> frozenset[tuple[int, Value]]:
+    return frozenset(row.items())
+
+
+def content_of(rows: dict[bytes, bytes]) -> Content:
+    """What a read returned, as a value."""
+    return frozenset((split_row_key(key), freeze_row(decode_row(row))) for key, row in rows.items())
+
+
+def after_part(content: Content, part: Part) -> Content | None:
+    """The group after the part, None if the part must be refused: the rules of DESIGN section 6 once more.
+
+    Written for the oracle alone, so that a mistake in the store's evaluation does not repeat itself here.
+    """
+    rows: dict[RowName, dict[int, Any]] = {name: dict(columns) for name, columns in content}
+    for guard in part.guards:
+        row = rows.get((guard.table, guard.pk))
+        if guard.kind == 1 and (row is None or not _has(row, guard.columns)):
+            return None
+        if guard.kind == 2 and row is not None:
+            return None
+    for change in part.changes:
+        if not _change(rows, change):
+            return None
+    for guard in part.guards:
+        if guard.kind == 3 and any(
+            table == guard.table and pk != guard.pk and _has(row, guard.columns) for (table, pk), row in rows.items()
+        ):
+            return None
+    return frozenset((name, freeze_row(row)) for name, row in rows.items())
+
+
+def _has(row: Row, columns: Row) -> bool:
+    return all(row.get(column) == value for column, value in columns.items())
+
+
+def _change(rows: dict[RowName, dict[int, Any]], change: Change) -> bool:
+    name = (change.table, change.pk)
+    row = rows.get(name)
+    if (row is None) != (change.op == Op.INSERT):
+        return False
+    if row is not None and not _has(row, change.guards):
+        return False
+    if change.op == Op.DELETE:
+        del rows[name]
+    elif row is None:
+        rows[name] = dict(change.columns)
+    else:
+        row.update(change.columns)
+    return True
