@@ -1,6 +1,6 @@
 """A domain's configuration as a chain of links, and the arithmetic on it (DESIGN section 5). Pure.
 
-Link e lists everything explicitly; nobody derives a replica set from it by rule. Tablet epoch: the roster epoch in which
+Link e lists everything explicitly; nobody derives a replica set from it. Tablet epoch: the roster epoch in which
 a tablet's replicas last changed; frames of registers carry it and are refused on it.
 """
 

@@ -1,0 +1,88 @@
+"""The decided links that this node holds, all from the first on, durable before anybody is told (DESIGN section 5).
+
+Key in Space.ROSTER: domain name, 0x00, epoch (8 bytes). The chain is walked without skipping: a link is taken only if
+it names the digest of the newest one held here, so all members hold prefixes of one chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dht.domain.roster import FIRST_EPOCH, Roster, TabletReplicas, check_shape, check_step, decode_link, encode_link
+from dht.errors import NotFound, RemoteProtocolError
+from dht.model import NodeId
+from dht.world import Batch, Disk, Space
+
+
+class Chain:
+    """Reads the file at construction. Links are kept in memory too: some KiB each, one per change of the roster."""
+
+    def __init__(self, domain: str, disk: Disk) -> None:
+        self.domain = domain
+        self._disk = disk
+        self._prefix = domain.encode() + b"\x00"
+        pairs = disk.range(Space.ROSTER, self._prefix, self._prefix + b"\xff" * 9)
+        self._links = [decode_link(value) for _, value in pairs]
+        self._submitted = 0
+
+    @property
+    def newest(self) -> Roster | None:
+        return self._links[-1] if self._links else None
+
+    @property
+    def epoch(self) -> int:
+        """Of the newest link; 0 with none."""
+        return self._links[-1].epoch if self._links else 0
+
+    def link(self, epoch: int) -> Roster:
+        """Raises NotFound for a link not held here."""
+        if not self._links or not FIRST_EPOCH <= epoch <= self.epoch:
+            raise NotFound(f"link {epoch} of domain {self.domain} is not here; the newest is {self.epoch}")
+        return self._links[epoch - FIRST_EPOCH]
+
+    def after(self, epoch: int, limit: int) -> tuple[Roster, ...]:
+        start = max(0, epoch + 1 - FIRST_EPOCH)
+        return tuple(self._links[start : start + limit])
+
+    def append(self, link: Roster) -> bool:
+        """Take the link if it is the next; False if it is held already. The caller awaits `durable`.
+
+        Raises RemoteProtocolError if it contradicts what is held, or skips.
+        """
+        if link.domain != self.domain:
+            raise RemoteProtocolError(f"link of domain {link.domain} was sent to domain {self.domain}")
+        if link.epoch <= self.epoch:
+            if self.link(link.epoch) != link:
+                raise RemoteProtocolError(
+                    f"two different links {link.epoch} of domain {self.domain}: the peer belongs to another chain",
+                    epoch=link.epoch,
+                )
+            return False
+        if self.newest is not None:
+            check_step(self.newest, link)
+        elif link.epoch != FIRST_EPOCH or link.previous:
+            raise RemoteProtocolError(f"link {link.epoch} of domain {self.domain} came first; links are not skipped")
+        else:
+            check_shape(link)
+        batch = Batch()
+        batch.put(Space.ROSTER, self._prefix + link.epoch.to_bytes(8, "big"), encode_link(link))
+        self._submitted = self._disk.submit(batch)
+        self._links.append(link)
+        return True
+
+    async def durable(self) -> None:
+        """Return when all links held are on the disk."""
+        await self._disk.durable(self._submitted)
+
+    def history(self, tablet: int, epoch: int) -> Sequence[TabletReplicas]:
+        """The tablet's replica sets before tablet epoch `epoch`, newest first."""
+        out: list[TabletReplicas] = []
+        while epoch > FIRST_EPOCH:
+            before = self.link(epoch - 1).replicas(tablet)
+            out.append(before)
+            epoch = before.epoch
+        return out
+
+    def was_member(self, node: NodeId, incarnation: bytes) -> bool:
+        """Whether any link lists this incarnation of the node."""
+        return any(link.lists(node, incarnation) for link in self._links)

@@ -1,0 +1,195 @@
+"""What the members of a domain ask each other (numbers 50-99). Each names its domain; a receiver of another refuses.
+
+A link travels whole: it is small (4 KiB with 64 tablets) and explains itself.
+"""
+
+from __future__ import annotations
+
+from dht.codec import Message, message
+from dht.domain.roster import Member, Roster
+from dht.model import ZERO, Ballot, GroupKey, NodeId, RowKey, Struct
+from dht.storage.registers import Header
+
+
+class DomainMessage(Message, frozen=True):
+    """Base of the requests that `Domain.answer` serves."""
+
+    domain: str
+
+
+@message
+class AskLinks(DomainMessage, frozen=True, tag=50):
+    """The links after an epoch, at most `limit`, in order."""
+
+    after: int
+    limit: int
+
+
+@message
+class Links(Message, frozen=True, tag=51):
+    """`newest`: the newest epoch that the sender holds."""
+
+    links: tuple[Roster, ...]
+    newest: int
+
+
+@message
+class TellLink(DomainMessage, frozen=True, tag=52):
+    """A decided link; the receiver takes it, and those before it from the sender."""
+
+    link: Roster
+
+
+@message
+class Newest(Message, frozen=True, tag=53):
+    """The newest epoch held after the request was served."""
+
+    epoch: int
+
+
+@message
+class DecreePrepare(DomainMessage, frozen=True, tag=54):
+    """Single-decree Paxos for link `epoch`, asked of the voters of the link before."""
+
+    epoch: int
+    ballot: Ballot
+
+
+@message
+class DecreePromise(Message, frozen=True, tag=55):
+    """`promised`: equals the asked ballot if granted. `decided`: the link, where it is known already."""
+
+    promised: Ballot
+    accepted: Ballot
+    link: Roster | None
+    decided: Roster | None = None
+
+
+@message
+class DecreeAccept(DomainMessage, frozen=True, tag=56):
+    epoch: int
+    ballot: Ballot
+    link: Roster
+
+
+@message
+class DecreeAccepted(Message, frozen=True, tag=57):
+    """`promised`: equals the asked ballot if accepted."""
+
+    promised: Ballot
+    decided: Roster | None = None
+
+
+@message
+class AskSeal(DomainMessage, frozen=True, tag=60):
+    """Seal the tablet at `epoch`, because the decided `link` gave it other replicas (rule 1)."""
+
+    tablet: int
+    epoch: int
+    link: Roster
+
+
+@message
+class Sealed(Message, frozen=True, tag=61):
+    """Sealed durably. `initialised`: whether this replica was ever initialised at the epoch, so may contribute.
+
+    `floor`: promise of the registers that this replica has no trace of.
+    """
+
+    incarnation: bytes
+    initialised: bool
+    floor: Ballot
+
+
+@message
+class AskHeaders(DomainMessage, frozen=True, tag=62):
+    """A page of registers of the tablet behind `after`, from a replica initialised at `epoch`.
+
+    `link`: 0 while copying ahead; else the seal is required.
+    """
+
+    tablet: int
+    epoch: int
+    after: GroupKey
+    limit: int
+    sealed: bool
+
+
+class RegisterMark(Struct, frozen=True):
+    key: GroupKey
+    promise: Ballot
+    accepted: Ballot
+    chosen: Ballot
+
+
+@message
+class Headers(Message, frozen=True, tag=63):
+    """`more`: whether keys behind the last one exist. `floor`: as in `Sealed`."""
+
+    marks: tuple[RegisterMark, ...]
+    more: bool
+    floor: Ballot = ZERO
+
+
+@message
+class AskRegisters(DomainMessage, frozen=True, tag=64):
+    """Whole registers; the reply may leave out the last ones for size, never the first."""
+
+    tablet: int
+    epoch: int
+    keys: tuple[GroupKey, ...]
+    sealed: bool
+
+
+class RegisterCopy(Struct, frozen=True):
+    """A register as it rests on a replica; an absent one has an empty header."""
+
+    key: GroupKey
+    header: Header
+    rows: dict[RowKey, bytes]
+
+
+@message
+class Registers(Message, frozen=True, tag=65):
+    copies: tuple[RegisterCopy, ...]
+
+
+@message
+class AskStatus(DomainMessage, frozen=True, tag=66):
+    """Sent by every member to every other at short intervals: liveness, newest epoch, state of tablets."""
+
+    epoch: int
+
+
+class TabletMark(Struct, frozen=True):
+    """`initialised`: newest epoch that the replica was initialised at; `sealed`: the highest sealed (0: none)."""
+
+    tablet: int
+    initialised: int
+    sealed: int
+    remaining: int = 0
+
+
+@message
+class Status(Message, frozen=True, tag=67):
+    """`silent`: members that the sender has not reached lately, with the seconds since it did."""
+
+    epoch: int
+    incarnation: bytes
+    tablets: tuple[TabletMark, ...]
+    silent: tuple[tuple[NodeId, float], ...]
+
+
+@message
+class AskJoin(DomainMessage, frozen=True, tag=70):
+    """Make the sender (or a member whose address changed) a member."""
+
+    member: Member
+
+
+@message
+class AskLeave(DomainMessage, frozen=True, tag=71):
+    """Take a member out. `drain`: it is alive and its tablets move first; else it counts as lost."""
+
+    node: NodeId
+    drain: bool

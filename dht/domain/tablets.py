@@ -1,0 +1,117 @@
+"""What this node has promised about each tablet: sealed and initialised epochs, durable (DESIGN section 5, rules 1-4).
+
+Key in Space.TABLET: tablet (2 bytes). Pure bookkeeping over the disk: nothing here talks to peers.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from dht.domain.rules import DomainRules
+from dht.errors import StorageError
+from dht.model import ZERO, Ballot, Struct
+from dht.world import Batch, Disk, Space
+
+
+class TabletState(Struct, frozen=True):
+    """`sealed`: nothing at this or a lower epoch is answered any more. `initialised`: all epochs ever initialised,
+    ascending; the content belongs to the last. `floor`: promise of registers without a header (rule 7). `dropped`: the
+    content was erased when no replica set up to this epoch could be asked for any more.
+    """
+
+    sealed: int = 0
+    initialised: tuple[int, ...] = ()
+    floor: Ballot = ZERO
+    dropped: int = 0
+
+    @property
+    def current(self) -> int:
+        """The newest initialised epoch, 0 if none."""
+        return self.initialised[-1] if self.initialised else 0
+
+    @property
+    def serves(self) -> int:
+        """The epoch at which this node votes, 0 if none."""
+        return self.current if self.sealed < self.current else 0
+
+
+_EMPTY = TabletState()
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(TabletState).decode
+
+
+def tablet_key(tablet: int) -> bytes:
+    return tablet.to_bytes(2, "big")
+
+
+class Tablets:
+    """States of all tablets, read at construction, changed through batches only."""
+
+    def __init__(self, disk: Disk, rules: DomainRules) -> None:
+        self._disk = disk
+        self._rules = rules
+        self._states: dict[int, TabletState] = {}
+        self._submitted = 0
+        for key, value in disk.range(Space.TABLET, b"", None):
+            try:
+                self._states[int.from_bytes(key, "big")] = _decode(value)
+            except msgspec.MsgspecError as error:
+                raise StorageError(
+                    f"the state of a tablet cannot be read ({error}): the file is damaged or of another version; wipe "
+                    "this node's data directory, it is rebuilt from the other replicas"
+                ) from None
+
+    def state(self, tablet: int) -> TabletState:
+        return self._states.get(tablet, _EMPTY)
+
+    def known(self) -> tuple[int, ...]:
+        """Tablets with a state, ascending."""
+        return tuple(sorted(self._states))
+
+    def seal(self, tablet: int, epoch: int) -> int:
+        """Submit the seal; returns the number to await before answering, also where it was sealed before."""
+        state = self.state(tablet)
+        if self._rules.seal and state.sealed < epoch:
+            batch = Batch()
+            self._put(batch, tablet, msgspec.structs.replace(state, sealed=epoch))
+            self.submit(batch)
+        return self._submitted
+
+    def submit(self, batch: Batch) -> int:
+        """Submit a batch that changes states."""
+        self._submitted = self._disk.submit(batch)
+        return self._submitted
+
+    def may_initialise(self, tablet: int, epoch: int) -> bool:
+        """Rule 3: once, and not when that or a newer epoch is sealed or initialised."""
+        state = self.state(tablet)
+        return not self._rules.refuse_stale_init or (state.sealed < epoch and state.current < epoch)
+
+    def initialise(self, batch: Batch, tablet: int, epoch: int, before: int, floor: Ballot) -> None:
+        """Into the batch that makes the content the tablet's: initialised at `epoch`, sealed at the one before."""
+        state = self.state(tablet)
+        after = TabletState(
+            max(state.sealed, before),
+            tuple(sorted({*state.initialised, epoch})),
+            max(state.floor, floor) if self._rules.floor_carried else ZERO,
+            state.dropped,
+        )
+        if self._rules.init_durable:
+            self._put(batch, tablet, after)
+        else:
+            self._states[tablet] = after
+
+    def raise_floor(self, batch: Batch, tablet: int, floor: Ballot) -> None:
+        """Into the batch that collects registers of the tablet (rule 7)."""
+        state = self.state(tablet)
+        self._put(batch, tablet, msgspec.structs.replace(state, floor=max(state.floor, floor)))
+
+    def drop(self, batch: Batch, tablet: int) -> None:
+        """Into the batch that erases the content, once every current replica is initialised without it."""
+        state = self.state(tablet)
+        upto = max(state.sealed, state.current)
+        self._put(batch, tablet, TabletState(upto, (), ZERO, upto))
+
+    def _put(self, batch: Batch, tablet: int, state: TabletState) -> None:
+        batch.put(Space.TABLET, tablet_key(tablet), _encode(state))
+        self._states[tablet] = state

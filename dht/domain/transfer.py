@@ -1,0 +1,395 @@
+"""A replica becomes one of a new tablet epoch (DESIGN section 5, rules 1 to 4 and 6).
+
+    copy ahead   while the old replicas still serve: pages of headers, whole registers into Space.STAGED, bounded in
+                 bandwidth; only where this node has nothing of its own
+    seal         a prepare-and-seal quorum of the old replicas; nobody among them initialised: of those before, too
+    survey       the headers of every initialised one of them: per register the highest accepted ballot, and marks
+    fetch        what neither the staged nor the own content has at exactly that ballot; ballots are unique, so equal
+                 ballots are equal registers and need no second look
+    flip         one batch: content, seal of the epoch before, initialised epoch
+
+A replica that stays in the set goes the same way; its own registers are the copy. Everything before the flip may be lost
+and done again. Key in Space.STAGED: tablet (2 bytes), epoch (8 bytes), group key; value: the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+
+from dht.domain.asking import Ask, ask_each
+from dht.domain.chain import Chain
+from dht.domain.messages import (
+    AskHeaders,
+    AskRegisters,
+    AskSeal,
+    Headers,
+    RegisterCopy,
+    RegisterMark,
+    Registers,
+    Sealed,
+)
+from dht.domain.roster import TabletReplicas, quorums
+from dht.domain.rules import DomainRules
+from dht.domain.source import PAGE_KEYS_MAX
+from dht.domain.tablets import Tablets, tablet_key
+from dht.errors import DhtError, RemoteProtocolError, Unavailable
+from dht.model import ZERO, Ballot, GroupKey, NodeId, Struct
+from dht.storage.registers import RegisterFile
+from dht.world import Batch, Clock, Disk, Space
+
+COPY_BYTES_PER_S: Final = 16 * 1024 * 1024
+COPY_PASSES_MAX: Final = 3
+COPY_DIFFERENCES_ENOUGH: Final = 64
+RETRY_S: Final = 0.2
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(RegisterCopy).decode
+R = TypeVar("R", bound=Struct)
+
+
+class Overtaken(Exception):
+    """The tablet has a newer set of replicas, or is initialised already: this work is void."""
+
+
+class Best:
+    """Per register the highest accepted ballot among the contributors, who has it, and the highest marks."""
+
+    def __init__(self, highest: bool = True) -> None:
+        self.marks: dict[GroupKey, tuple[RegisterMark, NodeId]] = {}
+        self.floor = ZERO
+        self._highest = highest
+
+    def add(self, source: NodeId, mark: RegisterMark) -> None:
+        """A register that was only promised has no content; its promise is below every ballot of the new epoch."""
+        if mark.accepted == ZERO:
+            return
+        known = self.marks.get(mark.key)
+        if known is None:
+            self.marks[mark.key] = (mark, source)
+            return
+        old, old_source = known
+        wins = mark.accepted > old.accepted if self._highest else False
+        self.marks[mark.key] = (
+            RegisterMark(
+                mark.key,
+                max(mark.promise, old.promise),
+                mark.accepted if wins else old.accepted,
+                max(mark.chosen, old.chosen),
+            ),
+            source if wins else old_source,
+        )
+
+
+class Staging:
+    """The staged copies of one tablet at one epoch."""
+
+    def __init__(self, disk: Disk, tablet: int, epoch: int) -> None:
+        self._disk = disk
+        self._prefix = tablet_key(tablet) + epoch.to_bytes(8, "big")
+        self._accepted: dict[GroupKey, Ballot] = {}
+        self._discard_others(tablet_key(tablet))
+        for key, value in disk.range(Space.STAGED, self._prefix, _after(self._prefix)):
+            self._accepted[key[len(self._prefix) :]] = _decode(value).header.accepted
+
+    def accepted(self, key: GroupKey) -> Ballot | None:
+        return self._accepted.get(key)
+
+    def copy(self, key: GroupKey) -> RegisterCopy:
+        value = self._disk.get(Space.STAGED, self._prefix + key)
+        if value is None:
+            raise Unavailable("a staged register vanished; the transfer begins again")
+        return _decode(value)
+
+    def keep(self, copies: Sequence[RegisterCopy]) -> int:
+        """Submit the copies; returns the batch's number."""
+        batch = Batch()
+        for copy in copies:
+            batch.put(Space.STAGED, self._prefix + copy.key, _encode(copy))
+            self._accepted[copy.key] = copy.header.accepted
+        return self._disk.submit(batch)
+
+    def discard(self, batch: Batch) -> None:
+        """Into the batch: all copies gone."""
+        for key in self._accepted:
+            batch.delete(Space.STAGED, self._prefix + key)
+
+    def _discard_others(self, tablet: bytes) -> None:
+        batch = Batch()
+        for key, _ in self._disk.range(Space.STAGED, tablet, _after(tablet)):
+            if not key.startswith(self._prefix):
+                batch.delete(Space.STAGED, key)
+        if batch.writes:
+            self._disk.submit(batch)
+
+
+class Transfer:
+    """`initialise` does one tablet; the caller decides when, and runs it once per tablet at a time."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        chain: Chain,
+        tablets: Tablets,
+        registers: RegisterFile,
+        disk: Disk,
+        clock: Clock,
+        ask: Ask,
+        alive: Callable[[NodeId], bool],
+        on_flip: Callable[[int], None],
+        rules: DomainRules,
+    ) -> None:
+        self._node = node
+        self._chain = chain
+        self._tablets = tablets
+        self._registers = registers
+        self._disk = disk
+        self._clock = clock
+        self._ask = ask
+        self._alive = alive
+        self._on_flip = on_flip
+        self._rules = rules
+        self.remaining: dict[int, int] = {}
+        """Registers still to copy, by tablet under way."""
+
+    async def initialise(self, tablet: int) -> None:
+        """Make this node an initialised replica of the tablet's newest epoch; tries until done or overtaken."""
+        try:
+            while True:
+                try:
+                    await self._attempt(tablet)
+                    return
+                except Overtaken:
+                    return
+                except DhtError:
+                    if self._disk.failed is not None:
+                        raise
+                    await self._clock.sleep(RETRY_S)
+        finally:
+            self.remaining.pop(tablet, None)
+
+    def wanted(self, tablet: int) -> bool:
+        """Whether this node has to initialise the tablet's newest epoch and may (rule 3)."""
+        newest = self._chain.newest
+        if newest is None:
+            return False
+        replicas = newest.replicas(tablet)
+        state = self._tablets.state(tablet)
+        return (
+            self._node in replicas.nodes
+            and replicas.epoch not in state.initialised
+            and self._tablets.may_initialise(tablet, replicas.epoch)
+        )
+
+    async def _attempt(self, tablet: int) -> None:
+        target = self._target(tablet)
+        history = self._chain.history(tablet, target.epoch)
+        staging = Staging(self._disk, tablet, target.epoch)
+        if not history:
+            raise Overtaken  # the first epoch has no old replicas: its founder began initialised
+        if self._tablets.state(tablet).current != history[0].epoch:
+            await self._copy_ahead(tablet, target, history[0], staging)
+        early = None if self._rules.seal_before_init else await self._survey_unsealed(tablet, target, history[0])
+        contributors, floor = await self._seal(tablet, target, history)
+        best = early or await self._survey(tablet, target, contributors, sealed=True)
+        best.floor = max(best.floor, floor)
+        await self._fetch(
+            tablet, target, best, dict.fromkeys(history[0].nodes, history[0].epoch) | contributors, staging
+        )
+        self._flip(tablet, target, history[0].epoch, best, staging)
+
+    def _target(self, tablet: int) -> TabletReplicas:
+        newest = self._chain.newest
+        if newest is None or not self.wanted(tablet):
+            raise Overtaken
+        return newest.replicas(tablet)
+
+    def _check(self, tablet: int, target: TabletReplicas) -> None:
+        """Stop working for an epoch that is not the newest any more."""
+        if self._target(tablet).epoch != target.epoch:
+            raise Overtaken
+
+    # ---- copy ahead
+
+    async def _copy_ahead(self, tablet: int, target: TabletReplicas, old: TabletReplicas, staging: Staging) -> None:
+        """Best effort: without it the transfer is as right, only the pause is longer."""
+        for _ in range(COPY_PASSES_MAX):
+            differences: int | None = None
+            for source in sorted(old.nodes, key=lambda n: not self._alive(n)):
+                if source == self._node:
+                    continue
+                try:
+                    differences = await self._copy_pass(tablet, target, old.epoch, source, staging)
+                    break
+                except DhtError:
+                    continue
+            if differences is None or differences <= COPY_DIFFERENCES_ENOUGH:
+                return
+
+    async def _copy_pass(
+        self, tablet: int, target: TabletReplicas, epoch: int, source: NodeId, staging: Staging
+    ) -> int:
+        differences, after, more = 0, b"", True
+        while more:
+            self._check(tablet, target)
+            page = _expect(
+                await self._ask(source, AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, False)),
+                Headers,
+            )
+            wanted = [m.key for m in page.marks if not self._has(m.key, m.accepted, staging)]
+            differences += len(wanted)
+            await self._copy(tablet, epoch, source, wanted, staging, sealed=False)
+            more = page.more and bool(page.marks)
+            after = page.marks[-1].key if page.marks else after
+        return differences
+
+    def _has(self, key: GroupKey, accepted: Ballot, staging: Staging) -> bool:
+        return accepted in (staging.accepted(key), self._registers.header(key).accepted)
+
+    async def _copy(
+        self, tablet: int, epoch: int, source: NodeId, keys: list[GroupKey], staging: Staging, *, sealed: bool
+    ) -> None:
+        while keys:
+            self.remaining[tablet] = len(keys)
+            request = AskRegisters(self._chain.domain, tablet, epoch, tuple(keys[:PAGE_KEYS_MAX]), sealed)
+            copies = _expect(await self._ask(source, request), Registers).copies
+            if not copies or [c.key for c in copies] != keys[: len(copies)]:
+                raise RemoteProtocolError(f"a page of tablet {tablet} does not hold the registers asked for")
+            await self._disk.durable(staging.keep(copies))
+            if not sealed:
+                await self._clock.sleep(sum(c.header.size_bytes for c in copies) / COPY_BYTES_PER_S)
+            keys = keys[len(copies) :]
+        self.remaining[tablet] = 0
+
+    # ---- seal
+
+    async def _seal(
+        self, tablet: int, target: TabletReplicas, history: Sequence[TabletReplicas]
+    ) -> tuple[dict[NodeId, int], Ballot]:
+        """Initialised replicas of sealed quorums, each with the epoch that it may be asked at; and their highest floor.
+
+        Raises Unavailable while a quorum does not answer.
+        """
+        link = self._chain.link(target.epoch)
+        for old in history:
+            _, need = quorums(len(old.nodes))
+            replies = await self._ask_seals(AskSeal(self._chain.domain, tablet, old.epoch, link), old, need)
+            if len(replies) < need:
+                raise Unavailable(
+                    f"tablet {tablet} cannot move to epoch {target.epoch}: {len(replies)} of {need} needed replicas of "
+                    f"epoch {old.epoch} sealed it; it goes on when more of them are reachable"
+                )
+            contributors = {n: old.epoch for n, r in replies.items() if r.initialised}
+            if contributors:
+                return contributors, max(r.floor for r in replies.values() if r.initialised)
+        raise Unavailable(
+            f"tablet {tablet} has no initialised replica among those that answered, back to its first epoch; it goes "
+            "on when more of them are reachable"
+        )
+
+    async def _ask_seals(self, request: AskSeal, old: TabletReplicas, need: int) -> dict[NodeId, Sealed]:
+        """Replies of those that are still the incarnations which the old link lists."""
+        incarnations = {m.node_id: m.incarnation for m in self._chain.link(old.epoch).members}
+
+        def counted(replies: Mapping[NodeId, Sealed]) -> dict[NodeId, Sealed]:
+            if not self._rules.incarnation_checked:
+                return dict(replies)
+            return {n: r for n, r in replies.items() if r.incarnation == incarnations[n]}
+
+        return counted(await ask_each(self._ask, old.nodes, request, Sealed, lambda r: len(counted(r)) >= need))
+
+    # ---- survey, fetch, flip
+
+    async def _survey(
+        self, tablet: int, target: TabletReplicas, contributors: Mapping[NodeId, int], *, sealed: bool
+    ) -> Best:
+        best = Best(self._rules.highest_ballot_wins)
+        for node, epoch in contributors.items():
+            after, more = b"", True
+            while more:
+                self._check(tablet, target)
+                page = _expect(
+                    await self._ask(node, AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, sealed)),
+                    Headers,
+                )
+                for mark in page.marks:
+                    best.add(node, mark)
+                best.floor = max(best.floor, page.floor)
+                more = page.more and bool(page.marks)
+                after = page.marks[-1].key if page.marks else after
+        return best
+
+    async def _survey_unsealed(self, tablet: int, target: TabletReplicas, old: TabletReplicas) -> Best:
+        """The planted bug behind `seal_before_init`: what is accepted between this and the seal is lost."""
+        best = Best()
+        for node in old.nodes:
+            try:
+                found = await self._survey(tablet, target, {node: old.epoch}, sealed=False)
+            except DhtError:
+                continue
+            for mark, source in found.marks.values():
+                best.add(source, mark)
+        return best
+
+    async def _fetch(
+        self, tablet: int, target: TabletReplicas, best: Best, contributors: Mapping[NodeId, int], staging: Staging
+    ) -> None:
+        """Stage what is missing. A register may have moved on since the survey; what comes is then newer, and counts."""
+        missing: dict[NodeId, list[GroupKey]] = {}
+        for key, (mark, source) in best.marks.items():
+            if not self._has(key, mark.accepted, staging):
+                missing.setdefault(source, []).append(key)
+        for source, keys in missing.items():
+            self._check(tablet, target)
+            await self._copy(tablet, contributors[source], source, keys, staging, sealed=self._rules.seal_before_init)
+            for key in keys:
+                accepted = staging.accepted(key)
+                mark, _ = best.marks[key]
+                if accepted is None or accepted < mark.accepted:
+                    raise Unavailable(f"a register of tablet {tablet} was collected meanwhile; the survey is repeated")
+                best.marks[key] = (msgspec.structs.replace(mark, accepted=accepted), source)
+
+    def _flip(self, tablet: int, target: TabletReplicas, before: int, best: Best, staging: Staging) -> None:
+        """Rule 3, in one batch and without a wait between check and submit."""
+        self._check(tablet, target)
+        batch = Batch()
+        for key, (mark, _) in best.marks.items():
+            own = self._registers.header(key)
+            if not self._rules.replace_content and own.accepted > mark.accepted:
+                continue
+            if own.accepted == mark.accepted:
+                marked = msgspec.structs.replace(own, promise=mark.promise, chosen=mark.chosen)
+                if marked != own:
+                    self._registers.write(batch, key, marked, {})
+            elif staging.accepted(key) == mark.accepted:
+                copy = staging.copy(key)
+                header = msgspec.structs.replace(
+                    copy.header,
+                    promise=max(mark.promise, copy.header.promise),
+                    chosen=max(mark.chosen, copy.header.chosen),
+                )
+                self._registers.replace(batch, key, header, copy.rows)
+            else:
+                raise Unavailable(f"tablet {tablet} changed here while it was sealed; the survey is repeated")
+        if self._rules.replace_content:
+            for key in self._registers.keys(tablet):
+                if key not in best.marks:
+                    self._registers.erase(batch, key)
+        staging.discard(batch)
+        self._tablets.initialise(batch, tablet, target.epoch, before, best.floor)
+        self._tablets.submit(batch)
+        self._on_flip(tablet)
+
+
+def _after(prefix: bytes) -> bytes | None:
+    """The first key behind all that begin with the prefix."""
+    stripped = prefix.rstrip(b"\xff")
+    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
+
+
+def _expect(reply: Struct, kind: type[R]) -> R:
+    if not isinstance(reply, kind):
+        raise RemoteProtocolError(f"a peer answered with {type(reply).__name__} where {kind.__name__} was asked for")
+    return reply
