@@ -1,0 +1,285 @@
+"""One SQLite file as a `dht.world.Disk`: batches grouped into durable commits by a writer thread (DESIGN section 9).
+
+All methods belong to the loop's thread. A submitted batch is put into an overlay, which reads look at first, and
+handed to the writer; the writer takes whatever waits, writes it as one transaction (one fdatasync) and tells the loop
+once. After the first error nothing is accepted or answered any more: what a damaged disk says may be wrong, and
+a batch that was lost leaves later ones without ground.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import apsw
+from sortedcontainers import SortedDict
+
+from dht.errors import StorageError
+from dht.storage.sqlite_file import CRC_BYTES, SqliteFile, apply, intact
+from dht.world import Batch
+
+RESERVE_BYTES: Final = 16 * 1024 * 1024
+PENDING_BYTES_MAX: Final = 256 * 1024 * 1024
+GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
+_ENTRY_BYTES: Final = 100
+"""What a pending write costs beside its key and value, roughly."""
+
+_GET: Final = "SELECT value FROM kv WHERE space = ? AND key = ?"
+_RANGE: Final = "SELECT key, value FROM kv WHERE space = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?"
+_RANGE_REVERSE: Final = "SELECT key, value FROM kv WHERE space = ? AND key >= ? AND key < ? ORDER BY key DESC LIMIT ?"
+_TAIL: Final = "SELECT key, value FROM kv WHERE space = ? AND key >= ? ORDER BY key LIMIT ?"
+_TAIL_REVERSE: Final = "SELECT key, value FROM kv WHERE space = ? AND key >= ? ORDER BY key DESC LIMIT ?"
+
+
+@dataclass(slots=True)
+class _Submitted:
+    """A batch on its way to the file, or (`writes` None) the order to stop."""
+
+    number: int
+    writes: list[tuple[int, bytes, bytes | None]] | None
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class DiskCounters:
+    """For metrics; `commit_s` sums the time of the commits, `pending_bytes` is what waits now."""
+
+    batches: int = 0
+    commits: int = 0
+    written_bytes: int = 0
+    commit_s: float = 0.0
+    pending_bytes: int = 0
+
+
+class SqliteDisk:
+    """Opens or creates the file; raises StorageError, in words for an operator, if it cannot.
+
+    `reserve_bytes`: space kept beside the file for the day the file system is full. `check`: look at the start whether
+    the file's pages are whole and its keys in order (about 1 s a GB; a value's own checksum is verified at each read).
+    """
+
+    def __init__(self, path: str | Path, *, reserve_bytes: int = RESERVE_BYTES, check: bool = True) -> None:
+        self._file = SqliteFile(Path(path), reserve_bytes, check)
+        self.counters = DiskCounters()
+        self._reader = self._file.reader
+        # space -> key -> (number of the batch, value)
+        self._overlay: dict[int, SortedDict] = {}
+        self._waiters: dict[int, list[asyncio.Future[None]]] = {}
+        self._submitted = 0
+        self._durable = 0
+        self._failed: str | None = None
+        self._closed = False
+        self._queue: queue.SimpleQueue[_Submitted] = queue.SimpleQueue()
+        self._finished: deque[list[_Submitted]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._write, name="lucd-disk", daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> str | None:
+        return self._failed
+
+    def get(self, space: int, key: bytes) -> bytes | None:
+        self._refuse_if_failed()
+        pending = self._overlay.get(space)
+        if pending is not None and (entry := pending.get(key)) is not None:
+            value: bytes | None = entry[1]
+            return value
+        try:
+            found = self._reader.execute(_GET, (space, key)).fetchall()
+        except apsw.Error as error:
+            raise self._fail(error, "read") from error
+        return self._opened(space, key, found[0][0]) if found else None
+
+    def range(
+        self, space: int, low: bytes, high: bytes | None, *, reverse: bool = False, limit: int | None = None
+    ) -> Sequence[tuple[bytes, bytes]]:
+        self._refuse_if_failed()
+        if (high is not None and high <= low) or limit == 0:
+            return []
+        pending = self._overlay.get(space)
+        keys = [] if pending is None else list(pending.irange(low, high, inclusive=(True, False), reverse=reverse))
+        try:
+            if pending is None or not keys:
+                return [
+                    (key, self._opened(space, key, value))
+                    for key, value in self._stored(space, low, high, reverse, limit)
+                ]
+            spare = None if limit is None else limit + len(keys)
+            stored = self._stored(space, low, high, reverse, spare)
+            merged = _overlaid(stored, [(key, pending[key][1]) for key in keys], reverse)
+            return [
+                (key, self._opened(space, key, value) if on_disk else value)
+                for key, value, on_disk in itertools.islice(merged, limit)
+            ]
+        except apsw.Error as error:
+            raise self._fail(error, "read") from error
+
+    def submit(self, batch: Batch) -> int:
+        self._refuse_if_failed()
+        self._settle()
+        self._submitted = number = self._submitted + 1
+        size_bytes = 0
+        for space, key, value in batch.writes:
+            pending = self._overlay.get(space)
+            if pending is None:
+                pending = self._overlay[space] = SortedDict()
+            pending[key] = (number, value)
+            size_bytes += len(key) + _ENTRY_BYTES + (0 if value is None else len(value))
+        self.counters.batches += 1
+        self.counters.pending_bytes += size_bytes
+        self._queue.put(_Submitted(number, batch.writes, size_bytes))
+        if self.counters.pending_bytes > PENDING_BYTES_MAX:
+            self._failed = (
+                f"cannot write {self._file.path}: the disk did not keep up, {self.counters.pending_bytes} bytes wait "
+                "to be written. Check the disk and the system's log, then start the node again"
+            )
+            raise StorageError(self._failed)
+        return number
+
+    async def durable(self, number: int) -> None:
+        self._settle()
+        if number <= self._durable:
+            return
+        self._refuse_if_failed()
+        if number > self._submitted:
+            raise ValueError(f"batch {number} was never submitted; the newest is {self._submitted}")
+        self._loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.setdefault(number, []).append(waiter)
+        # The writer may have finished between the first look and the moment it could know of this loop.
+        self._settle()
+        await waiter
+
+    def close(self) -> None:
+        """Write what was submitted, close the file, release the lock. Idempotent; blocks for the last commit."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(_Submitted(0, None, 0))
+        self._thread.join()
+        self._settle()
+        self._failed = self._failed or f"cannot use {self._file.path}: it was closed"
+        self._settle()
+        self._file.close()
+
+    def _opened(self, space: int, key: bytes, stored: Any) -> bytes:
+        if not intact(space, key, stored):
+            damage = apsw.CorruptError(f"checksum of key {key.hex()} in space {space} does not match")
+            raise self._fail(damage, "read")
+        value: bytes = stored[CRC_BYTES:]
+        return value
+
+    def _stored(
+        self, space: int, low: bytes, high: bytes | None, reverse: bool, limit: int | None
+    ) -> list[tuple[Any, ...]]:
+        most = -1 if limit is None else limit
+        if high is None:
+            return self._reader.execute(_TAIL_REVERSE if reverse else _TAIL, (space, low, most)).fetchall()
+        return self._reader.execute(_RANGE_REVERSE if reverse else _RANGE, (space, low, high, most)).fetchall()
+
+    def _refuse_if_failed(self) -> None:
+        if self._failed is not None:
+            raise StorageError(self._failed)
+
+    def _fail(self, error: Exception, doing: str) -> StorageError:
+        """Remember the first failure; the error to raise for it. Called from both threads."""
+        if self._failed is None:
+            self._failed = self._file.explain(error, doing)
+        self._notify()
+        return StorageError(self._failed)
+
+    def _settle(self) -> None:
+        """Take notice of finished commits: forget their part of the overlay, wake who waits for them."""
+        while self._finished:
+            group = self._finished.popleft()
+            for submitted in group:
+                for space, key, _ in submitted.writes or ():
+                    pending = self._overlay[space]
+                    entry = pending.get(key)
+                    if entry is not None and entry[0] == submitted.number:
+                        del pending[key]
+                self.counters.pending_bytes -= submitted.size_bytes
+                self._durable = submitted.number
+                self._wake(submitted.number, None)
+        if self._failed is not None and self._waiters:
+            for number in list(self._waiters):
+                self._wake(number, self._failed)
+
+    def _wake(self, number: int, failed: str | None) -> None:
+        for waiter in self._waiters.pop(number, ()):
+            if waiter.done():
+                continue
+            if failed is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(StorageError(failed))
+
+    def _notify(self) -> None:
+        loop = self._loop
+        if loop is not None:
+            try:
+                loop.call_soon_threadsafe(self._settle)
+            except RuntimeError:
+                # The loop is closed: nobody waits any more.
+                self._loop = None
+
+    def _write(self) -> None:
+        """The writer thread: one commit for all that waits, in order, until told to stop or the first error."""
+        stopping = False
+        while not stopping:
+            group, stopping = self._next_group()
+            if not group or self._failed is not None:
+                continue
+            started = time.perf_counter()
+            latest = {(space, key): value for submitted in group for space, key, value in submitted.writes or ()}
+            try:
+                apply(self._file.writer, latest.items())
+            except Exception as error:
+                # Whatever it was: a writer that died silently would leave everybody waiting.
+                if isinstance(error, apsw.FullError):
+                    self._file.give_reserve()
+                self._fail(error, "write")
+                continue
+            self.counters.commits += 1
+            self.counters.written_bytes += sum(submitted.size_bytes for submitted in group)
+            self.counters.commit_s += time.perf_counter() - started
+            self._finished.append(group)
+            self._notify()
+
+    def _next_group(self) -> tuple[list[_Submitted], bool]:
+        group: list[_Submitted] = []
+        size_bytes = 0
+        submitted = self._queue.get()
+        while submitted.writes is not None:
+            group.append(submitted)
+            size_bytes += submitted.size_bytes
+            if size_bytes >= GROUP_BYTES_MAX:
+                return group, False
+            try:
+                submitted = self._queue.get_nowait()
+            except queue.Empty:
+                return group, False
+        return group, True
+
+
+def _overlaid(
+    stored: Iterable[tuple[Any, ...]], pending: list[tuple[bytes, bytes | None]], reverse: bool
+) -> Iterator[tuple[bytes, bytes, bool]]:
+    """Both in key order, the pending value winning and hiding what it deletes; and whether it is from the disk."""
+    newer = dict(pending)
+    return heapq.merge(
+        [(key, value, True) for key, value in stored if key not in newer],
+        [(key, value, False) for key, value in pending if value is not None],
+        key=lambda entry: entry[0],
+        reverse=reverse,
+    )
