@@ -1,0 +1,135 @@
+"""Fixtures: databases made by Nova's own migrations, workers in processes of their own, contexts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+os.environ["OS_NOVA_DISABLE_EVENTLET_PATCHING"] = "true"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import nova.conf
+    import nova.context
+    from nova import config, objects
+    from nova.db import migration
+    from nova.db.api import api as api_db
+    from nova.db.main import api as main_db
+    from oslo_db.sqlalchemy import enginefacade
+
+    objects.register_all()
+    from nova_bridge.rpc import worker
+    from nova_bridge.rpc.client import NovaDbClient
+    from nova_bridge.rpc.methods import catalogue
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            # Nova and its libraries warn about their own use of each other.
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def nova_conf():
+    """Nova's configuration without any file; both databases are given by the tests."""
+    conf = nova.conf.CONF
+    config.parse_args(["tests"], default_config_files=[], configure_db=False, init_rpc=False)
+    return conf
+
+
+def use_databases(conf, folder):
+    """Point this process's Nova at the two SQLite files in `folder`."""
+    for module, group, name in ((main_db, "database", "main"), (api_db, "api_database", "api")):
+        conf.set_override("connection", url_of(folder, name), group)
+        # The manager is configured once only, and decorates functions everywhere: its content is replaced, not itself.
+        module.context_manager.patch_factory(enginefacade.transaction_context())
+        module.configure(conf)
+
+
+def url_of(folder, name):
+    return f"sqlite:///{folder}/{name}.sqlite"
+
+
+@pytest.fixture(scope="session")
+def template(nova_conf, tmp_path_factory):
+    """A folder with main.sqlite and api.sqlite, migrated and empty."""
+    folder = tmp_path_factory.mktemp("template")
+    use_databases(nova_conf, folder)
+    for name in ("main", "api"):
+        migration.db_sync(database=name)
+    main_db.get_engine().dispose()
+    api_db.get_engine().dispose()
+    return folder
+
+
+def copy_of(template, folder):
+    folder.mkdir()
+    for name in ("main", "api"):
+        shutil.copy(template / f"{name}.sqlite", folder / f"{name}.sqlite")
+    return folder
+
+
+class PipeChannel:
+    """A channel to a worker process over its standard input and output."""
+
+    def __init__(self, folder):
+        argv = worker.command(
+            transport_url="none", connection=url_of(folder, "main"), api_connection=url_of(folder, "api"), threads=1
+        )
+        argv[1:3] = [str(HERE / "pipe_worker.py")]
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.lock = threading.Lock()
+        self.methods = []
+        assert self.process.stdout.readline().strip() == worker.READY
+
+    def request(self, method, content):
+        with self.lock:
+            self.methods.append(method)
+            self.process.stdin.write(json.dumps({"method": method, "content": content}) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=20)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def databases(template, tmp_path_factory, nova_conf):
+    """Two folders with the same empty databases: `here` for direct calls of this process, `there` for the worker."""
+    root = tmp_path_factory.mktemp("databases")
+    here, there = copy_of(template, root / "here"), copy_of(template, root / "there")
+    use_databases(nova_conf, here)
+    return here, there
+
+
+@pytest.fixture(scope="module")
+def channel(databases):
+    opened = PipeChannel(databases[1])
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def client(channel):
+    return NovaDbClient(channel)
+
+
+@pytest.fixture(scope="session")
+def methods_of_nova():
+    return catalogue()
+
+
+@pytest.fixture
+def admin():
+    return nova.context.get_admin_context()
