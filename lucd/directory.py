@@ -60,23 +60,36 @@ class _NodeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     cluster_id: str
     incarnation: str
+    founder: bool = False
     pop: str | None = None
+    stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class OpenDirectory:
-    """What a starting node learns from its directory; the lock is held as long as this process lives."""
+    """What a starting node learns from its directory; the lock is held as long as this process lives.
+
+    `founder`: made by `lucd init`, so the one node that may start without anybody to join.
+    """
 
     path: Path
     cluster: ClusterKey
     private_key: bytes
     incarnation: uuid.UUID
+    founder: bool
     boot: int
     lock: int
 
     @property
     def store_file(self) -> Path:
         return self.path / "store.sqlite"
+
+    def note_stored(self) -> None:
+        """Remember that the node's file holds something: from now on a start without it is refused."""
+        with _file_errors(self.path):
+            node = _node_file(self.path)
+            if not node.stored:
+                _write(self.path / "node.json", _json(msgspec.structs.replace(node, stored=True)), 0o600)
 
     def close(self) -> None:
         """Give the directory back."""
@@ -86,16 +99,16 @@ class OpenDirectory:
 def found(path: Path) -> ClusterKey:
     """Make the directory of a new cluster's first node. Raises Conflict if there already is a node in it."""
     cluster = ClusterKey(str(uuid.uuid4()), secrets.token_bytes(32))
-    _create(path, cluster)
+    _create(path, cluster, founder=True)
     return cluster
 
 
 def join(path: Path, cluster: ClusterKey) -> None:
     """Make the directory of a further node. Raises Conflict if there already is a node in it."""
-    _create(path, cluster)
+    _create(path, cluster, founder=False)
 
 
-def _create(path: Path, cluster: ClusterKey) -> None:
+def _create(path: Path, cluster: ClusterKey, founder: bool) -> None:
     with _file_errors(path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (path / "node.json").exists():
@@ -111,7 +124,7 @@ def _create(path: Path, cluster: ClusterKey) -> None:
         _write(path / "cluster.key", cluster.text() + "\n", 0o600)
         _write(path / "node.key", secrets.token_bytes(32).hex() + "\n", 0o600)
         _write(path / "boot", "0\n", 0o600)
-        node = _NodeFile(format=FORMAT, cluster_id=cluster.cluster_id, incarnation=str(uuid.uuid4()))
+        node = _NodeFile(format=FORMAT, cluster_id=cluster.cluster_id, incarnation=str(uuid.uuid4()), founder=founder)
         _write(path / "node.json", _json(node), 0o600)
 
 
@@ -138,6 +151,11 @@ def start(path: Path, pop: str) -> OpenDirectory:
                     f"{path} belongs to a node of PoP {node.pop}, but pop = {pop} is configured; a node cannot move: "
                     "correct pop, or join again with an empty data_dir"
                 )
+            if node.stored and not (path / "store.sqlite").exists():
+                raise StorageError(
+                    f"{path}/store.sqlite is gone, and with it what this node promised to others; "
+                    "wipe the directory and join again"
+                )
             key = _node_key(path)
             boot = _read_boot(path) + 1
             _write(path / "boot", f"{boot}\n", 0o600)
@@ -146,7 +164,7 @@ def start(path: Path, pop: str) -> OpenDirectory:
         except BaseException:
             os.close(lock)
             raise
-    return OpenDirectory(path, cluster, key, uuid.UUID(node.incarnation), boot, lock)
+    return OpenDirectory(path, cluster, key, uuid.UUID(node.incarnation), node.founder, boot, lock)
 
 
 def _node_file(path: Path) -> _NodeFile:

@@ -77,7 +77,9 @@ DEFAULTS: list[Any] = [
         default=[],
         help="HOST:PORT of nodes to join through, comma-separated. The cluster's first node needs none.",
     ),
-    cfg.StrOpt("socket", sample_default="DATA_DIR/lucd.sock", help="The Unix socket for Nova and the command line."),
+    cfg.StrOpt(
+        "socket", default="/run/lucd/lucd.sock", help="The Unix socket for Nova's processes and the command line."
+    ),
     cfg.StrOpt(
         "socket_mode",
         regex=r"^0?[0-7]{3}$",

@@ -140,7 +140,7 @@ def _settings(conf: Any, where: str) -> Settings:
             bootstrap.append(options.endpoint(item))
         except ValueError as error:
             raise Invalid(f"{where}: [DEFAULT] bootstrap = {item}: {error}", option="bootstrap") from None
-    socket = Path(top("socket") or data_dir / "lucd.sock").absolute()
+    socket = Path(top("socket")).absolute()
     if len(str(socket).encode()) > 100:
         raise Invalid(
             f"{where}: [DEFAULT] socket = {socket}: Unix sockets take at most 100 bytes of path; choose a shorter one"
@@ -161,7 +161,7 @@ def _settings(conf: Any, where: str) -> Settings:
         stop_timeout_s=values["limits", "stop_timeout_s"],
         nova=NovaSettings(
             workers=values["nova", "workers"],
-            transport_url=values["nova", "transport_url"] or f"lucd:///?socket={socket}",
+            transport_url=values["nova", "transport_url"] or f"lucd://{socket}",
             main_database=values["nova", "main_database"],
             api_database=values["nova", "api_database"],
             config_file=values["nova", "config_file"],

@@ -28,13 +28,13 @@ def test_load_full_file_fills_in_dependent_defaults(tmp_path: Path) -> None:
             "bootstrap = a.example:7000, [::1]:7001\npop = paris-1\nsocket_mode = 600\n[nova]\nworkers = 3\n",
         )
     )
-    assert settings.socket == tmp_path / "d" / "lucd.sock"
+    assert settings.socket == Path("/run/lucd/lucd.sock")
     assert settings.advertise == Endpoint("2001:db8::1", 7000)
     assert str(settings.advertise) == "[2001:db8::1]:7000"
     assert settings.bootstrap == (Endpoint("a.example", 7000), Endpoint("::1", 7001))
     assert settings.socket_mode == 0o600
     assert settings.nova.workers == 3
-    assert settings.nova.transport_url == f"lucd:///?socket={settings.socket}"
+    assert settings.nova.transport_url == "lucd:///run/lucd/lucd.sock"
 
 
 @pytest.mark.parametrize(

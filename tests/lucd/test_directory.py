@@ -127,6 +127,18 @@ def test_start_unreadable_file_is_refused(tmp_path: Path) -> None:
         directory.start(tmp_path / "d", "p")
 
 
+def test_start_without_the_file_that_held_promises_is_refused(tmp_path: Path) -> None:
+    directory.found(tmp_path / "d")
+    opened = directory.start(tmp_path / "d", "p")
+    opened.store_file.touch()
+    opened.note_stored()
+    opened.close()
+    directory.start(tmp_path / "d", "p").close()
+    opened.store_file.unlink()
+    with pytest.raises(StorageError, match="wipe the directory"):
+        directory.start(tmp_path / "d", "p")
+
+
 def test_found_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="Not a directory"):

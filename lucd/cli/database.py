@@ -1,0 +1,56 @@
+"""Commands on databases: create, list, drop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dht.errors import Conflict, Invalid, NotFound
+from lucd.cli.connection import socket_option, store
+from lucd.cli.output import format_option, show_json, show_table
+
+
+@click.group()
+def database() -> None:
+    """The databases in the store."""
+
+
+@database.command("list")
+@socket_option
+@format_option
+def database_list(config: Path | None, socket: Path | None, form: str) -> None:
+    """Their names."""
+    with store(config, socket) as opened:
+        names = opened.list_databases()
+    if form == "json":
+        show_json(list(names))
+    else:
+        show_table(("DATABASE",), [(name,) for name in names])
+
+
+@database.command("create")
+@click.argument("name")
+@socket_option
+def database_create(name: str, config: Path | None, socket: Path | None) -> None:
+    """Create the database NAME."""
+    with store(config, socket) as opened:
+        created = opened.create_database(name)
+    if not created:
+        raise Conflict(f"database {name} already exists; nothing was changed")
+    click.echo(f"Created database {name}.")
+
+
+@database.command("drop")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Really delete it with everything in it.")
+@socket_option
+def database_drop(name: str, yes: bool, config: Path | None, socket: Path | None) -> None:
+    """Delete the database NAME with everything in it."""
+    if not yes:
+        raise Invalid(f"database {name} was not dropped: everything in it would be lost; add --yes if that is meant")
+    with store(config, socket, timeout_s=120.0) as opened:
+        dropped = opened.drop_database(name)
+    if not dropped:
+        raise NotFound(f"there is no database {name}; `lucd database list` names them")
+    click.echo(f"Dropped database {name}.")

@@ -1,0 +1,85 @@
+"""The `lucd` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from dht.errors import DhtError, Unavailable
+from lucd import version
+from lucd.cli import cluster, database, show
+from lucd.cli.output import fail
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def lucd() -> None:
+    """Nova's database without a database server: a replicated, locality-aware store on every node."""
+
+
+@lucd.command("version")
+def show_version() -> None:
+    """Print the version."""
+    click.echo(f"lucd {version()}")
+
+
+@lucd.group()
+def config() -> None:
+    """The configuration file."""
+
+
+@config.command("sample")
+def config_sample() -> None:
+    """Print a configuration file with every option and its default."""
+    from lucd.conf.sample import render
+
+    click.echo(render(), nl=False)
+
+
+@lucd.command()
+@click.option(
+    "--keep", is_flag=True, help="Keep the daemons' directories and logs afterwards and print where they are."
+)
+@click.option("--instances", default=20, show_default=True, type=click.IntRange(2, 500), help="How many to create.")
+def demo(keep: bool, instances: int) -> None:
+    """Show it: three daemons on this machine keep Nova's state while one of them is killed."""
+    from lucd.demo.story import play  # needs the nova extra, which a daemon does without
+
+    sys.exit(play(instances=instances, keep=keep))
+
+
+for command in (
+    cluster.init,
+    cluster.join,
+    cluster.key,
+    cluster.run,
+    show.status,
+    show.node,
+    show.domain,
+    show.data,
+    database.database,
+):
+    lucd.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: every error is one line on stderr and an exit code of its own (`dht.errors`)."""
+    try:
+        lucd.main(args=list(arguments) if arguments is not None else None, prog_name="lucd", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.UsageError as error:
+        hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        click.echo(f"lucd: {error.format_message()}{hint}", err=True)
+        sys.exit(64)
+    except click.Abort:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(fail(Unavailable("whoever reads the output went away")))
+    except DhtError as error:
+        sys.exit(fail(error))
+
+
+if __name__ == "__main__":
+    main()

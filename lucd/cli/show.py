@@ -1,0 +1,163 @@
+"""Commands that ask the daemon how things are: status, node, domain, data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dht.errors import Invalid
+from dht.model import GroupKey, Value
+from dht.requests import Done
+from dht.rows import group_key
+from lucd import messages
+from lucd.cli.connection import ask, client, socket_option
+from lucd.cli.output import format_option, show_fields, show_json, show_table
+from lucd.messages import NodeLine
+
+_NODE_HEAD = ("NODE", "POP", "FAILURE DOMAIN", "ADDRESS", "ROLE", "REACHABLE")
+
+
+def _node_row(node: NodeLine) -> tuple[str, ...]:
+    mark = "*" if node.this else ""
+    return (
+        node.node_id + mark,
+        node.pop,
+        node.failure_domain,
+        node.address,
+        node.role,
+        "yes" if node.reachable else "no",
+    )
+
+
+@click.command()
+@socket_option
+@format_option
+def status(config: Path | None, socket: Path | None, form: str) -> None:
+    """How this node is."""
+    reply = ask(config, socket, messages.AskStatus(), messages.StatusReply)
+    if form == "json":
+        show_json(messages.plain(reply))
+        return
+    show_fields(
+        [
+            ("state", reply.state),
+            ("node", reply.node_id),
+            ("pop", reply.pop),
+            ("address", reply.address),
+            ("cluster", reply.cluster_id),
+            ("members", f"{reply.members}, {reply.reachable} reachable"),
+            ("roster", f"epoch {reply.roster_epoch}, generation {reply.generation}"),
+            ("databases", ", ".join(reply.databases) or "none"),
+            ("up", f"{reply.uptime_s:.0f} s, start number {reply.boot}"),
+            ("version", reply.version),
+            *(("warning", text) for text in reply.warnings),
+        ]
+    )
+
+
+@click.group()
+def node() -> None:
+    """The nodes of the cluster."""
+
+
+@node.command("list")
+@socket_option
+@format_option
+def node_list(config: Path | None, socket: Path | None, form: str) -> None:
+    """The nodes that this one knows; * marks itself."""
+    reply = ask(config, socket, messages.AskNodes(), messages.NodesReply)
+    if form == "json":
+        show_json([messages.plain(line) for line in reply.nodes])
+    else:
+        show_table(_NODE_HEAD, [_node_row(line) for line in reply.nodes])
+
+
+@node.command("drain")
+@click.argument("node_id")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for its tablets to move.")
+@socket_option
+def node_drain(node_id: str, timeout: float, config: Path | None, socket: Path | None) -> None:
+    """Move the tablets away from NODE_ID (of this PoP) and take it out of the roster."""
+    with client(config, socket, timeout) as daemon:
+        reply = daemon.call(messages.DrainNode(node_id))
+    changed = isinstance(reply, Done) and reply.changed
+    click.echo(f"Node {node_id} {'left the roster' if changed else 'was not in the roster'}.")
+
+
+@click.group()
+def domain() -> None:
+    """The domains: which nodes keep which groups."""
+
+
+@domain.command("show")
+@click.argument("name", default="")
+@socket_option
+@format_option
+def domain_show(name: str, config: Path | None, socket: Path | None, form: str) -> None:
+    """The domain NAME (default: this node's PoP), its members and tablets."""
+    reply = ask(config, socket, messages.AskDomain(name), messages.DomainReply)
+    if form == "json":
+        show_json(messages.plain(reply))
+        return
+    show_fields(
+        [
+            ("domain", reply.name),
+            ("generation", reply.generation),
+            ("epoch", reply.epoch),
+            ("survives", f"the loss of {reply.survives} of a tablet's replicas"),
+        ]
+    )
+    click.echo()
+    show_table(_NODE_HEAD, [_node_row(line) for line in reply.members])
+    click.echo()
+    short = {line.node_id: line.node_id[8:16] for line in reply.members}
+    show_table(
+        ("TABLET", "EPOCH", "REPLICAS", "SERVED HERE"),
+        [
+            (t.tablet, t.epoch, " ".join(short.get(r, r[8:16]) for r in t.replicas), "yes" if t.serving else "no")
+            for t in reply.tablets
+        ],
+    )
+
+
+@click.group()
+def data() -> None:
+    """The data and where it lives."""
+
+
+def parse_key(text: str) -> GroupKey:
+    """The group's key in DATABASE/FAMILY/VALUE[/VALUE...]; digits are numbers unless they stand in quotes."""
+    database, _, rest = text.partition("/")
+    family, *values = rest.split("/")
+    if not database or not family:
+        raise Invalid(f"{text!r} is not a key; write DATABASE/FAMILY/VALUE, for example nova_cell1/instance/UUID")
+    return group_key(database, family, tuple(_value(v) for v in values))
+
+
+def _value(text: str) -> Value:
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+@data.command("where")
+@click.argument("key")
+@socket_option
+@format_option
+def data_where(key: str, config: Path | None, socket: Path | None, form: str) -> None:
+    """Where the group DATABASE/FAMILY/VALUE lives, for example nova_cell1/instance/UUID."""
+    reply = ask(config, socket, messages.AskWhere(parse_key(key)), messages.WhereReply)
+    if form == "json":
+        show_json(messages.plain(reply))
+        return
+    show_fields(
+        [
+            ("domain", reply.domain),
+            ("tablet", f"{reply.tablet} (epoch {reply.epoch})"),
+            ("coordinator", reply.coordinator),
+            ("group", f"{reply.rows} rows at {reply.ballot}" if reply.exists else "does not exist"),
+        ]
+    )
+    click.echo()
+    show_table(_NODE_HEAD, [_node_row(line) for line in reply.replicas])

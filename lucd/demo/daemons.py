@@ -1,0 +1,230 @@
+"""Real daemons on loopback, each with its directory, ports, configuration and log, ended by process id.
+
+The demo, the tests and the benchmark use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from dht.errors import Unavailable
+from dht.wire.blocking import BlockingClient, SocketStore
+from lucd import directory
+from lucd.directory import ClusterKey
+
+HOST = "127.0.0.1"
+START_WAIT_S = 30.0
+STOP_WAIT_S = 15.0
+
+
+def free_port() -> int:
+    """A number that is free for TCP and UDP right now."""
+    while True:
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+        ):
+            tcp.bind((HOST, 0))
+            port = int(tcp.getsockname()[1])
+            try:
+                udp.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+
+
+class LocalNode:
+    """One daemon. Its directory must be short: the path of a Unix socket has at most 107 bytes."""
+
+    def __init__(self, number: int, path: Path, bootstrap: Sequence[str], pop: str, options: str = "") -> None:
+        self.number = number
+        self.path = path
+        self.pop = pop
+        self.port = free_port()
+        self.admin_port = free_port()
+        self.data_dir = path / "data"
+        self.socket = path / "s"
+        self.log = path / "log"
+        self.config = path / "lucd.conf"
+        self.bootstrap = list(bootstrap)
+        self.options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        path.mkdir(parents=True)
+        self.write_config()
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def write_config(self) -> None:
+        """(Re)write the configuration from the attributes."""
+        self.config.write_text(
+            f"[DEFAULT]\ndata_dir = {self.data_dir}\nlisten = {self.address}\nadmin = {HOST}:{self.admin_port}\n"
+            f"socket = {self.socket}\npop = {self.pop}\nfailure_domain = host{self.number}\n"
+            f"bootstrap = {','.join(self.bootstrap)}\n{self.options}"
+        )
+
+    def make_directory(self, cluster: ClusterKey | None) -> ClusterKey:
+        """Found a cluster (None) or become a node of one."""
+        if cluster is None:
+            return directory.found(self.data_dir)
+        directory.join(self.data_dir, cluster)
+        return cluster
+
+    def start(self, wait_ready: bool = True) -> None:
+        """Start the process; raises Unavailable with its log's end when it ends or is not ready in time."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lucd.cli.main", "run", "--config", str(self.config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        if wait_ready:
+            self.wait_ready()
+
+    def wait_ready(self, timeout_s: float = START_WAIT_S) -> None:
+        """Return when /readyz says so."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                raise Unavailable(f"daemon {self.number} ended at its start: {self.log_tail()}")
+            if self.get("/readyz")[0] == 200:
+                return
+            time.sleep(0.05)
+        raise Unavailable(f"daemon {self.number} is not ready after {timeout_s:.0f} s: {self.log_tail()}")
+
+    def get(self, path: str) -> tuple[int, str]:
+        """(status, text) of the admin address; (0, reason) while nothing answers there."""
+        connection = http.client.HTTPConnection(HOST, self.admin_port, timeout=5.0)
+        try:
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            return reply.status, reply.read().decode()
+        except OSError as error:
+            return 0, str(error)
+        finally:
+            connection.close()
+
+    @property
+    def pid(self) -> int:
+        """The running process; 0 if there is none."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else 0
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code. A daemon that does not end in STOP_WAIT_S is killed."""
+        if self._process is None:
+            return 0
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(STOP_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -signal.SIGKILL
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit code of a process that ends by itself."""
+        return self._process.wait(timeout_s) if self._process is not None else 0
+
+    def pause(self) -> None:
+        """Stop the process without ending it (SIGSTOP): it looks hung to its peers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def client(self, timeout_s: float = 10.0) -> BlockingClient:
+        return BlockingClient(self.socket, timeout_s)
+
+    def store(self, timeout_s: float = 10.0) -> SocketStore:
+        return SocketStore(self.client(timeout_s))
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def log_tail(self) -> str:
+        """The last lines of the log, in one."""
+        return " | ".join(self.log_text().splitlines()[-4:]) or "its log is empty"
+
+
+class Daemons:
+    """`nodes` daemons of one cluster and PoP; the first founds it, the others join through it.
+
+    As a context manager it starts them one after the other and ends them all.
+    """
+
+    def __init__(self, path: Path, nodes: int = 3, pop: str = "pop1", options: str = "") -> None:
+        self.path = path
+        self.cluster: ClusterKey | None = None
+        self.nodes: list[LocalNode] = []
+        self._pop = pop
+        self._options = options
+        for _ in range(nodes):
+            self.add()
+
+    def add(self, pop: str | None = None, bootstrap: Sequence[str] | None = None, options: str = "") -> LocalNode:
+        """One more node with its directory made, not started."""
+        if bootstrap is None:
+            bootstrap = [self.nodes[0].address] if self.nodes else []
+        number = len(self.nodes) + 1
+        node = LocalNode(number, self.path / f"n{number}", bootstrap, pop or self._pop, self._options + options)
+        self.cluster = node.make_directory(self.cluster)
+        self.nodes.append(node)
+        return node
+
+    def start(self) -> None:
+        """Start all that do not run, in order, and wait until each is ready."""
+        for node in self.nodes:
+            if not node.pid:
+                node.start()
+
+    def start_together(self) -> None:
+        """Start all that do not run at once, then wait for all: after a power cut."""
+        for node in self.nodes:
+            if not node.pid:
+                node.start(wait_ready=False)
+        for node in self.nodes:
+            node.wait_ready()
+
+    def stop(self) -> None:
+        """SIGTERM to all at once, then wait."""
+        for node in self.nodes:
+            if node.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(node.pid, signal.SIGTERM)
+        for node in self.nodes:
+            node.stop()
+
+    def url(self, database: str, node: int = 0, scheme: str = "lucd") -> str:
+        """The SQL door of the node (counted from 0) for SQLAlchemy."""
+        return f"{scheme}:///{database}?socket={self.nodes[node].socket}"
+
+    def __enter__(self) -> Daemons:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,73 @@
+"""What a local client's request is passed on to: the store, the bus of the RPC door, or the daemon itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from dht import requests
+from dht.codec import Message
+from dht.errors import Invalid
+from dht.model import Struct
+from dht.requests import Store
+from dht.wire.frames import time_left_s
+from dht.wire.local import Connection
+
+BUS_NUMBERS = range(150, 200)
+DAEMON_NUMBERS = range(200, 250)
+
+
+class Bus(Protocol):
+    """The part of `nova_bridge.rpc.bus.Bus` that the door needs."""
+
+    async def answer(self, connection: Connection, message: Message) -> Struct: ...
+
+
+class Door:
+    """`dht.wire.local.LocalAnswer` of a daemon. `counters`: requests by kind, since the start."""
+
+    def __init__(self, store: Store, bus: Bus, daemon: Callable[[Message], Awaitable[Struct]]) -> None:
+        self.counters: dict[str, int] = {}
+        self._store = store
+        self._bus = bus
+        self._daemon = daemon
+
+    async def answer(self, connection: Connection, message: Message) -> Struct:
+        """Raises what the part raises; Invalid for a message that is not for a daemon's door."""
+        kind = type(message).__name__.lower()
+        self.counters[kind] = self.counters.get(kind, 0) + 1
+        number = type(message).__struct_config__.tag
+        if number in BUS_NUMBERS:
+            return await self._bus.answer(connection, message)
+        if number in DAEMON_NUMBERS:
+            return await self._daemon(message)
+        return await ask_store(self._store, message, time_left_s())
+
+
+async def ask_store(store: Store, message: Message, timeout_s: float) -> Message:
+    """The store's reply to one of `dht.requests`."""
+    match message:
+        case requests.ReadGroups():
+            if len(message.known) != len(message.keys):
+                raise Invalid(f"{len(message.keys)} keys came with {len(message.known)} ballots; send one for each key")
+            return requests.ReadGroupsReply(await store.read(message.keys, message.known, timeout_s))
+        case requests.Find():
+            return requests.FindReply(await store.find(message.query, timeout_s))
+        case requests.Commit():
+            return requests.CommitReply(await store.commit(message.transaction, message.attempt, timeout_s))
+        case requests.ReserveIds():
+            first = await store.reserve_ids(message.database, message.name, message.count, message.above, timeout_s)
+            return requests.ReserveIdsReply(first)
+        case requests.RaiseSequence():
+            await store.raise_sequence(message.database, message.name, message.above, timeout_s)
+            return requests.Done()
+        case requests.AskOutcome():
+            return requests.AskOutcomeReply(await store.outcome(message.id, message.key, message.seen, timeout_s))
+        case requests.ListDatabases():
+            return requests.ListDatabasesReply(await store.list_databases(timeout_s))
+        case requests.CreateDatabase():
+            return requests.Done(await store.create_database(message.name, timeout_s))
+        case requests.DropDatabase():
+            return requests.Done(await store.drop_database(message.name, timeout_s))
+        case _:
+            raise Invalid(f"{type(message).__name__} is not a request that a daemon's door serves")

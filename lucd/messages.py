@@ -1,0 +1,140 @@
+"""What the command line and the admin address ask the daemon (numbers 200-249).
+
+Ids travel as hex text: these messages are for humans and scripts, and turn into JSON as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from dht.codec import Message, message
+from dht.model import GroupKey, Struct
+
+
+@message
+class AskStatus(Message, frozen=True, tag=200):
+    """How is this node?"""
+
+
+@message
+class StatusReply(Message, frozen=True, tag=201):
+    """`warnings`: what a human should know or do, one sentence each; empty when all is well.
+
+    `counters`: part -> name -> number since the start (or now, for sizes). Times in seconds.
+    """
+
+    version: str
+    node_id: str
+    pop: str
+    cluster_id: str
+    incarnation: str
+    boot: int
+    address: str
+    uptime_s: float
+    ready: bool
+    state: str
+    members: int
+    reachable: int
+    roster_epoch: int
+    generation: int
+    databases: tuple[str, ...]
+    warnings: tuple[str, ...]
+    counters: dict[str, dict[str, int | float]]
+
+
+@message
+class AskNodes(Message, frozen=True, tag=202):
+    """Which nodes does this one know?"""
+
+
+class NodeLine(Struct, frozen=True):
+    """`role`: voter, member, or contact (known to the overlay only). `reachable`: as this node sees it."""
+
+    node_id: str
+    pop: str
+    failure_domain: str
+    address: str
+    role: str
+    reachable: bool
+    this: bool
+
+
+@message
+class NodesReply(Message, frozen=True, tag=203):
+    nodes: tuple[NodeLine, ...]
+
+
+@message
+class AskDomain(Message, frozen=True, tag=204):
+    """The domain of that name; empty: this node's PoP."""
+
+    name: str = ""
+
+
+class TabletLine(Struct, frozen=True):
+    """`epoch`: the roster epoch in which the replicas last changed. `replicas`: node ids, coordinator first."""
+
+    tablet: int
+    epoch: int
+    replicas: tuple[str, ...]
+    serving: bool
+
+
+@message
+class DomainReply(Message, frozen=True, tag=205):
+    """`survives`: how many replicas of every tablet may be lost at once without stopping writes."""
+
+    name: str
+    generation: int
+    epoch: int
+    members: tuple[NodeLine, ...]
+    tablets: tuple[TabletLine, ...]
+    survives: int
+
+
+@message
+class AskWhere(Message, frozen=True, tag=206):
+    """Where does the group live? `key`: the group's key as bytes."""
+
+    key: GroupKey
+
+
+@message
+class WhereReply(Message, frozen=True, tag=207):
+    """`exists`: whether the group has rows now; `ballot`: at which ballot, as text."""
+
+    domain: str
+    tablet: int
+    epoch: int
+    coordinator: str
+    replicas: tuple[NodeLine, ...]
+    exists: bool
+    rows: int
+    ballot: str
+
+
+@message
+class DrainNode(Message, frozen=True, tag=208):
+    """Move this PoP's tablets away from the node and take it out of the roster. Replied to when that is decided."""
+
+    node_id: str
+
+
+def plain(value: Struct) -> dict[str, Any]:
+    """The message as JSON-ready names and values."""
+    result: dict[str, Any] = {}
+    for field in msgspec.structs.fields(value):
+        result[field.name] = _plain(getattr(value, field.name))
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Struct):
+        return plain(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    return value
