@@ -155,6 +155,6 @@ def set_time_left(timeout_s: float) -> None:
 
 
 def time_left_s() -> float:
-    """How long the asker of the request being served still waits; REQUEST_TIMEOUT_S outside of one."""
+    """How long the asker of the request that this task serves still waits; REQUEST_TIMEOUT_S outside of one."""
     deadline = _deadline_s.get()
     return REQUEST_TIMEOUT_S if deadline is None else max(0.0, deadline - time.monotonic())

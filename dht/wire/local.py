@@ -19,12 +19,13 @@ from typing import Any, cast
 import msgspec
 
 from dht import codec
-from dht.codec import Failure, Message
-from dht.errors import DhtError, Indeterminate, Invalid, RemoteProtocolError, StorageError, Unavailable
+from dht.codec import Message
+from dht.errors import Indeterminate, Invalid, RemoteProtocolError, StorageError, Unavailable
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.model import Struct
 from dht.wire import frames
 from dht.wire.frames import FrameReader
+from dht.wire.serving import answer_in_time
 
 CONNECTIONS_MAX = 1_000
 IN_FLIGHT_REQUESTS_MAX = 256
@@ -135,24 +136,8 @@ class Connection(asyncio.Protocol):
             self._transport.write(frames.encode_reply(request_id, reply))
 
 
-async def answer_in_time(serving: Awaitable[Struct], message: Struct, timeout_s: float) -> Struct:
-    """The reply, or the Failure that stands for whatever went wrong. Cancels the serving when the time is over."""
-    frames.set_time_left(timeout_s)
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await serving
-    except DhtError as error:
-        return frames.failure_of(error)
-    except TimeoutError:
-        text = f"{type(message).__name__} was not answered in {timeout_s:.3f} s: it may or may not have taken effect"
-        return frames.failure_of(Indeterminate(text))
-    except Exception as error:
-        log.exception("%s failed unexpectedly", type(message).__name__)
-        return Failure("error", f"{type(message).__name__} failed: {type(error).__name__}: {error}; see the log")
-
-
 LocalAnswer = Callable[[Connection, Message], Awaitable[Struct]]
-"""Serves one request of a local client. `frames.time_left_s()` says how long the client waits."""
+"""Serves one request of a local client. `dht.wire.frames.time_left_s()` says how long the client waits."""
 
 
 class LocalDoor:

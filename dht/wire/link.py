@@ -1,0 +1,237 @@
+"""One link to a proven peer: frames in both directions over one WebSocket.
+
+Frames that are queued in the same turn of the loop leave as one WebSocket message. An empty message is a sign of life,
+sent when nothing else was for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import ClientWebSocketResponse, WSMsgType, web
+
+from dht import codec
+from dht.codec import Message
+from dht.errors import Indeterminate, RemoteProtocolError, Unavailable
+from dht.limits import FRAME_BYTES_MAX
+from dht.model import Struct
+from dht.wire import frames
+from dht.wire.handshake import PeerIdentity
+from dht.wire.serving import answer_in_time
+
+WebSocket = ClientWebSocketResponse | web.WebSocketResponse
+
+QUEUE_BYTES_MAX = 64 * 1024 * 1024
+MESSAGE_BYTES_TARGET = 1024 * 1024
+"""A WebSocket message takes further frames until it has this size."""
+MESSAGE_BYTES_MAX = FRAME_BYTES_MAX + MESSAGE_BYTES_TARGET
+SERVING_REQUESTS_MAX = 4096
+SIGN_OF_LIFE_S = 0.15
+ALIVE_S = 0.4
+"""Who was not heard for so long does not count as alive."""
+SILENCE_MAX_S = 3.0
+"""Who was not heard for so long loses the link."""
+CLOSE_WAIT_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class Link:
+    """Sends, matches replies to requests and serves the peer's requests, from `run` until it returns.
+
+    `dialed`: whether this node opened it. `counters` are the network's.
+    """
+
+    def __init__(
+        self,
+        socket: WebSocket,
+        peer: PeerIdentity,
+        dialed: bool,
+        answer: Callable[[bytes, Message], Awaitable[Struct]],
+        counters: dict[str, int],
+        on_close: Callable[[Link], None],
+    ) -> None:
+        self.peer = peer
+        self.dialed = dialed
+        self.closed = False
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket
+        self._answer = answer
+        self._counters = counters
+        self._on_close = on_close
+        self._reader: asyncio.Task[Any] | None = None
+        self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self._serving: dict[int, asyncio.Task[None]] = {}
+        self._next_id = 0
+        self._queue: list[bytes] = []
+        self._queue_bytes = 0
+        self._wakeup: asyncio.Future[None] | None = None
+        self.heard_s = self._sent_s = self._loop.time()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the peer was heard within ALIVE_S."""
+        return not self.closed and self._loop.time() - self.heard_s < ALIVE_S
+
+    async def call(self, message: Struct, timeout_s: float) -> Message:
+        """As `dht.world.Network.call`, on this link."""
+        self._next_id += 1
+        request_id = self._next_id
+        frame = frames.encode_frame(request_id, frames.timeout_ms(timeout_s), message)
+        self._enqueue(frame)
+        waiter: asyncio.Future[msgspec.Raw] = self._loop.create_future()
+        self._waiting[request_id] = waiter
+        timer = self._loop.call_later(timeout_s, self._expire, waiter, message, timeout_s)
+        try:
+            raw = await waiter
+        finally:
+            timer.cancel()
+            self._waiting.pop(request_id, None)
+        try:
+            return frames.read_reply(raw)
+        except RemoteProtocolError:
+            self.drop_for_garbage()
+            raise
+
+    async def run(self) -> None:
+        """Receive until the link ends, whoever ends it; afterwards every request in flight is Indeterminate."""
+        self._reader = asyncio.current_task()
+        sender = self._loop.create_task(self._send())
+        try:
+            while not self.closed:
+                message = await self._socket.receive()
+                if message.type is not WSMsgType.BINARY:
+                    if message.type in (WSMsgType.TEXT, WSMsgType.ERROR):
+                        self._counters["garbage"] += 1
+                    break
+                self.heard_s = self._loop.time()
+                if message.data:
+                    self._receive(message.data)
+        except RemoteProtocolError as error:
+            self._counters["garbage"] += 1
+            log.debug("link to %s closed: %s", self.peer.node_id.hex(), error)
+        except asyncio.CancelledError:
+            if not self.closed or self._reader is None:
+                raise
+            # close() woke this task up, nobody wants it gone.
+            self._reader.uncancel()
+        finally:
+            self._reader = None
+            self.close()
+            sender.cancel()
+            with contextlib.suppress(OSError, RuntimeError):
+                await self._socket.close()
+
+    def tick(self, now_s: float) -> None:
+        """Called every few hundredths of a second: signs of life, and the end of a link that has gone silent."""
+        if now_s - self.heard_s > SILENCE_MAX_S:
+            self.close()
+        elif now_s - self._sent_s > SIGN_OF_LIFE_S and not self._queue:
+            self._queue.append(b"")
+            self._wake()
+
+    def close(self) -> None:
+        """End the link now. Requests in flight become Indeterminate; what is being served goes on unheard."""
+        if self.closed:
+            return
+        self.closed = True
+        self._queue.clear()
+        for waiter in self._waiting.values():
+            if not waiter.done():
+                text = f"the link to node {self.peer.node_id.hex()} was lost before its reply: it may have been served"
+                waiter.set_exception(Indeterminate(text))
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._reader.cancel()
+        self._on_close(self)
+
+    def drop_for_garbage(self) -> None:
+        """Count the peer's violation of the protocol and end the link."""
+        self._counters["garbage"] += 1
+        self.close()
+
+    def _expire(self, waiter: asyncio.Future[msgspec.Raw], message: Struct, timeout_s: float) -> None:
+        if not waiter.done():
+            text = f"{type(message).__name__}: node {self.peer.node_id.hex()} did not reply in {timeout_s:.3f} s"
+            waiter.set_exception(Indeterminate(f"{text}; it may have been served"))
+
+    def _enqueue(self, frame: bytes) -> None:
+        if self.closed:
+            raise Unavailable(f"the link to node {self.peer.node_id.hex()} is closed: try again", sent=False)
+        if self._queue_bytes + len(frame) > QUEUE_BYTES_MAX:
+            text = f"{self._queue_bytes} bytes wait to be sent to node {self.peer.node_id.hex()}, which is too slow"
+            raise Unavailable(f"{text} ({QUEUE_BYTES_MAX} is the limit): try later", sent=False)
+        self._queue.append(frame)
+        self._queue_bytes += len(frame)
+        self._counters["frames_out"] += 1
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    async def _send(self) -> None:
+        try:
+            while not self.closed:
+                if not self._queue:
+                    self._wakeup = self._loop.create_future()
+                    await self._wakeup
+                    continue
+                data = self._take_message()
+                await self._socket.send_bytes(data)
+                # Counted until it left, so that the limit holds for what the transport has taken but not sent.
+                self._queue_bytes -= len(data)
+                self._sent_s = self._loop.time()
+                self._counters["bytes_out"] += len(data)
+        except (OSError, RuntimeError) as error:
+            log.debug("cannot send to %s: %s", self.peer.node_id.hex(), error)
+            self.close()
+
+    def _take_message(self) -> bytes:
+        queue = self._queue
+        size = taken = 0
+        for frame in queue:
+            if taken and size + len(frame) > MESSAGE_BYTES_TARGET:
+                break
+            size += len(frame)
+            taken += 1
+        data = queue[0] if taken == 1 else b"".join(queue[:taken])
+        del queue[:taken]
+        return data
+
+    def _receive(self, data: bytes) -> None:
+        self._counters["bytes_in"] += len(data)
+        for request_id, timeout_ms, raw in frames.split(data):
+            self._counters["frames_in"] += 1
+            if timeout_ms == frames.REPLY:
+                waiter = self._waiting.get(request_id)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(raw)
+            elif request_id in self._serving:
+                raise RemoteProtocolError(f"request {request_id} is being served already")
+            elif len(self._serving) >= SERVING_REQUESTS_MAX:
+                text = f"{SERVING_REQUESTS_MAX} requests of this peer are being served: try later"
+                self._reply(request_id, frames.failure_of(Unavailable(text, sent=False)))
+            else:
+                message = codec.decode(memoryview(raw))
+                self._serving[request_id] = self._loop.create_task(self._serve(request_id, timeout_ms / 1000, message))
+
+    async def _serve(self, request_id: int, timeout_s: float, message: Message) -> None:
+        try:
+            reply = await answer_in_time(self._answer(self.peer.node_id, message), message, timeout_s)
+        finally:
+            del self._serving[request_id]
+        self._reply(request_id, reply)
+
+    def _reply(self, request_id: int, reply: Struct) -> None:
+        if self.closed:
+            return
+        try:
+            self._enqueue(frames.encode_reply(request_id, reply))
+        except Unavailable:
+            # A peer that asks and does not read: it will take its requests for Indeterminate, as they are.
+            self.close()

@@ -1,0 +1,459 @@
+"""Links to peers over aiohttp WebSockets: `dht.world.Network` for production (DESIGN section 10).
+
+One link per pair of nodes. Links to all nodes of the address book are kept up: dialled at once, and again with growing
+pauses when lost. If both nodes dial at the same time, the link that the node with the smaller id dialled stays; the
+other takes no new requests and closes when its last are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import aiohttp
+from aiohttp import WSMsgType, web
+from aiohttp.abc import AbstractAccessLogger
+from yarl import URL
+
+from dht.codec import Failure
+from dht.errors import DhtError, Invalid, RemoteProtocolError, Unavailable
+from dht.model import NodeId, Struct
+from dht.wire import frames
+from dht.wire.handshake import HANDSHAKE_BYTES_MAX, AcceptBoot, Handshake, PeerIdentity, Role
+from dht.wire.identity import Cluster, NodeIdentity
+from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, Link, WebSocket
+from dht.wire.serving import answer_in_time
+from dht.world import Answer
+
+LINK_PATH = "/link"
+DIAL_TIMEOUT_S = 1.0
+HANDSHAKE_TIMEOUT_S = 2.0
+HANDSHAKES_MAX = 64
+ADDRESSES_MAX = 10_000
+REDIAL_MIN_S = 0.05
+REDIAL_MAX_S = 2.0
+TICK_S = 0.05
+RETIRED_WAIT_S = 1.0
+
+log = logging.getLogger(__name__)
+_http_log = logging.getLogger(__name__ + ".http")
+# aiohttp reports every malformed request as an error with its bytes; here they are counted, and nothing else.
+_http_log.setLevel(logging.CRITICAL)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) of "host:port" or "[ipv6]:port". Raises Invalid."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise Invalid(f"{text!r} is not host:port")
+    return host, int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """The text that `parse_address` reads."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class _Peer:
+    """What is known of one other node: where it is, the link to it, the attempt to get one."""
+
+    __slots__ = ("address", "dialing", "failures", "link", "proven", "timer")
+
+    def __init__(self) -> None:
+        self.address: tuple[str, int] | None = None
+        self.link: Link | None = None
+        self.dialing: asyncio.Task[Link] | None = None
+        self.failures = 0
+        self.proven: PeerIdentity | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class LinkNetwork:
+    """The network of one node.
+
+    `counters` since the start: links (now), frames_in, frames_out, bytes_in, bytes_out, dials, lost, refused
+    (handshakes), garbage. `on_link` callbacks get each proven peer when a link to it comes up.
+    """
+
+    def __init__(self, identity: NodeIdentity, cluster: Cluster, accept_boot: AcceptBoot) -> None:
+        self.identity = identity
+        self.counters = dict.fromkeys(
+            ("links", "frames_in", "frames_out", "bytes_in", "bytes_out", "dials", "lost", "refused", "garbage"), 0
+        )
+        self.on_link: list[Callable[[PeerIdentity], None]] = []
+        self._cluster = cluster
+        self._accept_boot = accept_boot
+        self._answer: Answer | None = None
+        self._advertised = ""
+        self._peers: dict[NodeId, _Peer] = {}
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._retired: dict[Link, None] = {}
+        self._handshakes = 0
+        self._runner: web.AppRunner | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._ticking: asyncio.TimerHandle | None = None
+        self._ticked_s = 0.0
+        self.port = 0
+
+    def serve(self, answer: Answer) -> None:
+        """Set what answers the peers' requests."""
+        self._answer = answer
+
+    async def start(self, host: str, port: int, advertise: str | None = None) -> None:
+        """Listen (port 0: any free one, see `port`) and dial the address book.
+
+        `advertise`: the host:port at which peers reach this node, if not host:port. Raises Invalid when the address
+        cannot be listened on.
+        """
+        app = web.Application(client_max_size=HANDSHAKE_BYTES_MAX)
+        app.router.add_get(LINK_PATH, self._accept)
+        counters = self.counters
+
+        class CountBadRequests(AbstractAccessLogger):
+            def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+                if response.status >= 400:
+                    counters["garbage"] += 1
+
+        self._runner = web.AppRunner(
+            app, access_log_class=CountBadRequests, logger=_http_log, shutdown_timeout=CLOSE_WAIT_S
+        )
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except (OSError, socket.gaierror) as error:
+            await self._runner.cleanup()
+            self._runner = None
+            text = f"cannot listen on {format_address(host, port)}: {error.strerror or error}"
+            raise Invalid(f"{text}; stop who uses it or choose another address") from None
+        self.port = int(self._runner.addresses[0][1])
+        self._advertised = advertise or format_address(host, self.port)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False
+        )
+        self._tick()
+        for node_id in list(self._peers):
+            self._dial(node_id)
+
+    async def stop(self) -> None:
+        """Close all links and stop listening."""
+        if self._runner is None or self._session is None:
+            return
+        runner, self._runner = self._runner, None
+        session, self._session = self._session, None
+        if self._ticking is not None:
+            self._ticking.cancel()
+        for peer in self._peers.values():
+            if peer.timer is not None:
+                peer.timer.cancel()
+            if peer.link is not None:
+                peer.link.close()
+        for link in list(self._retired):
+            link.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_WAIT_S)
+        await session.close()
+        await runner.cleanup()
+
+    def set_address(self, node_id: NodeId, host: str, port: int) -> None:
+        """Enter or correct a node's address; the link to it is kept up from now on."""
+        if node_id == self.identity.node_id:
+            return
+        if node_id not in self._peers and len(self._peers) >= ADDRESSES_MAX:
+            raise Unavailable(f"the address book holds {ADDRESSES_MAX} nodes: forget some first", sent=False)
+        peer = self._peers.setdefault(node_id, _Peer())
+        if peer.address != (host, port):
+            peer.address = (host, port)
+            peer.failures = 0
+            if self._session is not None:
+                self._dial(node_id)
+
+    def forget(self, node_id: NodeId) -> None:
+        """Take a node out of the address book and close the link to it."""
+        peer = self._peers.pop(node_id, None)
+        if peer is None:
+            return
+        if peer.timer is not None:
+            peer.timer.cancel()
+        if peer.dialing is not None:
+            peer.dialing.cancel()
+        if peer.link is not None:
+            peer.link.close()
+
+    def addresses(self) -> dict[NodeId, tuple[str, int]]:
+        """The address book."""
+        return {node_id: peer.address for node_id, peer in self._peers.items() if peer.address is not None}
+
+    def peers(self) -> list[PeerIdentity]:
+        """The nodes to which there is a link."""
+        return [peer.link.peer for peer in self._peers.values() if peer.link is not None]
+
+    def alive(self, node: NodeId) -> bool:
+        """Whether the node was heard within the last 0.4 s (`dht.wire.link.ALIVE_S`)."""
+        if node == self.identity.node_id:
+            return True
+        peer = self._peers.get(node)
+        return peer is not None and peer.link is not None and peer.link.alive
+
+    async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
+        """As `dht.world.Network.call`."""
+        peer = self._peers.get(to)
+        if to == self.identity.node_id:
+            return await self._call_itself(message, timeout_s)
+        if peer is not None and peer.link is not None:
+            return await peer.link.call(message, timeout_s)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        link = await self._link_to(to, message, timeout_s)
+        return await link.call(message, max(0.001, deadline - asyncio.get_running_loop().time()))
+
+    async def greet(self, host: str, port: int, timeout_s: float = DIAL_TIMEOUT_S) -> PeerIdentity:
+        """Dial an address whose node is not known yet (a bootstrap peer), and keep the link.
+
+        Raises Unavailable when nobody answers and RemoteProtocolError when one refuses the other.
+        """
+        link = await self._connect((host, port), None, timeout_s)
+        self._peers[link.peer.node_id].address = (host, port)
+        return link.peer
+
+    async def _call_itself(self, message: Struct, timeout_s: float) -> Struct:
+        # A task of its own: the deadline of the request inside is not that of the request outside.
+        reply: Struct = await self._spawn(
+            answer_in_time(self._serve(self.identity.node_id, message), message, timeout_s)
+        )
+        if isinstance(reply, Failure):
+            raise frames.error_of(reply)
+        return reply
+
+    async def _link_to(self, to: NodeId, message: Struct, timeout_s: float) -> Link:
+        peer = self._peers.get(to)
+        name = type(message).__name__
+        if peer is None or peer.address is None or self._session is None:
+            raise Unavailable(f"{name} was not sent: the address of node {to.hex()} is not known", sent=False)
+        dialing = self._dial(to)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(dialing)
+        except asyncio.CancelledError:
+            if not dialing.cancelled():
+                raise
+            error: Exception = Unavailable("this node is stopping")
+        except (DhtError, TimeoutError) as failure:
+            error = failure
+        where = format_address(*peer.address)
+        raise Unavailable(f"{name} was not sent: no link to node {to.hex()} at {where}: {error}", sent=False) from None
+
+    def _dial(self, node_id: NodeId) -> asyncio.Task[Link]:
+        """The attempt that is under way, or a new one."""
+        peer = self._peers[node_id]
+        if peer.dialing is None:
+            if peer.timer is not None:
+                peer.timer.cancel()
+                peer.timer = None
+            peer.dialing = self._spawn(self._dial_once(node_id, peer))
+            peer.dialing.add_done_callback(_retrieve)
+        return peer.dialing
+
+    async def _dial_once(self, node_id: NodeId, peer: _Peer) -> Link:
+        try:
+            if peer.link is not None:
+                return peer.link
+            if peer.address is None:
+                raise Unavailable("its address is not known", sent=False)
+            return await self._connect(peer.address, node_id, DIAL_TIMEOUT_S)
+        except DhtError as error:
+            peer.failures += 1
+            if peer.failures == 1:
+                log.info("no link to node %s at %s: %s", node_id.hex(), peer.address, error.message)
+            raise
+        finally:
+            peer.dialing = None
+            self._redial_later(node_id)
+
+    def _redial_later(self, node_id: NodeId) -> None:
+        peer = self._peers.get(node_id)
+        if peer is None or self._session is None or peer.address is None or peer.timer is not None:
+            return
+        if peer.link is None and peer.dialing is None:
+            pause_s = min(REDIAL_MAX_S, REDIAL_MIN_S * 2.0 ** min(peer.failures, 10)) * random.uniform(0.7, 1.3)
+            peer.timer = asyncio.get_running_loop().call_later(pause_s, self._redial, node_id, peer)
+
+    def _redial(self, node_id: NodeId, peer: _Peer) -> None:
+        peer.timer = None
+        if self._session is not None and peer.link is None and self._peers.get(node_id) is peer:
+            self._dial(node_id)
+
+    async def _connect(self, address: tuple[str, int], expected: NodeId | None, timeout_s: float) -> Link:
+        host, port = address
+        session = self._session
+        if session is None:
+            raise Unavailable("this node is not started", sent=False)
+        self.counters["dials"] += 1
+        where = format_address(host, port)
+        url = URL.build(scheme="http", host=host, port=port, path=LINK_PATH)
+        try:
+            async with asyncio.timeout(timeout_s):
+                ws = await session.ws_connect(
+                    url,
+                    compress=0,
+                    max_msg_size=MESSAGE_BYTES_MAX,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_WAIT_S),
+                )
+                peer = await self._shake(ws, Role.DIALER, expected)
+        except RemoteProtocolError:
+            raise
+        except TimeoutError:
+            raise Unavailable(f"{where} does not answer ({timeout_s:.1f} s)", sent=False) from None
+        except (OSError, aiohttp.ClientError, ValueError) as error:
+            raise Unavailable(f"{where} cannot be reached: {error}", sent=False) from None
+        link = Link(ws, peer, True, self._serve, self.counters, self._closed)
+        self._spawn(link.run())
+        return self._register(link)
+
+    async def _accept(self, request: web.Request) -> web.StreamResponse:
+        if self._handshakes >= HANDSHAKES_MAX:
+            self.counters["refused"] += 1
+            raise web.HTTPServiceUnavailable(text="too many handshakes at a time: try later")
+        ws = web.WebSocketResponse(compress=False, max_msg_size=MESSAGE_BYTES_MAX, timeout=CLOSE_WAIT_S)
+        self._handshakes += 1
+        try:
+            await ws.prepare(request)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                peer = await self._shake(ws, Role.LISTENER, None)
+        except (RemoteProtocolError, TimeoutError, OSError):
+            return ws
+        except web.HTTPException:
+            raise
+        except Exception:
+            log.exception("a handshake failed unexpectedly")
+            return ws
+        finally:
+            self._handshakes -= 1
+        if self._session is None:
+            return ws
+        link = Link(ws, peer, False, self._serve, self.counters, self._closed)
+        self._register(link)
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks[task] = None
+        await link.run()
+        return ws
+
+    async def _shake(self, ws: WebSocket, role: Role, expected: NodeId | None) -> PeerIdentity:
+        """Run the handshake to its end. A refusal is counted, told to the other side, and raised."""
+        shake = Handshake(role, self.identity, self._cluster, self._advertised, self._accept_boot, expected=expected)
+        try:
+            for data in shake.start():
+                await ws.send_bytes(data)
+            while shake.peer is None:
+                message = await ws.receive()
+                if message.type is not WSMsgType.BINARY:
+                    if message.type is WSMsgType.TEXT:
+                        self.counters["garbage"] += 1
+                    raise RemoteProtocolError("the connection ended within the handshake", reason="ended")
+                replies = shake.receive(message.data)
+                if shake.peer is not None:
+                    self._check_start(shake.peer)
+                for data in replies:
+                    await ws.send_bytes(data)
+        except RemoteProtocolError as error:
+            self.counters["refused"] += 1
+            if error.detail.get("reason") == "garbage":
+                self.counters["garbage"] += 1
+            with contextlib.suppress(OSError, RuntimeError, TimeoutError):
+                if error.detail.get("reason") not in ("refused", "ended"):
+                    await ws.send_bytes(shake.farewell(error))
+                async with asyncio.timeout(CLOSE_WAIT_S):
+                    await ws.close()
+            raise
+        return shake.peer
+
+    def _check_start(self, met: PeerIdentity) -> None:
+        """Refuse a second process with the same incarnation and boot counter: a copied data directory."""
+        known = self._peers[met.node_id].proven if met.node_id in self._peers else None
+        if known is None or (known.incarnation, known.boot) != (met.incarnation, met.boot):
+            return
+        if known.start_id != met.start_id:
+            text = f"boot {met.boot} of this incarnation was met as another process: a data directory was copied"
+            raise RemoteProtocolError(text, reason="boot")
+
+    def _register(self, link: Link) -> Link:
+        """Make the link the pair's one, or retire it; returns the one to use."""
+        node_id = link.peer.node_id
+        peer = self._peers.setdefault(node_id, _Peer())
+        old = peer.link
+        if old is not None and not self._replaces(link, old):
+            self._retire(link)
+            return old
+        peer.link = link
+        peer.failures = 0
+        if old is not None:
+            self._retire(old)
+        peer.proven = link.peer
+        if peer.address is None or not link.dialed:
+            with contextlib.suppress(Invalid):
+                peer.address = parse_address(link.peer.address)
+        self._count_links()
+        if old is None:
+            for callback in list(self.on_link):
+                callback(link.peer)
+        return link
+
+    def _replaces(self, new: Link, old: Link) -> bool:
+        if old.closed or not old.alive or old.peer.start_id != new.peer.start_id or new.dialed == old.dialed:
+            # The peer has restarted, or its end of the old link is gone: who dials has none.
+            return True
+        return new.dialed == (self.identity.node_id < new.peer.node_id)
+
+    def _retire(self, link: Link) -> None:
+        self._retired[link] = None
+        asyncio.get_running_loop().call_later(RETIRED_WAIT_S, link.close)
+
+    def _closed(self, link: Link) -> None:
+        self._retired.pop(link, None)
+        peer = self._peers.get(link.peer.node_id)
+        if peer is not None and peer.link is link:
+            peer.link = None
+            self.counters["lost"] += 1
+            self._count_links()
+            self._redial_later(link.peer.node_id)
+
+    def _count_links(self) -> None:
+        self.counters["links"] = sum(peer.link is not None for peer in self._peers.values())
+
+    async def _serve(self, sender: NodeId, message: Struct) -> Struct:
+        if self._answer is None:
+            raise Unavailable("this node has just started and does not answer yet: try again")
+        return await self._answer(sender, message)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        own_pause_s = now_s - self._ticked_s - TICK_S if self._ticked_s else 0.0
+        for peer in self._peers.values():
+            if peer.link is not None:
+                if own_pause_s > TICK_S:
+                    # This process stood still, so it could not hear anybody.
+                    peer.link.heard_s += own_pause_s
+                peer.link.tick(now_s)
+        self._ticked_s = now_s
+        self._ticking = loop.call_later(TICK_S, self._tick)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
+        return task
+
+
+def _retrieve(task: asyncio.Task[Link]) -> None:
+    """Look at the task's error, so that asyncio does not complain when nobody waited for it."""
+    if not task.cancelled():
+        task.exception()
