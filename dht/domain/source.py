@@ -73,7 +73,7 @@ class Source:
         return Sealed(self._incarnation, contributes, state.floor)
 
     def headers(self, request: AskHeaders) -> Headers:
-        """One page; each register as it is at this moment, which is as good as at the seal (CASPaxos is per register)."""
+        """One page; each register as it is now, which is as good as at the seal: no rule spans registers."""
         self._refuse_uninitialised(request.tablet, request.epoch, request.sealed)
         limit = max(1, min(request.limit, PAGE_KEYS_MAX))
         keys = self._registers.keys(request.tablet, request.after, limit + 1)

@@ -29,11 +29,6 @@ class TabletState(Struct, frozen=True):
         """The newest initialised epoch, 0 if none."""
         return self.initialised[-1] if self.initialised else 0
 
-    @property
-    def serves(self) -> int:
-        """The epoch at which this node votes, 0 if none."""
-        return self.current if self.sealed < self.current else 0
-
 
 _EMPTY = TabletState()
 _encode = msgspec.msgpack.Encoder().encode
@@ -52,6 +47,7 @@ class Tablets:
         self._rules = rules
         self._states: dict[int, TabletState] = {}
         self._submitted = 0
+        self._unconfirmed: dict[int, int] = {}
         for key, value in disk.range(Space.TABLET, b"", None):
             try:
                 self._states[int.from_bytes(key, "big")] = _decode(value)
@@ -68,6 +64,23 @@ class Tablets:
         """Tablets with a state, ascending."""
         return tuple(sorted(self._states))
 
+    def serves(self, tablet: int) -> int:
+        """The epoch at which this node votes on the tablet, 0 if none."""
+        state = self.state(tablet)
+        if state.sealed >= state.current or tablet in self._unconfirmed:
+            return 0
+        return state.current
+
+    def confirmed(self, tablet: int) -> bool:
+        """Whether the newest initialisation is durable."""
+        return tablet not in self._unconfirmed
+
+    async def confirm(self, tablet: int, number: int) -> None:
+        """Wait until the initialisation in the batch is durable; only from then on is the tablet served."""
+        await self._disk.durable(number)
+        if self._unconfirmed.get(tablet) == number:
+            del self._unconfirmed[tablet]
+
     def seal(self, tablet: int, epoch: int) -> int:
         """Submit the seal; returns the number to await before answering, also where it was sealed before."""
         state = self.state(tablet)
@@ -81,6 +94,11 @@ class Tablets:
         """Submit a batch that changes states."""
         self._submitted = self._disk.submit(batch)
         return self._submitted
+
+    def flip(self, batch: Batch, tablet: int) -> int:
+        """Submit a batch that holds `initialise`; `confirm` follows."""
+        self._unconfirmed[tablet] = number = self.submit(batch)
+        return number
 
     def may_initialise(self, tablet: int, epoch: int) -> bool:
         """Rule 3: once, and not when that or a newer epoch is sealed or initialised."""

@@ -8,8 +8,8 @@
                  ballots are equal registers and need no second look
     flip         one batch: content, seal of the epoch before, initialised epoch
 
-A replica that stays in the set goes the same way; its own registers are the copy. Everything before the flip may be lost
-and done again. Key in Space.STAGED: tablet (2 bytes), epoch (8 bytes), group key; value: the copy.
+A replica that stays in the set goes the same way; its own registers are the copy. Everything before the flip may be
+lost and done again. Key in Space.STAGED: tablet (2 bytes), epoch (8 bytes), group key; value: the copy.
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ class Transfer:
         await self._fetch(
             tablet, target, best, dict.fromkeys(history[0].nodes, history[0].epoch) | contributors, staging
         )
-        self._flip(tablet, target, history[0].epoch, best, staging)
+        number = self._flip(tablet, target, history[0].epoch, best, staging)
+        await self._tablets.confirm(tablet, number)
+        self._on_flip(tablet)
 
     def _target(self, tablet: int) -> TabletReplicas:
         newest = self._chain.newest
@@ -336,7 +338,7 @@ class Transfer:
     async def _fetch(
         self, tablet: int, target: TabletReplicas, best: Best, contributors: Mapping[NodeId, int], staging: Staging
     ) -> None:
-        """Stage what is missing. A register may have moved on since the survey; what comes is then newer, and counts."""
+        """Stage what is missing. A register may have moved on since the survey; what comes is newer then."""
         missing: dict[NodeId, list[GroupKey]] = {}
         for key, (mark, source) in best.marks.items():
             if not self._has(key, mark.accepted, staging):
@@ -351,7 +353,7 @@ class Transfer:
                     raise Unavailable(f"a register of tablet {tablet} was collected meanwhile; the survey is repeated")
                 best.marks[key] = (msgspec.structs.replace(mark, accepted=accepted), source)
 
-    def _flip(self, tablet: int, target: TabletReplicas, before: int, best: Best, staging: Staging) -> None:
+    def _flip(self, tablet: int, target: TabletReplicas, before: int, best: Best, staging: Staging) -> int:
         """Rule 3, in one batch and without a wait between check and submit."""
         self._check(tablet, target)
         batch = Batch()
@@ -379,8 +381,7 @@ class Transfer:
                     self._registers.erase(batch, key)
         staging.discard(batch)
         self._tablets.initialise(batch, tablet, target.epoch, before, best.floor)
-        self._tablets.submit(batch)
-        self._on_flip(tablet)
+        return self._tablets.flip(batch, tablet)
 
 
 def _after(prefix: bytes) -> bytes | None:

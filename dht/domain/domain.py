@@ -1,0 +1,441 @@
+"""A node's part in one domain: who keeps which tablet, and whether this node may answer for it (DESIGN section 5).
+
+Composition of the parts of this package. `replicas`, `admit` and `refresh` are what the registers use; `answer` serves
+the other members; the background work joins, watches, takes tablets over and mends the roster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
+
+from dht.codec import Message
+from dht.domain import roster as rosters
+from dht.domain.asking import ask_each
+from dht.domain.chain import Chain
+from dht.domain.decree import DecreeAcceptor, DecreeProposer
+from dht.domain.health import health
+from dht.domain.membership import Membership
+from dht.domain.messages import (
+    AskHeaders,
+    AskJoin,
+    AskLeave,
+    AskLinks,
+    AskRegisters,
+    AskSeal,
+    AskStatus,
+    DecreeAccept,
+    DecreePrepare,
+    DomainMessage,
+    Links,
+    Newest,
+    Status,
+    TabletMark,
+    TellLink,
+)
+from dht.domain.repair import Repair
+from dht.domain.roster import Member, Roster, TabletReplicas
+from dht.domain.rules import RULES, DomainRules
+from dht.domain.source import Source
+from dht.domain.tablets import Tablets
+from dht.domain.takeover import Takeover
+from dht.domain.transfer import Transfer
+from dht.domain.watch import Watch
+from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
+from dht.limits import PEER_TIMEOUT_S, REMOVE_AFTER_S, TABLETS_PER_DOMAIN
+from dht.model import ZERO, NodeId, Struct
+from dht.storage.registers import RegisterFile
+from dht.world import Batch, Chance, Clock, Disk, Network
+
+log = logging.getLogger(__name__)
+STATUS_INTERVAL_S: Final = 1.0
+JOIN_TIMEOUT_S: Final = 15.0
+PAGE_TIMEOUT_S: Final = 10.0
+LINKS_PER_PAGE: Final = 100
+R = TypeVar("R", bound=Struct)
+
+
+class LocalNode(Struct, frozen=True):
+    """This node as it describes itself to a roster; `boot` grows durably at each start."""
+
+    node_id: NodeId
+    incarnation: bytes
+    boot: int
+    pop: str
+    failure_domain: str
+    address: str
+
+    def member(self) -> Member:
+        return Member(self.node_id, self.incarnation, self.pop, self.failure_domain, self.address)
+
+
+class Domain:
+    """`contacts`: nodes to ask while this one has no roster yet. `remove_after_s`: see `limits.REMOVE_AFTER_S`.
+
+    `on_change` callbacks run whenever the roster, or what this node serves, has changed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        local: LocalNode,
+        clock: Clock,
+        chance: Chance,
+        network: Network,
+        disk: Disk,
+        registers: RegisterFile,
+        contacts: Callable[[], Sequence[NodeId]] = tuple,
+        rules: DomainRules = RULES,
+        remove_after_s: float = REMOVE_AFTER_S,
+    ) -> None:
+        self.name = name
+        self.local = local
+        self.on_change: list[Callable[[], None]] = []
+        self.chain = Chain(name, disk)
+        self.tablets = Tablets(disk, rules)
+        self._clock = clock
+        self._chance = chance
+        self._network = network
+        self._disk = disk
+        self._rules = rules
+        self._contacts = contacts
+        self._tasks: list[asyncio.Task[None]] = []
+        self._refreshing: asyncio.Task[None] | None = None
+        self._views: tuple[TabletReplicas, ...] = ()
+        node = local.node_id
+        self.watch = Watch(node, clock.monotonic())
+        self._acceptor = DecreeAcceptor(self.chain, disk, node, local.incarnation, rules)
+        self._source = Source(
+            node,
+            local.incarnation,
+            self.chain,
+            self.tablets,
+            registers,
+            self.learn,
+            lambda _: self._changed(),
+            disk.durable,
+            rules,
+        )
+        self.transfer = Transfer(
+            node,
+            self.chain,
+            self.tablets,
+            registers,
+            disk,
+            clock,
+            self.ask,
+            network.alive,
+            lambda _: self._changed(),
+            rules,
+        )
+        self._takeover = Takeover(
+            node, self.chain, self.tablets, registers, disk, clock, self.watch, self.transfer, self._changed
+        )
+        self._membership = Membership(
+            node,
+            self.chain,
+            self.watch,
+            DecreeProposer(self.chain, node, local.boot, clock, chance, self.ask, rules),
+            clock,
+            self.ask,
+            self.status,
+            self.learn,
+            remove_after_s,
+            rules,
+        )
+        self.repair = Repair(self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, node)
+        self._changed()
+
+    # ---- what the registers use
+
+    @property
+    def joined(self) -> bool:
+        """Whether the newest link held lists this node, with this incarnation."""
+        newest = self.chain.newest
+        return newest is not None and newest.lists(self.local.node_id, self.local.incarnation)
+
+    @property
+    def removed(self) -> bool:
+        """Whether this node was a member and is none any more: its directory has to be wiped before it joins again."""
+        return not self.joined and self.chain.was_member(self.local.node_id, self.local.incarnation)
+
+    @property
+    def roster(self) -> Roster:
+        """The newest link held. Raises Unavailable before the first."""
+        newest = self.chain.newest
+        if newest is None:
+            raise Unavailable(f"this node has not joined domain {self.name} yet; it keeps trying")
+        return newest
+
+    @property
+    def generation(self) -> int:
+        newest = self.chain.newest
+        return 0 if newest is None else newest.generation
+
+    def replicas(self, tablet: int) -> TabletReplicas:
+        """Those to talk to now: the newest set, or the one before it while that is not known to be sealed."""
+        if 0 <= tablet < len(self._views):
+            return self._views[tablet]
+        return self.roster.replicas(tablet)
+
+    def admit(self, tablet: int, epoch: int, accept: bool = False) -> None:
+        """Raise NotServing unless this node is an initialised, unsealed replica of exactly that tablet epoch.
+
+        `accept`: the question is an accept (only the planted bug behind `seal_on_accept` tells it apart).
+        """
+        if self.tablets.serves(tablet) == epoch and epoch > 0:
+            return
+        state = self.tablets.state(tablet)
+        newest = self.chain.newest
+        if not self._rules.seal_on_accept and accept and epoch in state.initialised:
+            return
+        if newest is not None and not self._rules.serve_only_initialised and state.sealed < epoch:
+            replicas = newest.replicas(tablet)
+            if replicas.epoch == epoch and self.local.node_id in replicas.nodes:
+                return
+        if newest is None or epoch > newest.epoch:
+            self._refresh_soon()
+        raise NotServing(
+            f"tablet {tablet} of domain {self.name} is not served here at epoch {epoch} (initialised at "
+            f"{state.current}, sealed at {state.sealed}); fetch the roster and ask its replicas",
+            domain=self.name,
+            tablet=tablet,
+            roster_epoch=self.chain.epoch,
+        )
+
+    async def refresh(self, at_least: int | None = None) -> None:
+        """Learn newer links, and where tablets stand, from the members that answer.
+
+        One round at a time, shared by all callers. Returns also when nothing newer was found; raises nothing.
+        """
+        for _ in range(1 if at_least is None or at_least <= self.chain.epoch else 2):
+            await asyncio.shield(self._refresh_soon())
+            if at_least is None or self.chain.epoch >= at_least:
+                return
+
+    def _refresh_soon(self) -> asyncio.Task[None]:
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.get_running_loop().create_task(self._ask_statuses(only_alive=True))
+        return self._refreshing
+
+    # ---- life
+
+    async def found(self, tablets: int = TABLETS_PER_DOMAIN) -> None:
+        """Found the domain with this node as its only member; once, by `lucd init`."""
+        if self.chain.newest is not None:
+            raise Invalid(f"domain {self.name} exists already; this node holds its link {self.chain.epoch}")
+        batch = Batch()
+        for tablet in range(tablets):
+            self.tablets.initialise(batch, tablet, rosters.FIRST_EPOCH, 0, ZERO)
+        self.tablets.submit(batch)
+        self.chain.append(rosters.found(self.name, self.local.member(), tablets))
+        await self.chain.durable()
+        self._changed()
+
+    async def start(self) -> None:
+        """Begin the background work. `answer` works before, too."""
+        loop = asyncio.get_running_loop()
+        work: list[Coroutine[Any, Any, None]] = [
+            self._watch_loop(),
+            self._takeover.run(STATUS_INTERVAL_S),
+            self.repair.run(),
+        ]
+        self._tasks = [loop.create_task(w) for w in work]
+
+    async def stop(self) -> None:
+        """End it. Nothing durable is half done."""
+        tasks = [*self._tasks, *([self._refreshing] if self._refreshing is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks = []
+
+    async def leave(self, node: NodeId, *, drain: bool) -> int:
+        """Take a member out: `drain` moves its tablets first, else it is treated as lost. Returns the link's epoch."""
+        return (await self._membership.leave(AskLeave(self.name, node, drain))).epoch
+
+    def health(self) -> dict[str, object]:
+        """For status commands and metrics; see `dht.domain.health`."""
+        return health(self.chain.newest, self.local, self.status(), self.watch, self._clock, self.transfer.remaining)
+
+    # ---- peers
+
+    async def ask(self, to: NodeId, message: DomainMessage) -> Message:
+        """A request to any node, this one too."""
+        if to == self.local.node_id:
+            return await self.answer(to, message)
+        match message:
+            case AskJoin() | AskLeave():
+                timeout_s = JOIN_TIMEOUT_S
+            case AskHeaders() | AskRegisters():
+                timeout_s = PAGE_TIMEOUT_S
+            case _:
+                timeout_s = PEER_TIMEOUT_S
+        reply = await self._network.call(to, message, timeout_s)
+        if not isinstance(reply, Message):
+            raise RemoteProtocolError(f"a peer answered {type(message).__name__} with {type(reply).__name__}")
+        return reply
+
+    async def answer(self, sender: NodeId, message: Struct) -> Message:
+        """Serve a peer. Raises NotFound for another domain, RemoteProtocolError for what is no domain message."""
+        if not isinstance(message, DomainMessage):
+            raise RemoteProtocolError(f"{type(message).__name__} is no message of a domain")
+        if message.domain != self.name:
+            raise NotFound(f"domain {message.domain} is not kept on this node; it keeps {self.name}")
+        match message:
+            case AskLinks():
+                await self.chain.durable()
+                limit = max(1, min(message.limit, LINKS_PER_PAGE))
+                return Links(self.chain.after(message.after, limit), self.chain.epoch)
+            case TellLink():
+                await self.learn(message.link, sender)
+                return Newest(self.chain.epoch)
+            case DecreePrepare():
+                await self._catch_up(message.epoch - 1, sender)
+                return await self._acceptor.prepare(message)
+            case DecreeAccept():
+                await self._catch_up(message.epoch - 1, sender)
+                return await self._acceptor.accept(message)
+            case AskStatus():
+                if message.epoch > self.chain.epoch:
+                    self._refresh_soon()
+                return self.status()
+            case AskJoin():
+                return await self._membership.join(sender, message)
+            case AskLeave():
+                return await self._membership.leave(message)
+            case _:
+                return await self._hand_over(sender, message)
+
+    async def _hand_over(self, sender: NodeId, message: DomainMessage) -> Message:
+        match message:
+            case AskSeal():
+                return await self._source.seal(sender, message)
+            case AskHeaders():
+                return self._source.headers(message)
+            case AskRegisters():
+                return self._source.registers(message)
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} is not served by a domain")
+
+    async def learn(self, link: Roster, sender: NodeId) -> None:
+        """Take a decided link, and those before it from the sender; durable when this returns.
+
+        Raises Unavailable when the sender does not give what is missing.
+        """
+        await self._catch_up(link.epoch - 1, sender)
+        if self.chain.append(link):
+            self._changed()
+        await self.chain.durable()
+
+    async def _catch_up(self, epoch: int, sender: NodeId) -> None:
+        while self.chain.epoch < epoch:
+            before = self.chain.epoch
+            reply = await self.ask(sender, AskLinks(self.name, before, LINKS_PER_PAGE))
+            if isinstance(reply, Links):
+                for link in reply.links:
+                    if self.chain.append(link):
+                        self._changed()
+            if self.chain.epoch == before:
+                raise Unavailable(
+                    f"links after {before} of domain {self.name} are needed and the peer does not give them; another "
+                    "member is asked later"
+                )
+
+    def status(self) -> Status:
+        """What the other members are told about this one."""
+        marks = []
+        for tablet in self.tablets.known():
+            state = self.tablets.state(tablet)
+            current = state.current if self.tablets.confirmed(tablet) else 0
+            marks.append(TabletMark(tablet, current, state.sealed, self.transfer.remaining.get(tablet, 0)))
+        silent = tuple((n, s) for n, s in self.watch.silent_s(self._clock.monotonic()).items())
+        return Status(self.chain.epoch, self.local.incarnation, tuple(marks), silent)
+
+    # ---- background
+
+    async def _watch_loop(self) -> None:
+        while True:
+            try:
+                await self._ask_statuses(only_alive=False)
+                if not self.joined and not self.removed:
+                    await self._join()
+                elif self.joined:
+                    await self._announce()
+                    await self._membership.mend()
+            except DhtError as error:
+                if self._disk.failed is not None:
+                    log.error("domain %s stops: %s", self.name, error)
+                    return
+                log.info("domain %s: %s", self.name, error)
+            await self._clock.sleep(STATUS_INTERVAL_S * self._chance.uniform(0.8, 1.2))
+
+    async def _ask_statuses(self, *, only_alive: bool) -> None:
+        """One round to the other members; links that they have and this node lacks are fetched."""
+        newest = self.chain.newest
+        if newest is None:
+            return
+        others = [m.node_id for m in newest.members if m.node_id != self.local.node_id]
+        if only_alive:
+            others = [n for n in others if self._network.alive(n)] or others
+        replies = await ask_each(self.ask, others, AskStatus(self.name, self.chain.epoch), Status)
+        for node, status in replies.items():
+            self.watch.heard(node, status, self._clock.monotonic())
+            if status.epoch > self.chain.epoch:
+                try:
+                    await self._catch_up(status.epoch, node)
+                except DhtError as error:
+                    log.info("domain %s: %s", self.name, error)
+        self._changed(announce=False)
+
+    async def _join(self) -> None:
+        """Fetch the chain from whoever has it, then ask its members for admission, one after another."""
+        newest = self.chain.newest
+        known = [] if newest is None else [m.node_id for m in newest.members]
+        for node in dict.fromkeys([*known, *self._contacts()]):
+            if node == self.local.node_id:
+                continue
+            try:
+                reply = await self.ask(node, AskLinks(self.name, self.chain.epoch, LINKS_PER_PAGE))
+                if isinstance(reply, Links) and reply.newest > 0:
+                    await self._catch_up(reply.newest, node)
+                if self.chain.newest is None or self.chain.newest.member(node) is None:
+                    continue
+                reply = await self.ask(node, AskJoin(self.name, self.local.member()))
+                if isinstance(reply, Newest):
+                    await self._catch_up(reply.epoch, node)
+                if self.joined:
+                    log.info("this node joined domain %s by link %d", self.name, self.chain.epoch)
+                    return
+            except DhtError as error:
+                log.info("domain %s cannot be joined by %s: %s", self.name, node.hex()[:12], error)
+
+    async def _announce(self) -> None:
+        """Have the roster say where this node is now, if it says otherwise."""
+        me = self.roster.member(self.local.node_id)
+        own = self.local.member()
+        if me is None or (me.pop, me.failure_domain, me.address) == (own.pop, own.failure_domain, own.address):
+            return
+        await self._membership.join(self.local.node_id, AskJoin(self.name, own))
+
+    def _changed(self, *, announce: bool = True) -> None:
+        """The chain, a tablet or what is known of others changed: new views, look for work, tell the registers."""
+        newest = self.chain.newest
+        if newest is None:
+            return
+        self.watch.follow(newest, self._clock.monotonic())
+        for mark in self.status().tablets:
+            self.watch.saw(mark)
+        views = []
+        for tablet in range(len(newest.tablets)):
+            replicas = newest.replicas(tablet)
+            before = self.chain.link(replicas.epoch - 1).replicas(tablet) if replicas.epoch > 1 else None
+            views.append(self.watch.in_use(tablet, replicas, before))
+        same = tuple(views) == self._views
+        self._views = tuple(views)
+        self._takeover.wake()
+        if announce or not same:
+            for callback in list(self.on_change):
+                callback()

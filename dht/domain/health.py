@@ -1,0 +1,96 @@
+"""A domain's health as plain data for status commands and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dht.domain.messages import Status, TabletMark
+from dht.domain.roster import REPLICAS, Roster, quorums
+from dht.domain.watch import Watch
+from dht.model import NodeId
+from dht.world import Clock
+
+if TYPE_CHECKING:
+    from dht.domain.domain import LocalNode
+
+
+def health(
+    roster: Roster | None,
+    local: LocalNode,
+    own: Status,
+    watch: Watch,
+    clock: Clock,
+    remaining: Mapping[int, int],
+) -> dict[str, object]:
+    """As seen from this node.
+
+    `tablets`: how many are whole (all replicas initialised and reachable), degraded (a majority), unavailable (fewer).
+    `survivable`: what may be lost, one at a time, with every tablet still served: "node", "failure_domain".
+    `to_copy`: registers that this node still copies. `warnings`: sentences for humans.
+    """
+    if roster is None:
+        return {"joined": False, "epoch": 0, "warnings": ["this node has not joined yet"]}
+    reachable = watch.reachable(clock.monotonic())
+    marks = {**watch.marks, local.node_id: {m.tablet: m for m in own.tablets}}
+    working = [
+        [n for n in nodes if n in reachable and _initialised(marks, n, t, roster.tablet_epochs[t])]
+        for t, nodes in enumerate(roster.tablets)
+    ]
+    need = [quorums(len(nodes))[0] for nodes in roster.tablets]
+    whole = sum(len(w) == len(nodes) for w, nodes in zip(working, roster.tablets, strict=True))
+    served = sum(len(w) >= n for w, n in zip(working, need, strict=True))
+    domains = {m.node_id: m.failure_domain for m in roster.members}
+    return {
+        "joined": roster.lists(local.node_id, local.incarnation),
+        "domain": roster.domain,
+        "generation": roster.generation,
+        "epoch": roster.epoch,
+        "members": [
+            {
+                "node_id": m.node_id.hex(),
+                "pop": m.pop,
+                "failure_domain": m.failure_domain,
+                "address": m.address,
+                "leaving": m.leaving,
+                "reachable": m.node_id in reachable,
+                "voter": m.node_id in roster.voters,
+                "tablets": len(roster.tablets_of(m.node_id)),
+            }
+            for m in roster.members
+        ],
+        "voters": [v.hex() for v in roster.voters],
+        "tablets": {"whole": whole, "degraded": served - whole, "unavailable": len(working) - served},
+        "to_copy": sum(remaining.values()),
+        "survivable": _survivable(working, need, domains),
+        "warnings": _warnings(roster, len(working) - served),
+    }
+
+
+def _initialised(marks: Mapping[NodeId, Mapping[int, TabletMark]], node: NodeId, tablet: int, epoch: int) -> bool:
+    mark = marks.get(node, {}).get(tablet)
+    return mark is not None and mark.initialised >= epoch > mark.sealed
+
+
+def _survivable(working: Sequence[Sequence[NodeId]], need: Sequence[int], domains: Mapping[NodeId, str]) -> list[str]:
+    out = []
+    if all(len(w) - 1 >= n for w, n in zip(working, need, strict=True)):
+        out.append("node")
+    places = sorted(set(domains.values()))
+    if len(places) > 1 and all(
+        sum(domains.get(x) != place for x in w) >= n for place in places for w, n in zip(working, need, strict=True)
+    ):
+        out.append("failure_domain")
+    return out
+
+
+def _warnings(roster: Roster, unavailable: int) -> list[str]:
+    out = []
+    if unavailable:
+        out.append(f"{unavailable} tablets have no working majority: their groups can neither be read nor written")
+    staying = [m for m in roster.members if not m.leaving]
+    if len(staying) < REPLICAS:
+        out.append(f"{len(staying)} members keep this domain; add nodes until there are {REPLICAS}")
+    elif len({m.failure_domain for m in staying}) < REPLICAS:
+        out.append("members share failure domains; one failure may stop tablets")
+    return out

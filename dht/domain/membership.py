@@ -1,0 +1,171 @@
+"""Changing the roster: joins, leaves, address changes, replacement of lost members, balance (DESIGN section 5).
+
+Any member may propose; the decree makes it safe. To keep contention low, only the first reachable voter mends the
+roster on its own; joins and leaves are proposed by whoever is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from dht.domain.asking import Ask, ask_each
+from dht.domain.chain import Chain
+from dht.domain.decree import DecreeProposer
+from dht.domain.messages import AskJoin, AskLeave, AskStatus, Newest, Status, TellLink
+from dht.domain.plan import Readiness, joined, left, lost, next_link, readiness
+from dht.domain.roster import Member, Roster
+from dht.domain.rules import DomainRules
+from dht.domain.watch import REACHABLE_S, VOTER_SILENT_S, Watch
+from dht.errors import Invalid, NotFound, Unavailable
+from dht.model import NodeId
+from dht.world import Clock
+
+log = logging.getLogger(__name__)
+CHANGE_ATTEMPTS_MAX: Final = 5
+
+
+class Membership:
+    def __init__(
+        self,
+        node: NodeId,
+        chain: Chain,
+        watch: Watch,
+        proposer: DecreeProposer,
+        clock: Clock,
+        ask: Ask,
+        status: Callable[[], Status],
+        learn: Callable[[Roster, NodeId], Awaitable[None]],
+        remove_after_s: float,
+        rules: DomainRules,
+    ) -> None:
+        self._node = node
+        self._chain = chain
+        self._watch = watch
+        self._proposer = proposer
+        self._clock = clock
+        self._ask = ask
+        self._status = status
+        self._learn = learn
+        self._remove_after_s = remove_after_s
+        self._rules = rules
+        self._changing = asyncio.Lock()
+
+    async def join(self, sender: NodeId, request: AskJoin) -> Newest:
+        """Make the sender a member as it describes itself.
+
+        Raises Invalid for a member that was removed and kept its disk (rule 6), Unavailable while the change has to
+        wait.
+        """
+        member = request.member
+        if sender != member.node_id:
+            raise Invalid("a node can ask for its own membership only")
+        async with self._changing:
+            for _ in range(CHANGE_ATTEMPTS_MAX):
+                roster = self._newest()
+                old = roster.member(member.node_id)
+                if old is not None and old.incarnation == member.incarnation:
+                    member = Member(
+                        member.node_id,
+                        member.incarnation,
+                        member.pop,
+                        member.failure_domain,
+                        member.address,
+                        old.leaving,
+                    )
+                    if old == member:
+                        return Newest(roster.epoch)
+                elif self._chain.was_member(member.node_id, member.incarnation):
+                    raise Invalid(
+                        f"this node was removed from domain {roster.domain}; wipe its data directory, then it may join "
+                        "again"
+                    )
+                await self._change(roster, joined(roster, member), newcomer=member.node_id)
+        raise Unavailable(f"domain {self._chain.domain} changes too fast; the join is tried again")
+
+    async def leave(self, request: AskLeave) -> Newest:
+        """Mark the member as leaving; its tablets move, then it goes. Idempotent."""
+        async with self._changing:
+            for _ in range(CHANGE_ATTEMPTS_MAX):
+                roster = self._newest()
+                member = roster.member(request.node)
+                if member is None:
+                    if any(link.member(request.node) for link in self._chain.after(0, self._chain.epoch)):
+                        return Newest(roster.epoch)
+                    raise NotFound(f"node {request.node.hex()} is no member of domain {roster.domain}")
+                if member.leaving:
+                    return Newest(roster.epoch)
+                if all(m.leaving or m.node_id == request.node for m in roster.members):
+                    raise Invalid(
+                        f"node {request.node.hex()} is the last member of domain {roster.domain}; add another one first"
+                    )
+                if not request.drain and request.node in self._watch.reachable(self._clock.monotonic()):
+                    raise Invalid(f"node {request.node.hex()} answers; drain it, or stop it first")
+                await self._change(roster, left(roster, [request.node]))
+        raise Unavailable(f"domain {self._chain.domain} changes too fast; ask again")
+
+    async def mend(self) -> None:
+        """One step towards what the roster should be, if this node is the one to take it and a step is due."""
+        roster = self._chain.newest
+        now_s = self._clock.monotonic()
+        if roster is None or self._changing.locked() or now_s - self._watch.started_s < REACHABLE_S:
+            return
+        reachable = self._watch.reachable(now_s)
+        if next((v for v in roster.voters if v in reachable), None) != self._node:
+            return
+        silent = {**self._watch.reported_silence, self._node: self._watch.silent_s(now_s)}
+        gone = lost(roster, self._node, silent, self._remove_after_s)
+        members = left(roster, gone) if gone else roster.members
+        async with self._changing:
+            await self._change(roster, members)
+        for node in gone:
+            log.warning("member %s of domain %s is lost and is being replaced", node.hex()[:12], roster.domain)
+
+    async def _change(self, roster: Roster, members: Sequence[Member], newcomer: NodeId | None = None) -> None:
+        """Propose one step, and tell everybody what was decided."""
+        ready = await self._readiness(roster)
+        now_s = self._clock.monotonic()
+        extra = frozenset() if newcomer is None else frozenset([newcomer])
+        link = next_link(
+            roster,
+            members,
+            self._watch.reachable(now_s) | extra,
+            ready,
+            self._watch.reachable(now_s, VOTER_SILENT_S) | extra,
+        )
+        if link is None or self._chain.epoch != roster.epoch:
+            return
+        decided = await self._proposer.propose(link)
+        await self._learn(decided, self._node)
+        log.info(
+            "domain %s: link %d decided, %d members, %d voters, %d tablets change",
+            decided.domain,
+            decided.epoch,
+            len(decided.members),
+            len(decided.voters),
+            sum(e == decided.epoch for e in decided.tablet_epochs),
+        )
+        both = {m.node_id: None for m in (*decided.members, *roster.members) if m.node_id != self._node}
+        near = self._watch.reachable(self._clock.monotonic()) | extra
+        told = [n for n in both if n in near]
+        await ask_each(self._ask, told, TellLink(decided.domain, decided), Newest)
+
+    async def _readiness(self, roster: Roster) -> Readiness:
+        """Rule 5: asked anew, because the marks of the last round may be older than the roster."""
+        if not self._rules.gate_on_majority:
+            return Readiness(frozenset(), frozenset())
+        near = self._watch.reachable(self._clock.monotonic())
+        others = [m.node_id for m in roster.members if m.node_id in near and m.node_id != self._node]
+        request = AskStatus(roster.domain, roster.epoch)
+        replies = await ask_each(self._ask, others, request, Status)
+        marks = {n: {m.tablet: m for m in r.tablets} for n, r in replies.items()}
+        marks[self._node] = {m.tablet: m for m in self._status().tablets}
+        return readiness(roster, marks)
+
+    def _newest(self) -> Roster:
+        roster = self._chain.newest
+        if roster is None:
+            raise Unavailable(f"this node has not joined domain {self._chain.domain} yet; ask another member")
+        return roster

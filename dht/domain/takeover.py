@@ -1,0 +1,162 @@
+"""When this node takes tablets over, and when it lets go of those that others keep now.
+
+A replica that is new starts at once: it copies ahead, then seals. One that stays waits until a new one has sealed it,
+so that the tablet is served meanwhile; if that takes too long, or nobody is new, it begins itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from dht.domain.chain import Chain
+from dht.domain.roster import TabletReplicas
+from dht.domain.tablets import Tablets
+from dht.domain.transfer import Transfer
+from dht.domain.watch import Watch
+from dht.errors import DhtError
+from dht.model import NodeId
+from dht.storage.registers import RegisterFile
+from dht.world import Batch, Clock, Disk
+
+log = logging.getLogger(__name__)
+TRANSFERS_MAX: Final = 4
+PATIENCE_S: Final = 30.0
+ERASE_KEYS: Final = 200
+
+
+class Takeover:
+    def __init__(
+        self,
+        node: NodeId,
+        chain: Chain,
+        tablets: Tablets,
+        registers: RegisterFile,
+        disk: Disk,
+        clock: Clock,
+        watch: Watch,
+        transfer: Transfer,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._node = node
+        self._chain = chain
+        self._tablets = tablets
+        self._registers = registers
+        self._disk = disk
+        self._clock = clock
+        self._watch = watch
+        self._transfer = transfer
+        self._on_change = on_change
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._pending_since_s: dict[int, tuple[int, float]] = {}
+
+    def wake(self) -> None:
+        """Something changed: look again."""
+        self._wake.set()
+
+    def pending(self) -> tuple[int, ...]:
+        """Tablets that this node still has to initialise."""
+        newest = self._chain.newest
+        return tuple(t for t in range(len(newest.tablets)) if self._transfer.wanted(t)) if newest else ()
+
+    async def run(self, interval_s: float) -> None:
+        """Until cancelled: start what is due, at each wake and at intervals."""
+        try:
+            while True:
+                self._wake.clear()
+                self._start_due()
+                await self._let_go()
+                try:
+                    async with asyncio.timeout(interval_s):
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
+        finally:
+            for task in self._running.values():
+                task.cancel()
+            await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    def _start_due(self) -> None:
+        """Those that were sealed first: their tablets are not served until a majority has taken them over."""
+        due = [t for t in self.pending() if t not in self._running and self._due(t)]
+        due.sort(key=lambda t: (not self._sealed_already(t), t))
+        for tablet in due:
+            if len(self._running) >= TRANSFERS_MAX and not self._sealed_already(tablet):
+                break
+            task = asyncio.create_task(self._transfer.initialise(tablet))
+            self._running[tablet] = task
+            task.add_done_callback(functools.partial(self._done, tablet))
+
+    def _done(self, tablet: int, task: asyncio.Task[None]) -> None:
+        self._running.pop(tablet, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("tablet %d is not taken over, which is tried again: %s", tablet, error, exc_info=error)
+            return
+        self._on_change()
+
+    def _before(self, tablet: int) -> TabletReplicas | None:
+        newest = self._chain.newest
+        epoch = newest.tablet_epochs[tablet] if newest is not None else 1
+        return self._chain.link(epoch - 1).replicas(tablet) if epoch > 1 else None
+
+    def _sealed_already(self, tablet: int) -> bool:
+        before = self._before(tablet)
+        return before is not None and self._tablets.state(tablet).sealed >= before.epoch
+
+    def _due(self, tablet: int) -> bool:
+        newest, before = self._chain.newest, self._before(tablet)
+        if newest is None or before is None or self._sealed_already(tablet):
+            return True
+        if self._tablets.state(tablet).current != before.epoch:
+            return True  # nothing of the old epoch is here: this is a new replica, or one as empty as a new one
+        replicas = newest.replicas(tablet)
+        if set(replicas.nodes) <= set(before.nodes) and not self._reborn(tablet, replicas, before):
+            return True
+        epoch, since_s = self._pending_since_s.get(tablet, (0, 0.0))
+        now_s = self._clock.monotonic()
+        if epoch != replicas.epoch:
+            self._pending_since_s[tablet] = (replicas.epoch, now_s)
+            return False
+        return now_s - since_s >= PATIENCE_S
+
+    def _reborn(self, tablet: int, replicas: TabletReplicas, before: TabletReplicas) -> bool:
+        """Whether a replica kept its node but lost its disk."""
+        old, new = self._chain.link(before.epoch), self._chain.link(replicas.epoch)
+        incarnations = {m.node_id: m.incarnation for m in old.members}
+        return any(m.node_id in replicas.nodes and incarnations.get(m.node_id) != m.incarnation for m in new.members)
+
+    async def _let_go(self) -> None:
+        """Erase tablets whose every present replica is initialised: nobody can need this node's copy any more."""
+        newest = self._chain.newest
+        if newest is None:
+            return
+        for tablet in self._tablets.known():
+            replicas = newest.replicas(tablet)
+            if self._node in replicas.nodes:
+                continue
+            state = self._tablets.state(tablet)
+            if state.initialised:
+                marks = [self._watch.marks.get(n, {}).get(tablet) for n in replicas.nodes]
+                if not all(m is not None and m.initialised >= replicas.epoch for m in marks):
+                    continue
+                batch = Batch()
+                self._tablets.drop(batch, tablet)
+                self._tablets.submit(batch)
+            await self._erase(tablet)
+
+    async def _erase(self, tablet: int) -> None:
+        """In pages; a crash in between leaves registers that nobody reads, and the next start goes on."""
+        try:
+            while keys := self._registers.keys(tablet, limit=ERASE_KEYS):
+                if self._tablets.state(tablet).initialised:
+                    return
+                batch = Batch()
+                for key in keys:
+                    self._registers.erase(batch, key)
+                await self._disk.durable(self._disk.submit(batch))
+        except DhtError as error:
+            log.error("tablet %d is not erased: %s", tablet, error)
