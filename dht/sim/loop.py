@@ -57,12 +57,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """`shuffle`: callbacks that are ready at the same moment run in this generator's order, not first in, first out."""
 
     _ready: collections.deque[asyncio.Handle]
-    _scheduled: list[asyncio.TimerHandle]
 
     def __init__(self, shuffle: random.Random | None = None) -> None:
         super().__init__()
         self._now_s = 0.0
         self._shuffle = shuffle
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers_set = 0
         self._tasks: dict[asyncio.Task[Any], Process | None] = {}
         self.steps = 0
         self.steps_max = STEPS_MAX
@@ -72,6 +73,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def time(self) -> float:
         return self._now_s
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        self._check_closed()  # type: ignore[attr-defined]
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timers_set += 1
+        heapq.heappush(self._timers, (when, self._timers_set, timer))
+        return timer
 
     def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> Any:
         task = super().create_task(coro, name=name, context=context)
@@ -103,19 +113,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Nobody waits outside: there is nobody to wake."""
 
     def _run_once(self) -> None:
-        scheduled, ready = self._scheduled, self._ready
-        while scheduled and scheduled[0]._cancelled:
-            self._timer_handle_dropped(heapq.heappop(scheduled))
+        timers, ready = self._timers, self._ready
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
         if not ready:
-            if not scheduled:
+            if not timers:
                 raise Stuck("nothing is scheduled and the run has not ended\n" + self.dump())
-            self._now_s = max(self._now_s, scheduled[0].when())
+            self._now_s = max(self._now_s, timers[0][0])
             if self.time_limit_s is not None and self._now_s > self.time_limit_s:
                 raise Stuck(f"virtual time passed {self.time_limit_s:.1f} s\n" + self.dump())
-        while scheduled and scheduled[0].when() <= self._now_s:
-            timer = heapq.heappop(scheduled)
-            self._timer_handle_dropped(timer)
-            ready.append(timer)
+        while timers and timers[0][0] <= self._now_s:
+            ready.append(heapq.heappop(timers)[2])
         if self._shuffle is not None and len(ready) > 1:
             batch = list(ready)
             ready.clear()
@@ -133,9 +141,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
             handle._run()
         if self.steps > self.steps_max:
             raise Stuck(f"more than {self.steps_max} steps\n" + self.dump())
-
-    def _timer_handle_dropped(self, timer: asyncio.TimerHandle) -> None:
-        timer._scheduled = False  # type: ignore[attr-defined]
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """Cancelled timers stay in the heap until they come up; a run is too short for them to matter."""

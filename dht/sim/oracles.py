@@ -361,7 +361,7 @@ def _find_violations(find: Find, changes: dict[tuple[GroupKey, RowName], list[_R
         if not settled:
             continue
         expected = left if left is not None and matches(find.query, left) else None
-        cut = find.query.limit is not None and place not in found
+        cut = find.query.limit is not None and len(found) >= find.query.limit and place not in found
         if not cut and found.get(place) != expected:
             out.append(f"{find.client} found row {name} as {found.get(place)}, settled as {left} before {find.call}")
     return out

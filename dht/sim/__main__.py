@@ -1,0 +1,122 @@
+"""`python -m dht.sim`: run the store in virtual time, one seed or very many."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+
+import click
+
+from dht.sim.scenario import Scenario, Verdict, run
+from dht.sim.scenarios import SCENARIOS
+
+_NAMES = list(SCENARIOS)
+_SHOWN_VIOLATIONS = 5
+
+
+@click.group()
+def main() -> None:
+    """Deterministic simulation of the store under crashes, loss, reordering and changes of the roster."""
+
+
+@main.command(name="run")
+@click.option("--seed", type=int, required=True, help="Seed of the run.")
+@click.option("--scenario", type=click.Choice(_NAMES), default="everything", show_default=True)
+@click.option("--trace", is_flag=True, help="Print the story of the run even if it passed.")
+@click.option("--off", multiple=True, metavar="RULE", help="Switch a rule of the registers or of the domain off.")
+@click.option("--quiet", is_flag=True, help="Print no story, not even of a failure.")
+def run_command(seed: int, scenario: str, trace: bool, off: tuple[str, ...], quiet: bool) -> None:
+    """Run one seed and print the verdict; a failure prints the story. Exit code 1: a violation."""
+    verdict = run(_without(scenario, off), seed)
+    if trace or (verdict.violations and not quiet):
+        click.echo("\n".join(verdict.trace))
+    click.echo(_line(verdict))
+    for violation in verdict.violations:
+        click.echo(f"VIOLATION: {violation}")
+    if verdict.violations:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--seeds", type=click.IntRange(min=1), default=1000, show_default=True, help="How many seeds.")
+@click.option("--first", type=int, default=0, show_default=True, help="The first seed.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes at a time.")
+@click.option("--scenario", "scenarios", type=click.Choice(_NAMES), multiple=True, help="Default: all, in turn.")
+@click.option("--off", multiple=True, metavar="RULE", help="Switch a rule off; failures are then what is wanted.")
+@click.option("--stop", is_flag=True, help="Stop at the first failure.")
+def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tuple[str, ...], stop: bool) -> None:
+    """Run many seeds; print those that fail and how to replay them. Exit code 1: at least one failed."""
+    names = scenarios or tuple(_NAMES)
+    work = [(names[seed % len(names)], off, seed) for seed in range(first, first + seeds)]
+    started = time.monotonic()
+    failed = undecided = done = operations = 0
+    with ProcessPoolExecutor(jobs) as pool:
+        queue = iter(work)
+        waiting = [pool.submit(_run_one, *one) for one in islice(queue, jobs * 2)]
+        while waiting:
+            verdict = waiting.pop(0).result()
+            done += 1
+            undecided += verdict.undecided
+            operations += sum(verdict.counts.values())
+            if verdict.violations:
+                failed += 1
+                _report(verdict, off)
+                if stop:
+                    break
+            waiting += [pool.submit(_run_one, *one) for one in islice(queue, 1)]
+        for future in waiting:
+            future.cancel()
+    took_s = time.monotonic() - started
+    click.echo(
+        f"{done} runs, {operations} operations in {took_s:.0f} s: {failed} failed, "
+        f"{undecided} histories too entangled to decide"
+    )
+    sys.exit(1 if failed else 0)
+
+
+def _run_one(scenario: str, off: tuple[str, ...], seed: int) -> Verdict:
+    verdict = run(_without(scenario, off), seed)
+    verdict.trace.clear()  # the parent prints only how to get it again
+    return verdict
+
+
+def _without(name: str, off: tuple[str, ...]) -> Scenario:
+    from dht.domain.rules import DomainRules
+    from dht.register.rules import Rules
+
+    known = {**dict.fromkeys(Rules.__struct_fields__, 0), **dict.fromkeys(DomainRules.__struct_fields__, 1)}
+    for rule in off:
+        if rule not in known:
+            raise click.BadParameter(f"there is no rule {rule!r}; rules: {', '.join(known)}")
+    return SCENARIOS[name].without(
+        rules=tuple(r for r in off if known[r] == 0), domain_rules=tuple(r for r in off if known[r] == 1)
+    )
+
+
+def _line(verdict: Verdict) -> str:
+    counts = " ".join(f"{name}={n}" for name, n in verdict.counts.items() if n)
+    return (
+        f"{verdict.scenario} seed {verdict.seed}: {'FAILED' if verdict.violations else 'passed'}, "
+        f"trace {verdict.fingerprint}, {counts}" + (f", {verdict.undecided} undecided" if verdict.undecided else "")
+    )
+
+
+def _report(verdict: Verdict, off: tuple[str, ...]) -> None:
+    switches = "".join(f" --off {rule}" for rule in off)
+    click.echo(f"FAILED: python -m dht.sim run --scenario {verdict.scenario} --seed {verdict.seed}{switches}")
+    for violation in verdict.violations[:_SHOWN_VIOLATIONS]:
+        click.echo(f"    {violation.splitlines()[0][:300]}")
+
+
+if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # Sets of strings iterate by hash: the same seed has to mean the same run in every process.
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "dht.sim", *sys.argv[1:]],
+            {**os.environ, "PYTHONHASHSEED": "0"},
+        )
+    main(prog_name="python -m dht.sim")

@@ -1,0 +1,85 @@
+"""The scenarios by name. Each stresses one thing; `everything` all at once."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dht.sim.scenario import Faults, Scenario
+from dht.sim.workload import Mix
+
+_LISTS_ONLY: Final = Mix(append=5, read=3, cell=0, bag=0, find=0, transact=0, owner=0, draw=0, lists=2)
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    s.name: s
+    for s in (
+        Scenario("steady", duration_s=4.0, faults=Faults(stragglers=1, loss=1)),
+        Scenario("single", machines=1, duration_s=5.0, faults=Faults(crash=3, slow_disk=1, pause=1, lasts_s=0.3)),
+        Scenario("pair", machines=2, duration_s=5.0, faults=Faults(crash=2, partition=1, pause=1, lasts_s=0.4)),
+        Scenario("crash", faults=Faults(crash=4, crash_all=1, slow_disk=2, skew=1, pause=1)),
+        Scenario(
+            "network",
+            loss=0.02,
+            straggler=0.05,
+            faults=Faults(partition=3, one_way=2, loss=2, stragglers=2),
+        ),
+        Scenario("order", shuffle=True, straggler=0.1, faults=Faults(crash=2, pause=2, stragglers=2, loss=1)),
+        Scenario(
+            "transactions",
+            mix=Mix(append=1, read=3, cell=0, bag=0, find=0, transact=5, owner=4, draw=0, lists=3, owners=3, names=2),
+            faults=Faults(crash=3, partition=1, pause=2, loss=1),
+        ),
+        Scenario(
+            "finds",
+            mix=Mix(append=0, read=1, cell=0, bag=6, find=5, transact=0, owner=2, draw=0, bags=4),
+            faults=Faults(crash=3, partition=2, pause=1, loss=1, stragglers=1),
+        ),
+        Scenario(
+            "window",
+            clients=6,
+            straggler=0.05,
+            mix=Mix(append=1, read=1, cell=6, bag=2, find=0, transact=0, owner=0, draw=1, lists=1, cells=1, bags=1),
+            faults=Faults(loss=3, stragglers=3, crash=1, pause=1),
+        ),
+        Scenario(
+            "grow",
+            machines=1,
+            duration_s=10.0,
+            faults=Faults(join=3, crash=1, loss=1, joins=2, every_s=0.7, lasts_s=0.4),
+        ),
+        Scenario(
+            "replace",
+            machines=4,
+            duration_s=12.0,
+            faults=Faults(wipe=2, crash=1, partition=1, loss=1, wipes=1, every_s=0.7),
+        ),
+        Scenario(
+            "drain",
+            machines=4,
+            duration_s=12.0,
+            faults=Faults(drain=2, crash=1, loss=1, pause=1, drains=1, every_s=0.7),
+        ),
+        Scenario(
+            "everything",
+            machines=3,
+            duration_s=15.0,
+            loss=0.01,
+            faults=Faults(
+                crash=3,
+                crash_all=0.5,
+                partition=2,
+                one_way=1,
+                loss=2,
+                slow_disk=1,
+                pause=1,
+                stragglers=1,
+                skew=0.5,
+                wipe=1,
+                join=2,
+                drain=1,
+                joins=2,
+                wipes=1,
+                drains=1,
+            ),
+        ),
+    )
+}
