@@ -1,0 +1,209 @@
+"""A transaction's buffered rows as one transaction of the store, and its refusals in SQLite's words (DESIGN section 7)."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from typing import Any, NamedTuple
+
+from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, SchemaChanged
+from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Part
+from dht.model import Transaction as StoreTransaction
+from nova_bridge.sql.access import OWNER_GROUP, OWNER_ROW
+from nova_bridge.sql.errors import ConflictError, ForeignKeyError, IndeterminateError, from_store, unique_failed
+from nova_bridge.sql.rules import parent_of
+from nova_bridge.sql.schema import ENTRY_TABLE, Table, Unique
+from nova_bridge.sql.transaction import Pending, Place, Transaction
+
+ENTRY_ROW = (0,)
+
+
+class Meaning(NamedTuple):
+    """What a change or guard stands for, should it be refused."""
+
+    table: Table
+    columns: tuple[int, ...]
+
+
+class _Draft:
+    """One group's part while it is being collected."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[Change, Meaning]] = []
+        self._guards: dict[Any, tuple[Guard, Meaning]] = {}
+
+    def guard(self, guard: Guard, meaning: Meaning) -> None:
+        """Add it once."""
+        self._guards[guard.kind, guard.table, guard.pk, tuple(guard.columns.items())] = guard, meaning
+
+    @property
+    def guards(self) -> list[tuple[Guard, Meaning]]:
+        """In order of addition."""
+        return list(self._guards.values())
+
+
+class _Step(NamedTuple):
+    """What happens to one unique entry over the whole transaction."""
+
+    meaning: Meaning
+    before: Place | None
+    after: Place | None
+
+
+def commit(tx: Transaction, foreign_keys: bool) -> None:
+    """Send the transaction. Raises an exception of DB-API; then nothing was applied, unless it is IndeterminateError."""
+    drafts = _collect(tx, foreign_keys)
+    parts = tuple(
+        Part(key, tx.seen.get(key), tuple(c for c, _ in draft.changes), tuple(g for g, _ in draft.guards))
+        for key, draft in drafts.items()
+    )
+    if not any(part.changes for part in parts):
+        return
+    database = tx.database
+    transaction = StoreTransaction(os.urandom(16), database.name, tx.schema.version, parts)
+    try:
+        database.store.commit(transaction, 0, database.timeout_s)
+    except SchemaChanged as error:
+        database.reload()
+        raise from_store(error) from None
+    except Conflict as error:
+        raise _named(error, list(drafts.values())) from None
+    except Indeterminate as error:
+        _settle(tx, transaction, error)
+    except DhtError as error:
+        raise from_store(error) from None
+
+
+def _settle(tx: Transaction, transaction: StoreTransaction, error: Indeterminate) -> None:
+    """Ask for the outcome once; it stays unknown if it cannot be had."""
+    first = transaction.parts[0]
+    try:
+        outcome = tx.database.store.outcome(transaction.id, first.key, first.seen, tx.database.timeout_s)
+    except DhtError:
+        outcome = "unknown"
+    match outcome:
+        case "applied":
+            return
+        case "not_applied":
+            raise ConflictError("the transaction was interrupted and certainly not applied; run it again") from None
+        case _:
+            raise IndeterminateError(f"outcome unknown: {error.message}") from None
+
+
+def _collect(tx: Transaction, foreign_keys: bool) -> dict[GroupKey, _Draft]:
+    drafts: dict[GroupKey, _Draft] = {}
+    steps: dict[GroupKey, _Step] = {}
+    for number, places in tx.overlay.items():
+        table = tx.schema.by_number[number]
+        for place, pending in places.items():
+            if pending.base is None and pending.current is None:
+                continue
+            draft = drafts.setdefault(place[0], _Draft())
+            _add_row(table, pending, draft)
+            _add_unique_guards(table, pending, draft)
+            if foreign_keys and pending.current is None:
+                _add_child_guards(tx, table, pending, draft)
+            for unique in table.uniques:
+                if unique.kind == "entry":
+                    _add_step(table, unique, place, pending, steps)
+    for group, number, pk in tx.foreign_guards:
+        if group in drafts and not _is_own(tx, group, number, pk):
+            parent = tx.schema.by_number[number]
+            guard = Guard(GuardKind.HAS, number, pk, {}, "foreign_key")
+            drafts[group].guard(guard, Meaning(parent, parent.primary))
+    for key, step in steps.items():
+        change = _entry_change(step)
+        if change is not None:
+            drafts.setdefault(key, _Draft()).changes.append((change, step.meaning))
+    return drafts
+
+
+def _is_own(tx: Transaction, group: GroupKey, number: int, pk: tuple[Any, ...]) -> bool:
+    """Whether this transaction made or removes the parent itself."""
+    table = tx.schema.by_number[number]
+    pending = tx.overlay.get(number, {}).get((group, table.pk_key(pk)))
+    return pending is not None and (pending.base is None or pending.current is None)
+
+
+def _add_row(table: Table, pending: Pending, draft: _Draft) -> None:
+    number, meaning = table.number, Meaning(table, table.primary)
+    guards: Columns = {table.number_of(p): v for p, v in pending.guards.items() if p not in table.primary}
+    if pending.base is None and pending.current is not None:
+        change = Change(Op.INSERT, number, pending.current.pk, table.encode(pending.current.values))
+    elif pending.base is not None and pending.current is None:
+        change = Change(Op.DELETE, number, pending.base.pk, {}, guards)
+    elif pending.base is not None and pending.current is not None:
+        columns: Columns = {table.number_of(p): pending.current.values[p] for p in sorted(pending.columns)}
+        change = Change(Op.UPDATE, number, pending.base.pk, columns, guards)
+    else:
+        return
+    draft.changes.append((change, meaning))
+
+
+def _add_unique_guards(table: Table, pending: Pending, draft: _Draft) -> None:
+    row = pending.current
+    if row is None:
+        return
+    for unique in table.uniques:
+        if unique.kind != "group" or (pending.base is not None and pending.columns.isdisjoint(unique.columns)):
+            continue
+        columns: Columns = {table.number_of(p): row.values[p] for p in unique.columns}
+        if None not in columns.values():
+            guard = Guard(GuardKind.UNIQUE, table.number, row.pk, columns, "duplicate")
+            draft.guard(guard, Meaning(table, unique.columns))
+
+
+def _add_child_guards(tx: Transaction, table: Table, pending: Pending, draft: _Draft) -> None:
+    """A parent leaves its group only while no row of the group refers to it."""
+    old = pending.base
+    if old is None:
+        return
+    for child, foreign in tx.schema.children.get(table.name.lower(), ()):
+        if child.family != table.family or child.family == "row":
+            continue
+        _, positions = parent_of(tx.schema, foreign)
+        values = [old.values[p] for p in positions]
+        if None not in values:
+            columns = {child.number_of(c): v for c, v in zip(foreign.columns, values, strict=True)}
+            guard = Guard(GuardKind.UNIQUE, child.number, (), columns, "foreign_key")
+            draft.guard(guard, Meaning(child, foreign.columns))
+
+
+def _add_step(table: Table, unique: Unique, place: Place, pending: Pending, steps: dict[GroupKey, _Step]) -> None:
+    meaning = Meaning(table, unique.columns)
+    old = table.entry_key(unique, pending.base.values) if pending.base is not None else None
+    new = table.entry_key(unique, pending.current.values) if pending.current is not None else None
+    if old == new:
+        return
+    if old is not None:
+        steps[old] = _Step(meaning, place, steps[old].after if old in steps else None)
+    if new is not None:
+        steps[new] = _Step(meaning, steps[new].before if new in steps else None, place)
+
+
+def _entry_change(step: _Step) -> Change | None:
+    owner = None if step.after is None else {OWNER_GROUP: step.after[0], OWNER_ROW: step.after[1]}
+    expected = {} if step.before is None else {OWNER_GROUP: step.before[0], OWNER_ROW: step.before[1]}
+    if owner is None:
+        return Change(Op.DELETE, ENTRY_TABLE, ENTRY_ROW, {}, expected) if expected else None
+    if not expected:
+        return Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, owner)
+    return None if owner == expected else Change(Op.UPDATE, ENTRY_TABLE, ENTRY_ROW, owner, expected)
+
+
+def _named(error: Conflict, drafts: list[_Draft]) -> sqlite3.Error:
+    """The refusal as SQLite would have said it at the statement."""
+    detail = error.detail
+    part, index = detail.get("part"), detail.get("index")
+    if not isinstance(part, int) or not isinstance(index, int) or not 0 <= part < len(drafts):
+        return from_store(error)
+    draft = drafts[part]
+    meanings = [m for _, m in (draft.guards if detail.get("what") == "guard" else draft.changes)]
+    if not 0 <= index < len(meanings):
+        return from_store(error)
+    table, columns = meanings[index]
+    if detail.get("fails_as") == "foreign_key":
+        return ForeignKeyError(table.name, table.column_names(columns))
+    if isinstance(error, Duplicate):
+        return unique_failed(table.name, table.column_names(columns))
+    return from_store(error)

@@ -1,0 +1,233 @@
+"""A DB-API cursor: routes each statement to SQLite's engine, to the shadow schema or to the connection."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import apsw
+
+from dht.errors import DhtError, SchemaChanged
+from nova_bridge.sql import statements
+from nova_bridge.sql.errors import from_sqlite, from_store
+from nova_bridge.sql.values import adapt_all
+
+if TYPE_CHECKING:
+    from nova_bridge.sql.connection import Connection
+
+_READS = frozenset({"SELECT", "WITH", "VALUES", "EXPLAIN"})
+_WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE"})
+_SCHEMA = frozenset({"CREATE", "DROP", "ALTER"})
+_NOTHING_TO_DO = frozenset({"VACUUM", "ANALYZE", "REINDEX"})
+_IN_LIST_BUG = ("<NULL>", "vtab_in")
+SCHEMA_RELOADS_MAX = 3
+
+
+class Cursor:
+    """Results are complete when execute returns."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.arraysize = 1
+        self.description: tuple[tuple[Any, ...], ...] | None = None
+        self.rowcount = -1
+        self.lastrowid: int | None = None
+        self._rows: list[Any] = []
+        self._at = 0
+        self._described: Any = ()
+
+    def execute(self, sql: str, parameters: Any = ()) -> Cursor:
+        """Run one statement."""
+        connection = self.connection
+        self.description, self.rowcount = None, -1
+        self._rows, self._at = [], 0
+        with connection.lock:
+            try:
+                self._route(sql, adapt_all(parameters) if parameters else ())
+            except apsw.Error as error:
+                raise from_sqlite(error) from None
+            except DhtError as error:
+                raise from_store(error) from None
+        return self
+
+    def executemany(self, sql: str, parameters: Iterable[Any]) -> Cursor:
+        """Run it once for each set; rowcount is the sum."""
+        total = 0
+        for one in parameters:
+            self.execute(sql, one)
+            total += max(self.rowcount, 0)
+        self.rowcount = total
+        return self
+
+    def executescript(self, script: str) -> Cursor:
+        """See the connection's."""
+        return self.connection.executescript(script)
+
+    def _route(self, sql: str, parameters: Any) -> None:
+        connection = self.connection
+        word = statements.first_word(sql)
+        if word in _SCHEMA:
+            connection.define(sql)
+        elif word in _READS or word in _WRITES:
+            connection.flush_script()
+            if word in _WRITES:
+                self._write(word, sql, parameters)
+            elif statements.asks_for_schema(sql):
+                self._ask_shadow(sql, parameters)
+            else:
+                self._read(sql, parameters)
+        elif word == "PRAGMA":
+            connection.flush_script()
+            self._pragma(sql)
+        elif word not in _NOTHING_TO_DO:
+            self._transaction(word, sql)
+
+    def _transaction(self, word: str, sql: str) -> None:
+        connection = self.connection
+        name = statements.savepoint_name(sql)
+        match word:
+            case "BEGIN":
+                connection.begin()
+            case "COMMIT" | "END":
+                connection.flush_script()
+                connection.end(keep=True)
+            case "ROLLBACK" if name is not None:
+                connection.rollback_to(name)
+            case "ROLLBACK":
+                connection.end(keep=False)
+            case "SAVEPOINT" if name is not None:
+                connection.savepoint(name)
+            case "RELEASE" if name is not None:
+                connection.release(name)
+            case _:
+                raise sqlite3.OperationalError(f'near "{sql.strip()[:40]}": not a statement that this database runs')
+
+    def _read(self, sql: str, parameters: Any) -> None:
+        self._with_reloads(sql, parameters)
+        self.connection.end_statement()
+
+    def _write(self, word: str, sql: str, parameters: Any) -> None:
+        connection = self.connection
+        if not connection.in_transaction and connection.isolation_level is not None:
+            connection.begin()
+        engine = self._with_reloads(sql, parameters)
+        self.rowcount = engine.changes()
+        connection.total_changes += self.rowcount
+        if word in {"INSERT", "REPLACE"}:
+            self.lastrowid = engine.last_insert_rowid()
+        connection.end_statement()
+
+    def _with_reloads(self, sql: str, parameters: Any) -> apsw.Connection:
+        """Run on the engine; when the schema turns out to be old, learn the new one and run again."""
+        connection = self.connection
+        for attempt in range(SCHEMA_RELOADS_MAX + 1):
+            try:
+                return self._run(sql, parameters)
+            except (SchemaChanged, apsw.SQLError) as error:
+                helped = attempt < SCHEMA_RELOADS_MAX and (
+                    isinstance(error, SchemaChanged)
+                    or str(error).startswith(("no such", "SQLError: no such", "table "))
+                )
+                if not helped or not connection.reload_schema():
+                    if isinstance(error, apsw.SQLError) and "no such table" in str(error):
+                        connection.database.check_exists()
+                    raise
+        raise AssertionError("unreachable")
+
+    def _run(self, sql: str, parameters: Any) -> apsw.Connection:
+        connection = self.connection
+        engine = connection.engine()
+        journal = connection.tx.journal
+        mark = len(journal)
+        connection.handles.clear()
+        try:
+            try:
+                self._fetch(engine, sql, parameters)
+            except apsw.SQLError as error:
+                if not any(sign in str(error) for sign in _IN_LIST_BUG):
+                    raise
+                connection.tx.rollback_to(mark)
+                self._fetch_without_in_lists(engine, sql, parameters)
+            connection.writer.finish_statement()
+        except BaseException:
+            connection.writer.checks.clear()
+            connection.tx.rollback_to(mark)
+            if not connection.in_transaction:
+                connection.tx.reset()
+            raise
+        if self._described:
+            self.description = tuple([(d[0], None, None, None, None, None, None) for d in self._described])
+        return engine
+
+    def _fetch(self, engine: apsw.Connection, sql: str, parameters: Any, can_cache: bool = True) -> None:
+        cursor = engine.cursor()
+        cursor.exec_trace = self._trace
+        self._described = ()
+        self._rows = cursor.execute(sql, parameters, can_cache=can_cache).fetchall()
+
+    def _fetch_without_in_lists(self, engine: apsw.Connection, sql: str, parameters: Any) -> None:
+        """An IN (subquery) without rows fails when lists are taken at once: prepare anew, value by value."""
+        self.connection.take_in_lists = False
+        try:
+            self._fetch(engine, sql, parameters, can_cache=False)
+        finally:
+            self.connection.take_in_lists = True
+
+    def _trace(self, cursor: apsw.Cursor, sql: str, bindings: Any) -> bool:
+        self._described = cursor.get_description()
+        return True
+
+    def _ask_shadow(self, sql: str, parameters: Any) -> None:
+        def keep(described: Any, rows: list[Any]) -> None:
+            self._rows = rows
+            if described:
+                self.description = tuple([(d[0], None, None, None, None, None, None) for d in described])
+
+        self.connection.shadow_rows(sql, parameters, keep)
+
+    def _pragma(self, sql: str) -> None:
+        name, value = statements.pragma(sql)
+        if name == "foreign_keys":
+            if value is None:
+                self._rows = [(int(self.connection.writer.foreign_keys),)]
+                self.description = (("foreign_keys", None, None, None, None, None, None),)
+            elif not self.connection.in_transaction:
+                self.connection.writer.foreign_keys = value in {"on", "1", "true", "yes"}
+        elif name in {"synchronous", "journal_mode", "busy_timeout", "legacy_alter_table", "wal_checkpoint"}:
+            return
+        else:
+            self._ask_shadow(sql, ())
+
+    def fetchone(self) -> Any:
+        """The next row or None."""
+        if self._at < len(self._rows):
+            self._at += 1
+            return self._rows[self._at - 1]
+        return None
+
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        """Up to `size` rows."""
+        rows = self._rows[self._at : self._at + (size or self.arraysize)]
+        self._at += len(rows)
+        return rows
+
+    def fetchall(self) -> list[Any]:
+        """All that are left."""
+        rows = self._rows[self._at :] if self._at else list(self._rows)
+        self._at = len(self._rows)
+        return rows
+
+    def __iter__(self) -> Iterator[Any]:
+        while (row := self.fetchone()) is not None:
+            yield row
+
+    def close(self) -> None:
+        """Drop the results."""
+        self._rows = []
+
+    def setinputsizes(self, *sizes: Any) -> None:
+        """Nothing to prepare."""
+
+    def setoutputsize(self, *sizes: Any) -> None:
+        """Nothing to prepare."""

@@ -1,0 +1,198 @@
+"""One database as a process sees it: the store, the schema, caches and id blocks that its connections share."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+
+import apsw
+import msgspec
+
+from dht.errors import SchemaChanged
+from dht.model import GroupKey
+from dht.requests import BlockingStore
+from nova_bridge.sql import shadow as shadows
+from nova_bridge.sql.catalog import Catalog
+from nova_bridge.sql.groups import GroupCache, GroupView, Hints
+from nova_bridge.sql.schema import Schema, Table, TableDef
+
+Steps = list[Callable[[apsw.Connection], None]]
+Renames = dict[str, dict[str, str]]
+
+ID_BLOCK_MAX = 16
+SCHEMA_ATTEMPTS = 20
+
+
+class IdBlocks:
+    """Ids reserved ahead, per table: one call to the store in up to ID_BLOCK_MAX inserts. What is left over is lost."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, tuple[int, int, int]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, table: Table, above: int, reserve: Callable[[int, int], int]) -> int:
+        """An id above `above`; `reserve(count, above)` asks the store."""
+        with self._lock:
+            following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
+            following = max(following, above + 1)
+            if following >= end:
+                size = min(max(1, size * 2), ID_BLOCK_MAX)
+                following = reserve(size, above)
+                end = following + size
+            self._blocks[table.sequence] = (following + 1, end, size)
+            return following
+
+    def skip(self, table: Table, number: int) -> None:
+        """An explicit id was inserted: do not give it out."""
+        with self._lock:
+            following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
+            if following <= number:
+                self._blocks[table.sequence] = (number + 1, end, size)
+
+    def clear(self) -> None:
+        """Drop all blocks."""
+        with self._lock:
+            self._blocks.clear()
+
+
+class Database:
+    """Thread-safe. `timeout_s` bounds each call to the store."""
+
+    def __init__(self, store: BlockingStore, name: str, timeout_s: float | None = None) -> None:
+        self.store, self.name, self.timeout_s = store, name, timeout_s
+        self.groups, self.hints, self.ids = GroupCache(), Hints(), IdBlocks()
+        self._lock = threading.RLock()
+        self._catalog = Catalog(store, name)
+        self._schema: Schema | None = None
+        self._shadow: tuple[Schema, apsw.Connection] | None = None
+        self._preview: tuple[Schema, Steps, tuple[dict[str, TableDef], int, apsw.Connection]] | None = None
+        self.exists = False
+
+    @property
+    def schema(self) -> Schema:
+        """The newest catalog that this process knows; read from the store the first time."""
+        schema = self._schema
+        return schema if schema is not None else self.reload()
+
+    def reload(self) -> Schema:
+        """Read the catalog again."""
+        with self._lock:
+            self._schema = self._catalog.load(self.timeout_s)
+            self.exists = self.exists or self._schema.version > 0
+            return self._schema
+
+    def catalog_for(self, store: BlockingStore) -> Catalog:
+        """What this process knows of the catalog, for a store of the same content."""
+        return self._catalog.on(store)
+
+    def replace_store(self, store: BlockingStore, catalog: Catalog) -> None:
+        """Go on with another store, whose catalog is known."""
+        with self._lock:
+            self.store, self._catalog = store, catalog.on(store)
+            self._schema = None
+            self.groups.clear()
+            self.hints.clear()
+            self.ids.clear()
+            self.reload()
+
+    def check_exists(self) -> None:
+        """Raise when the store has no database of this name."""
+        if not self.exists:
+            self.exists = self.name in self.store.list_databases(self.timeout_s)
+        if not self.exists:
+            raise sqlite3.OperationalError(
+                f"unable to open database file: there is no database {self.name!r} in this cluster; "
+                f"run the service's db sync, or `lucd database create {self.name}`"
+            )
+
+    def shadow(self) -> apsw.Connection:
+        """The shadow of the current schema. Only for reading, and under `shadow_lock`."""
+        with self._lock:
+            schema = self.schema
+            if self._shadow is None or self._shadow[0] is not schema:
+                self._shadow = (schema, shadows.build(schema.definitions.values()))
+            return self._shadow[1]
+
+    def query_shadow(self, run: Callable[[apsw.Connection], None]) -> None:
+        """Run a query on the shadow; one at a time."""
+        with self._lock:
+            run(self.shadow())
+
+    def preview(self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames) -> dict[str, TableDef]:
+        """What DDL would make of the schema `before`."""
+        with self._lock:
+            return self._run_ddl(before, ddl, renamed, columns)[0]
+
+    def change(self, ddl: Steps, renamed: dict[str, str], columns: Renames) -> Schema:
+        """Run DDL on a copy of the shadow and commit what it made of the schema."""
+        with self._lock:
+            self._ensure_created()
+            for _ in range(SCHEMA_ATTEMPTS):
+                before = self.reload()
+                after, next_table, shadow = self._run_ddl(before, ddl, renamed, columns)
+                try:
+                    return self._publish(before, after, next_table, shadow)
+                except SchemaChanged:
+                    continue
+            raise SchemaChanged(f"the schema of {self.name} kept changing; run the statement again")
+
+    def _run_ddl(
+        self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames
+    ) -> tuple[dict[str, TableDef], int, apsw.Connection]:
+        if self._preview is not None and self._preview[:2] == (before, ddl):
+            return self._preview[2]
+        shadow = shadows.clone(self.shadow())
+        for step in ddl:
+            step(shadow)
+        reader = shadows.Introspection(shadow, before.definitions, before.next_table)
+        result = reader.definitions(renamed, columns), reader.next_table, shadow
+        self._preview = (before, ddl, result)
+        return result
+
+    def mark_used(self, table: str) -> Schema:
+        """Every row has its entries now: look-ups may rely on them."""
+        with self._lock:
+            for _ in range(SCHEMA_ATTEMPTS):
+                before = self.reload()
+                definitions = dict(before.definitions)
+                definition = definitions[table]
+                indexes = tuple(msgspec.structs.replace(i, used=True) for i in definition.indexes)
+                definitions[table] = msgspec.structs.replace(definition, indexes=indexes)
+                try:
+                    return self._publish(before, definitions, before.next_table, self.shadow())
+                except SchemaChanged:
+                    continue
+            raise SchemaChanged(f"the schema of {self.name} kept changing; run the statement again")
+
+    def _publish(self, before: Schema, after: dict[str, TableDef], next_table: int, shadow: apsw.Connection) -> Schema:
+        if after == before.definitions:
+            return before
+        schema = self._catalog.replace(before, after, next_table)
+        self._shadow, self._schema, self._preview = (schema, shadow), schema, None
+        self.groups.clear()
+        return schema
+
+    def _ensure_created(self) -> None:
+        if not self.exists:
+            self.store.create_database(self.name, self.timeout_s)
+            self.exists = True
+
+    def read_groups(self, keys: Sequence[GroupKey], version: int) -> list[GroupView]:
+        """The groups now, each at one ballot, in one call."""
+        known = [self.groups.get(key, version) for key in keys]
+        reads = self.store.read(keys, [view and view.ballot for view in known], self.timeout_s)
+        return [self.groups.take(read, view, version) for read, view in zip(reads, known, strict=True)]
+
+    def next_id(self, table: Table, above: int) -> int:
+        """A new id of the table's sequence, above all that its group holds."""
+
+        def reserve(count: int, floor: int) -> int:
+            return self.store.reserve_ids(self.name, table.sequence, count, floor, self.timeout_s)
+
+        return self.ids.take(table, above, reserve)
+
+    def raise_sequence(self, table: Table, number: int) -> None:
+        """Never give out ids up to `number`."""
+        self.store.raise_sequence(self.name, table.sequence, number, self.timeout_s)
+        self.ids.skip(table, number)

@@ -1,0 +1,136 @@
+"""SQLAlchemy dialects: `lucd:///NAME?socket=/path&timeout=10` and `lucd+memory:///NAME` (DESIGN section 11).
+
+Both are SQLAlchemy's SQLite dialect under its own name, so that the SQLite branches of oslo.db, alembic and Nova run.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from sqlalchemy import pool
+from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+from sqlalchemy.engine import URL
+from sqlalchemy.sql import selectable
+
+from nova_bridge.sql import dbapi, filters
+from nova_bridge.sql.errors import UnavailableError
+
+_OPTIONS = {"socket": str, "timeout": float}
+
+
+class LucdCompiler(SQLiteCompiler):
+    """Rewrites `x LEFT JOIN (a JOIN b ON ab) ON xa`, which SQLite would materialise with nothing pushed down.
+
+    `x LEFT JOIN a ON xa AND EXISTS (SELECT 1 FROM b WHERE ab) LEFT JOIN b ON ab` is equivalent.
+    """
+
+    def visit_join(self, join: Any, asfrom: bool = False, from_linter: Any = None, **kwargs: Any) -> Any:
+        """See the class."""
+        right = join.right.element if isinstance(join.right, selectable.FromGrouping) else join.right
+        nested = (selectable.Join, selectable.FromGrouping)
+        if (
+            not join.isouter
+            or join.full
+            or not isinstance(right, selectable.Join)
+            or right.isouter
+            or isinstance(right.left, nested)
+            or isinstance(right.right, nested)
+        ):
+            return super().visit_join(join, asfrom=asfrom, from_linter=from_linter, **kwargs)
+
+        def table(element: Any) -> Any:
+            return element._compiler_dispatch(self, asfrom=True, from_linter=None, **kwargs)
+
+        def condition(element: Any) -> Any:
+            return element._compiler_dispatch(self, from_linter=None, **kwargs)
+
+        return (
+            f"{table(join.left)} LEFT OUTER JOIN {table(right.left)} ON {condition(join.onclause)}"
+            f" AND EXISTS (SELECT 1 FROM {table(right.right)} WHERE {condition(right.onclause)})"
+            f" LEFT OUTER JOIN {table(right.right)} ON {condition(right.onclause)}"
+        )
+
+
+class _Dialect(SQLiteDialect_pysqlite):
+    """What both have in common. Virtual tables refuse RETURNING and UPSERT."""
+
+    statement_compiler = LucdCompiler
+    supports_statement_cache = True
+    insert_returning = False
+    update_returning = False
+    delete_returning = False
+    use_insertmanyvalues = False
+    use_insertmanyvalues_wo_returning = False
+    supports_multivalues_insert = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._without_returning()
+        filters.install()
+
+    def _without_returning(self) -> None:
+        self.insert_returning = self.update_returning = self.delete_returning = False
+
+    def initialize(self, connection: Any) -> None:
+        """The base class turns RETURNING on by SQLite's version."""
+        super().initialize(connection)
+        self._without_returning()
+
+    @classmethod
+    def import_dbapi(cls) -> ModuleType:
+        """Our own driver."""
+        return dbapi
+
+    def is_disconnect(self, e: Any, connection: Any, cursor: Any) -> bool:
+        """The daemon is away; the next connection may find it."""
+        return isinstance(e, UnavailableError)
+
+    def on_connect(self) -> None:
+        """REGEXP for SQLAlchemy's own operators is registered by the connection's user."""
+        return
+
+
+class LucdDialect(_Dialect):
+    """A database in the cluster, through the daemon of this host."""
+
+    driver = "lucd"
+
+    @classmethod
+    def get_pool_class(cls, url: URL) -> type[pool.Pool]:
+        """Connections are cheap, but each has a prepared-statement cache worth keeping."""
+        return pool.QueuePool
+
+    def connect(self, *args: Any, **kwargs: Any) -> Any:
+        """Through the daemon's socket."""
+        kwargs.pop("check_same_thread", None)
+        return dbapi.connect(*args, **kwargs)
+
+    def create_connect_args(self, url: URL) -> tuple[list[Any], dict[str, Any]]:
+        """Raises ValueError for a URL without a database name or with an option that does not exist."""
+        if not url.database:
+            raise ValueError(f"{url!r} names no database; write lucd:///nova_cell1")
+        options = {}
+        for name, value in url.query.items():
+            kind = _OPTIONS.get(name)
+            if kind is None or not isinstance(value, str):
+                known = ", ".join(_OPTIONS)
+                raise ValueError(f"unknown option {name!r} in {url!r}; there are: {known}")
+            options[name] = kind(value)
+        return [url.database.strip("/")], options
+
+
+class LucdMemoryDialect(_Dialect):
+    """A database in this process; without a name, one per connection, as SQLite's :memory:."""
+
+    driver = "memory"
+
+    @classmethod
+    def get_pool_class(cls, url: URL) -> type[pool.Pool]:
+        """One connection per thread for a private database, as SQLAlchemy does for SQLite's :memory:."""
+        return pool.QueuePool if cls._is_url_file_db(url) else pool.SingletonThreadPool
+
+    def connect(self, *args: Any, **kwargs: Any) -> Any:
+        """In this process."""
+        return dbapi.connect_memory(*args, **kwargs)

@@ -1,0 +1,103 @@
+"""Groups as a process holds them: rows decoded once per table, kept across transactions, revalidated by ballot."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from dht.model import Ballot, GroupKey, GroupRead, RowKey, Value
+from dht.rows import decode_row
+from nova_bridge.sql.schema import Record, Table
+
+CACHE_BYTES_MAX = 32 * 1024 * 1024
+HINTS_MAX = 50_000
+_PREFIX_BYTES = 11
+"""A row key begins with its table's number, whose encoding always has this length."""
+
+_NONE: dict[RowKey, Record] = {}
+
+
+class GroupView:
+    """One group at one ballot. Shared by transactions, so never changed after it is made but for lazy decoding."""
+
+    __slots__ = ("_raw", "_records", "ballot", "key", "size_bytes", "version")
+
+    def __init__(self, key: GroupKey, ballot: Ballot, rows: dict[RowKey, bytes], version: int) -> None:
+        self.key, self.ballot, self.version = key, ballot, version
+        self._raw: dict[bytes, dict[RowKey, bytes]] = {}
+        self._records: dict[int, dict[RowKey, Record]] = {}
+        self.size_bytes = 0
+        for row_key, data in rows.items():
+            self.size_bytes += len(row_key) + len(data)
+            self._raw.setdefault(row_key[:_PREFIX_BYTES], {})[row_key] = data
+
+    def records(self, table: Table) -> dict[RowKey, Record]:
+        """The table's rows in this group, by row key and in its order."""
+        records = self._records.get(table.number)
+        if records is None:
+            raw = self._raw.get(table.prefix)
+            if raw is None:
+                return _NONE
+            decode, key = table.decode, self.key
+            records = {k: decode(key, k, decode_row(raw[k])) for k in sorted(raw)}
+            self._records[table.number] = records
+        return records
+
+    def raw(self, prefix: bytes) -> dict[RowKey, bytes]:
+        """Undecoded rows of one table."""
+        return self._raw.get(prefix, {})
+
+
+class GroupCache:
+    """The groups read last, least recently used evicted first. Content counts only with the ballot confirmed."""
+
+    def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
+        self._views: OrderedDict[GroupKey, GroupView] = OrderedDict()
+        self._bytes, self._bytes_max = 0, bytes_max
+        self._lock = threading.Lock()
+
+    def get(self, key: GroupKey, version: int) -> GroupView | None:
+        """The view decoded at this catalog version, if any."""
+        view = self._views.get(key)
+        return view if view is not None and view.version == version else None
+
+    def take(self, read: GroupRead, known: GroupView | None, version: int) -> GroupView:
+        """The view of what was read; `known` is the one whose ballot was named in the request."""
+        if read.rows is None and known is not None:
+            return known
+        view = GroupView(read.key, read.ballot, read.rows or {}, version)
+        with self._lock:
+            old = self._views.pop(read.key, None)
+            self._bytes += view.size_bytes - (old.size_bytes if old else 0)
+            self._views[read.key] = view
+            while self._bytes > self._bytes_max and len(self._views) > 1:
+                self._bytes -= self._views.popitem(last=False)[1].size_bytes
+        return view
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._views.clear()
+            self._bytes = 0
+
+
+class Hints:
+    """Where rows were seen: (table number, integer key) or an entry's group -> group key. Verified by every reader."""
+
+    def __init__(self, entries_max: int = HINTS_MAX) -> None:
+        self._groups: dict[tuple[int, Value] | GroupKey, GroupKey] = {}
+        self._entries_max = entries_max
+
+    def get(self, key: tuple[int, Value] | GroupKey) -> GroupKey | None:
+        """The group that held it last."""
+        return self._groups.get(key)
+
+    def put(self, key: tuple[int, Value] | GroupKey, group: GroupKey) -> None:
+        """Remember; everything is forgotten at once when there is too much, it costs one find each to learn again."""
+        if len(self._groups) >= self._entries_max:
+            self._groups = {}
+        self._groups[key] = group
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._groups = {}

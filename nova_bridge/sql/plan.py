@@ -1,0 +1,268 @@
+"""What SQLite's planner asks, as a way to the rows: group read, key, unique entry, find or scan (DESIGN section 11).
+
+SQLite checks every row again, so a plan may bring too many rows but never too few.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import apsw
+
+from dht.model import Comparison, Constraint, Order
+from nova_bridge.sql import access
+from nova_bridge.sql.schema import Record, Table, Unique
+from nova_bridge.sql.transaction import Transaction
+from nova_bridge.sql.values import TEXT, coerce, sort_key
+
+EQ, IS, IS_NULL = (
+    apsw.SQLITE_INDEX_CONSTRAINT_EQ,
+    apsw.SQLITE_INDEX_CONSTRAINT_IS,
+    apsw.SQLITE_INDEX_CONSTRAINT_ISNULL,
+)
+COMPARISONS = {
+    apsw.SQLITE_INDEX_CONSTRAINT_EQ: Comparison.EQ,
+    apsw.SQLITE_INDEX_CONSTRAINT_IS: Comparison.EQ,
+    apsw.SQLITE_INDEX_CONSTRAINT_NE: Comparison.NE,
+    apsw.SQLITE_INDEX_CONSTRAINT_LT: Comparison.LT,
+    apsw.SQLITE_INDEX_CONSTRAINT_LE: Comparison.LE,
+    apsw.SQLITE_INDEX_CONSTRAINT_GT: Comparison.GT,
+    apsw.SQLITE_INDEX_CONSTRAINT_GE: Comparison.GE,
+    apsw.SQLITE_INDEX_CONSTRAINT_ISNULL: Comparison.IS_NULL,
+    apsw.SQLITE_INDEX_CONSTRAINT_ISNOTNULL: Comparison.NOT_NULL,
+}
+ROWS_GUESSED = 1000
+PRODUCT_MAX = 10_000
+"""Combinations of IN lists looked up one by one; beyond that a find takes the lists as they are."""
+
+
+class Term(NamedTuple):
+    """One condition given to a plan: column position, comparison, index among the plan's arguments."""
+
+    position: int
+    comparison: Comparison
+    is_operator: bool
+
+
+class Plan(NamedTuple):
+    """`terms` in the order of the arguments. `mask`: the columns that the statement uses of this table."""
+
+    kind: str
+    terms: tuple[Term, ...]
+    key: tuple[int, ...]
+    unique: Unique | None
+    mask: int
+    order: Order | None
+
+
+class Planner:
+    """The plans of one table; SQLite keeps their numbers in its prepared statements."""
+
+    def __init__(self, table: Table, in_lists: Callable[[], bool]) -> None:
+        self.table = table
+        self.plans: list[Plan] = []
+        self._numbers: dict[Plan, int] = {}
+        self._in_lists = in_lists
+
+    def best_index(self, info: apsw.IndexInfo) -> bool:
+        """Answer xBestIndex."""
+        table = self.table
+        usable: dict[int, list[tuple[int, int]]] = {}
+        for i in range(info.nConstraint):
+            op = info.get_aConstraint_op(i)
+            if op not in COMPARISONS or not info.get_aConstraint_usable(i):
+                continue
+            column = info.get_aConstraint_iColumn(i)
+            if column == -1:
+                column = self._rowid_column()
+            if column >= 0 and self._binary(info, i, column):
+                usable.setdefault(column, []).append((i, op))
+        equal = {c: found for c, terms in usable.items() if (found := _equality(terms)) is not None}
+        kind, key, unique = self._way(equal)
+        chosen = self._chosen(kind, key, equal, usable)
+        lists = 0
+        terms = []
+        for argument, (i, op, column) in enumerate(chosen):
+            info.set_aConstraintUsage_argvIndex(i, argument + 1)
+            comparison = COMPARISONS[op]
+            if op == EQ and info.get_aConstraintUsage_in(i):
+                lists += 1
+                if self._in_lists():
+                    info.set_aConstraintUsage_in(i, True)
+            terms.append(Term(column, comparison, op == IS))
+        order = self._order(info) if kind in {"find", "scan"} else None
+        plan = Plan(kind, tuple(terms), key, unique, self._mask(info), order)
+        number = self._numbers.get(plan)
+        if number is None:
+            number = self._numbers[plan] = len(self.plans)
+            self.plans.append(plan)
+        info.idxNum = number
+        info.orderByConsumed = order is not None and lists == 0
+        self._estimate(info, kind, equal, lists)
+        return True
+
+    def _rowid_column(self) -> int:
+        return self.table.integer_key if self.table.integer_key is not None else -1
+
+    def _binary(self, info: apsw.IndexInfo, i: int, column: int) -> bool:
+        return self.table.affinities[column] != TEXT or info.get_aConstraint_collation(i) == "BINARY"
+
+    def _way(self, equal: dict[int, tuple[int, int]]) -> tuple[str, tuple[int, ...], Unique | None]:
+        table = self.table
+        strict = {c for c, (_, op) in equal.items() if op == EQ}
+        if table.whole:
+            return "whole", (), None
+        if table.integer_key is not None and table.integer_key in strict:
+            return "key", (table.integer_key,), None
+        if table.family_key and strict.issuperset(table.family_key):
+            return "family", table.family_key, None
+        if not table.family_key and strict.issuperset(table.primary):
+            return "key", table.primary, None
+        for unique in table.uniques:
+            if unique.kind == "entry" and unique.used and strict.issuperset(unique.columns):
+                return "entry", unique.columns, unique
+        return ("find" if equal else "scan"), (), None
+
+    def _chosen(
+        self,
+        kind: str,
+        key: tuple[int, ...],
+        equal: dict[int, tuple[int, int]],
+        usable: dict[int, list[tuple[int, int]]],
+    ) -> list[tuple[int, int, int]]:
+        """(constraint, op, column) of what the plan gets, the key's columns first."""
+        if kind == "whole":
+            return []
+        chosen = [(*equal[c], c) for c in key]
+        if kind in {"key", "family"}:
+            return chosen
+        taken = set(key)
+        for column, terms in usable.items():
+            if column in self.table.unindexed or column in taken:
+                continue
+            if column in equal:
+                chosen.append((*equal[column], column))
+            else:
+                chosen += [(i, op, column) for i, op in terms]
+        return chosen
+
+    def _mask(self, info: apsw.IndexInfo) -> int:
+        mask = 0
+        for column in info.colUsed:
+            mask |= 1 << column if column < 63 else (1 << self.table.width) - (1 << 63)
+        return mask
+
+    def _order(self, info: apsw.IndexInfo) -> Order | None:
+        """The asked order, where the store gives it: ascending or descending throughout, by plain columns."""
+        if not info.nOrderBy:
+            return None
+        columns = [info.get_aOrderBy_iColumn(i) for i in range(info.nOrderBy)]
+        columns = [self._rowid_column() if c == -1 else c for c in columns]
+        descending = {bool(info.get_aOrderBy_desc(i)) for i in range(info.nOrderBy)}
+        if len(descending) != 1 or any(c < 0 or c in self.table.unindexed for c in columns):
+            return None
+        return Order(tuple(self.table.number_of(c) for c in columns), descending.pop())
+
+    def _estimate(self, info: apsw.IndexInfo, kind: str, equal: dict[int, tuple[int, int]], lists: int) -> None:
+        match kind:
+            case "key" | "entry":
+                rows, cost = 20**lists, (1.0 if kind == "key" else 3.0) * 20**lists
+                if not lists:
+                    info.idxFlags = apsw.SQLITE_INDEX_SCAN_UNIQUE
+            case "family":
+                rows, cost = 5 * 20**lists, 2.0 + 5 * 20**lists
+            case "whole":
+                rows, cost = 50, 60.0
+            case "find":
+                indexed = self._indexed_columns(equal)
+                rows = max(2, ROWS_GUESSED // 10 ** max(indexed, 1)) * (5 if lists else 1)
+                cost = 20.0 + rows * 1.5 if indexed else ROWS_GUESSED * 2.5
+            case _:
+                rows, cost = ROWS_GUESSED, ROWS_GUESSED * 3.0
+        info.estimatedRows, info.estimatedCost = rows, cost
+
+    def _indexed_columns(self, equal: dict[int, tuple[int, int]]) -> int:
+        best = 0
+        for columns in self.table.indexes:
+            length = 0
+            while length < len(columns) and columns[length] in equal:
+                length += 1
+            best = max(best, length)
+        return best
+
+    def run(self, tx: Transaction, number: int, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
+        """Answer xFilter."""
+        plan, table = self.plans[number], self.table
+        if plan.kind == "whole":
+            return tx.rows(table, table.family_group(()))
+        if plan.kind in {"key", "family", "entry"}:
+            keys = self._keys(plan, arguments)
+            if keys is not None:
+                return self._by_keys(tx, plan, keys)
+        constraints = self._constraints(plan, arguments)
+        if constraints is None:
+            return []
+        return tx.find(table, constraints, plan.order, None, whole_groups)
+
+    def _by_keys(self, tx: Transaction, plan: Plan, keys: list[tuple[Any, ...]]) -> list[Record]:
+        table = self.table
+        if plan.kind == "family":
+            return access.by_family(tx, table, keys)
+        if plan.unique is not None:
+            return access.by_entry(tx, table, plan.unique, keys)
+        keys = [k for k in keys if None not in k]
+        if len(keys) > 1:
+            keys = sorted(dict.fromkeys(keys), key=lambda k: [sort_key(v) for v in k])
+        return tx.by_pk(table, keys)
+
+    def _keys(self, plan: Plan, arguments: Sequence[Any]) -> list[tuple[Any, ...]] | None:
+        """The keys to look up; None where the plan's way does not hold for these values, so that a find must do."""
+        lists = []
+        product = 1
+        for position, value in zip(plan.key, arguments, strict=False):
+            values = self._values(position, value)
+            if plan.unique is not None and position == plan.unique.deleted and values != [0]:
+                return None
+            lists.append(values)
+            product *= len(values)
+        if product > PRODUCT_MAX:
+            return None
+        return list(itertools.product(*lists))
+
+    def _values(self, position: int, value: Any) -> list[Any]:
+        affinity = self.table.affinities[position]
+        if isinstance(value, (set, frozenset)):
+            found = {coerce(affinity, v) for v in value if v is not None}
+            return sorted(found, key=sort_key)
+        return [coerce(affinity, value)]
+
+    def _constraints(self, plan: Plan, arguments: Sequence[Any]) -> tuple[Constraint, ...] | None:
+        """None where a NULL makes a condition that no row can meet."""
+        result = []
+        for term, value in zip(plan.terms, arguments, strict=True):
+            number = self.table.number_of(term.position)
+            if term.comparison in (Comparison.IS_NULL, Comparison.NOT_NULL):
+                result.append(Constraint(number, term.comparison))
+            elif isinstance(value, (set, frozenset)):
+                result.append(Constraint(number, Comparison.IN, tuple(self._values(term.position, value))))
+            elif value is None:
+                if not term.is_operator:
+                    return None
+                result.append(Constraint(number, Comparison.IS_NULL))
+            else:
+                coerced = coerce(self.table.affinities[term.position], value)
+                result.append(Constraint(number, term.comparison, (coerced,)))
+        return tuple(result)
+
+
+def _equality(terms: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The strongest equality among a column's conditions."""
+    found = None
+    for i, op in terms:
+        if op == EQ:
+            return i, op
+        if op in (IS, IS_NULL) and found is None:
+            found = (i, op)
+    return found

@@ -1,0 +1,113 @@
+"""Unique and foreign keys, checked at the statement; what must still hold at commit becomes guards (DESIGN section 7)."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Collection
+
+from dht.model import Value
+from nova_bridge.sql.access import entry_owner, equal
+from nova_bridge.sql.errors import ForeignKeyError, unique_failed
+from nova_bridge.sql.schema import Foreign, Record, Schema, Table, Unique
+from nova_bridge.sql.transaction import Place, Transaction
+from nova_bridge.sql.values import coerce
+
+
+def check_unique(
+    tx: Transaction, table: Table, record: Record, own: Collection[Place], changed: Collection[int] | None
+) -> None:
+    """Raise for a duplicate. `own`: the row's places before and after; `changed`: positions set, None for a new row."""
+    rules = [u for u in table.uniques if changed is None or not set(u.columns).isdisjoint(changed)]
+    if not rules:
+        return
+    entries = {u.id: key for u in rules if u.kind == "entry" and (key := table.entry_key(u, record.values)) is not None}
+    wanted = [key for key in entries.values() if key not in tx.own_entries]
+    if any(u.kind == "group" for u in rules):
+        wanted.append(record.group)
+    tx.ensure(wanted)
+    for unique in rules:
+        match unique.kind:
+            case "entry":
+                key = entries.get(unique.id)
+                if key is None:
+                    continue
+                owner = tx.own_entries[key] if key in tx.own_entries else entry_owner(tx, key)
+                taken = owner is not None and owner not in own
+            case "group":
+                taken = _in_group(tx, table, unique, record, own)
+            case _:
+                values = [record.values[p] for p in unique.columns]
+                taken = None not in values and any(
+                    (r.group, r.key) not in own
+                    for r in equal(tx, table, dict(zip(unique.columns, values, strict=True)))
+                )
+        if taken:
+            raise unique_failed(table.name, table.column_names(unique.columns))
+
+
+def _in_group(tx: Transaction, table: Table, unique: Unique, record: Record, own: Collection[Place]) -> bool:
+    wanted = [(p, record.values[p]) for p in unique.columns]
+    if any(value is None for _, value in wanted):
+        return False
+    first, value = wanted[-1]
+    return any(
+        row.values[first] == value and all(row.values[p] == v for p, v in wanted) and (row.group, row.key) not in own
+        for row in tx.rows(table, record.group)
+    )
+
+
+def parent_of(schema: Schema, foreign: Foreign) -> tuple[Table, tuple[int, ...]]:
+    """The parent's table and the positions of its key."""
+    parent = schema.tables.get(foreign.parent)
+    if parent is None:
+        raise sqlite3.OperationalError(f"no such table: main.{foreign.parent}")
+    if not foreign.parent_columns:
+        return parent, parent.primary
+    return parent, tuple(parent.by_name[c] for c in foreign.parent_columns)
+
+
+def check_child(tx: Transaction, table: Table, record: Record, changed: Collection[int] | None) -> None:
+    """Every parent that the row names exists. A parent in the row's own group is guarded until the commit."""
+    for foreign in table.foreign:
+        if changed is not None and set(foreign.columns).isdisjoint(changed):
+            continue
+        values = [record.values[p] for p in foreign.columns]
+        if None in values:
+            continue
+        parent, positions = parent_of(tx.schema, foreign)
+        key = [coerce(parent.affinities[p], v) for p, v in zip(positions, values, strict=True)]
+        found = equal(tx, parent, dict(zip(positions, key, strict=True)))
+        if not found:
+            raise _foreign_failed(table, foreign)
+        if found[0].group == record.group and tx.pending(parent, found[0]).base is not None:
+            tx.guard_parent(record.group, parent, found[0].pk)
+
+
+def children_of(
+    tx: Transaction, table: Table, old: Record, new: Record | None
+) -> list[tuple[Table, Foreign, list[Record]]]:
+    """The rows that refer to a key which the row had and has no longer."""
+    result = []
+    for child, foreign in tx.schema.children.get(table.name.lower(), ()):
+        _, positions = parent_of(tx.schema, foreign)
+        values: list[Value] = [old.values[p] for p in positions]
+        if None in values or (new is not None and all(old.values[p] == new.values[p] for p in positions)):
+            continue
+        key = [coerce(child.affinities[p], v) for p, v in zip(foreign.columns, values, strict=True)]
+        rows = equal(tx, child, dict(zip(foreign.columns, key, strict=True)))
+        if rows:
+            result.append((child, foreign, rows))
+    return result
+
+
+def check_parent(tx: Transaction, table: Table, old: Record) -> None:
+    """Raise if somebody still refers to a key that this row had, and no row has it now."""
+    for child, foreign, _ in children_of(tx, table, old, tx.current(table, old)):
+        _, positions = parent_of(tx.schema, foreign)
+        if not equal(tx, table, {p: old.values[p] for p in positions}):
+            raise _foreign_failed(child, foreign)
+
+
+def _foreign_failed(table: Table, foreign: Foreign) -> ForeignKeyError:
+    columns = table.column_names(foreign.columns)
+    return ForeignKeyError(table.name, columns, foreign.parent, f"{table.name}_ibfk_{'_'.join(columns)}")

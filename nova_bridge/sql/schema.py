@@ -1,0 +1,216 @@
+"""Tables as the catalog keeps them and as statements use them.
+
+`TableDef` and what it holds are stored: columns and indexes by stable numbers, so that renaming touches nothing but the
+catalog. `Table` is made from it once per catalog version: the same by position in a row, ready for the hot path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from dht.model import GroupKey, IndexSpec, Row, RowKey, TableSpec, Value
+from dht.rows import encode_values, group_key, row_key, table_prefix
+from nova_bridge.sql.families import ROW_FAMILY
+
+UNIQUE_FAMILY = "unique"
+ENTRY_TABLE = 1
+"""The table number of the rows in unique groups: 0 is the catalog, application tables begin at 16."""
+FIRST_TABLE = 16
+HIDDEN_ROWID = 0
+"""Column number of the rowid that stands in for the primary key of a table without one."""
+
+
+class ColumnDef(msgspec.Struct, frozen=True):
+    """`added_default`: the column came by ALTER TABLE with a default, so older rows lack it in the store's indexes."""
+
+    number: int
+    name: str
+    affinity: str
+    not_null: bool = False
+    default: Value = None
+    added_default: bool = False
+    collation: str = "BINARY"
+
+
+class IndexDef(msgspec.Struct, frozen=True):
+    """`kind`: "plain"; unique ones are "group" (the family key is part: checked in the group), "entry" (reserved in a
+    group of its own) or "trusted" (checked by find). `used`: look-ups may rely on its entries."""
+
+    id: int
+    columns: tuple[int, ...]
+    kind: str = "plain"
+    used: bool = True
+    partial: bool = False
+
+
+class ForeignDef(msgspec.Struct, frozen=True):
+    """`parent_columns` empty: the parent's primary key."""
+
+    columns: tuple[int, ...]
+    parent: str
+    parent_columns: tuple[str, ...] = ()
+    on_delete: str = "NO ACTION"
+    on_update: str = "NO ACTION"
+
+
+class TableDef(msgspec.Struct, frozen=True):
+    """One table of the catalog. `index_sql`: the CREATE INDEX statements by index name, in order of creation."""
+
+    number: int
+    name: str
+    sql: str
+    columns: tuple[ColumnDef, ...]
+    next_column: int
+    primary: tuple[int, ...]
+    integer_key: bool
+    indexes: tuple[IndexDef, ...] = ()
+    next_index: int = 1
+    foreign: tuple[ForeignDef, ...] = ()
+    family: str = ROW_FAMILY
+    family_columns: tuple[int, ...] = ()
+    whole: bool = False
+    merge: tuple[int, ...] = ()
+    trusted: tuple[tuple[str, ...], ...] = ()
+    index_sql: tuple[tuple[str, str], ...] = ()
+
+    def spec(self) -> TableSpec:
+        """What the replicas must know."""
+        hidden = {c.number for c in self.columns if c.added_default}
+        specs = [IndexSpec(i.id, i.columns) for i in self.indexes if not hidden.intersection(i.columns)]
+        return TableSpec(self.number, self.primary or (HIDDEN_ROWID,), tuple(specs))
+
+
+class Unique(msgspec.Struct, frozen=True):
+    """A unique rule by position. `deleted`: position of the `deleted` column in it, or -1."""
+
+    id: int
+    columns: tuple[int, ...]
+    kind: str
+    deleted: int
+    used: bool
+
+
+class Foreign(msgspec.Struct, frozen=True):
+    """A foreign key by position; parent columns are resolved by name when it is checked."""
+
+    columns: tuple[int, ...]
+    parent: str
+    parent_columns: tuple[str, ...]
+    on_delete: str
+
+
+class Record:
+    """A row as a transaction met it, decoded; never changed. `values` by position, the hidden rowid last if any."""
+
+    __slots__ = ("group", "key", "pk", "values")
+
+    def __init__(self, group: GroupKey, key: RowKey, pk: tuple[Value, ...], values: tuple[Any, ...]) -> None:
+        self.group, self.key, self.pk, self.values = group, key, pk, values
+
+
+class Table:
+    """A table ready for use. Everything is by position in the row unless its name says number."""
+
+    def __init__(self, database: str, definition: TableDef) -> None:
+        self.database, self.definition = database, definition
+        self.number, self.name = definition.number, definition.name
+        self.columns = definition.columns
+        self.position = {c.number: i for i, c in enumerate(self.columns)}
+        self.by_name = {c.name.lower(): i for i, c in enumerate(self.columns)}
+        self.affinities = [c.affinity for c in self.columns]
+        self.width = len(self.columns)
+        self.rowid_key = not definition.primary
+        self._fields = [(c.number, c.default if c.added_default else None) for c in self.columns]
+        if self.rowid_key:
+            self.position[HIDDEN_ROWID] = self.width
+            self._fields.append((HIDDEN_ROWID, None))
+        self.primary = tuple(self.position[n] for n in definition.primary) or (self.width,)
+        self.integer_key = self.primary[0] if definition.integer_key else None
+        self.required = [i for i, c in enumerate(self.columns) if c.not_null and i != self.integer_key]
+        self.defaults = [(i, c.default) for i, c in enumerate(self.columns) if c.default is not None]
+        self.unindexed = frozenset(i for i, c in enumerate(self.columns) if c.added_default)
+        self.family, self.whole = definition.family, definition.whole
+        self.family_key = tuple(self.position[n] for n in definition.family_columns)
+        self.merge = frozenset(self.position[n] for n in definition.merge if n in self.position)
+        self.indexes = [tuple(self.position[n] for n in i.columns) for i in definition.indexes]
+        self.uniques = [self._unique(i) for i in definition.indexes if i.kind != "plain"]
+        self.foreign = [
+            Foreign(tuple(self.position[n] for n in f.columns), f.parent.lower(), f.parent_columns, f.on_delete.upper())
+            for f in definition.foreign
+        ]
+        self.prefix = table_prefix(self.number)
+        self.sequence = str(self.number)
+        self._whole_key = group_key(database, self.family, ()) if self.whole else b""
+
+    def _unique(self, index: IndexDef) -> Unique:
+        positions = tuple(self.position[n] for n in index.columns)
+        deleted = next((p for p in positions if self.columns[p].name == "deleted"), -1)
+        return Unique(index.id, positions, index.kind, deleted, index.used)
+
+    def decode(self, group: GroupKey, key: RowKey, row: Row) -> Record:
+        """The record of a stored row."""
+        get = row.get
+        values = tuple([get(number, default) for number, default in self._fields])
+        return Record(group, key, tuple([values[p] for p in self.primary]), values)
+
+    def record(self, values: tuple[Any, ...]) -> Record:
+        """The record of a row that this process made."""
+        pk = tuple([values[p] for p in self.primary])
+        return Record(self.group_of(values, pk), row_key(self.number, pk), pk, values)
+
+    def encode(self, values: tuple[Any, ...]) -> Row:
+        """All columns of a new row; a NULL is left out where absence means NULL."""
+        return {
+            n: v for (n, default), v in zip(self._fields, values, strict=True) if v is not None or default is not None
+        }
+
+    def number_of(self, position: int) -> int:
+        """The stable number of the column at the position."""
+        return self._fields[position][0]
+
+    def group_of(self, values: tuple[Any, ...], pk: tuple[Value, ...]) -> GroupKey:
+        """The group that a row belongs to."""
+        if self.whole:
+            return self._whole_key
+        key = tuple([values[p] for p in self.family_key])
+        return self.row_group(pk) if not key or None in key else group_key(self.database, self.family, key)
+
+    def family_group(self, key: tuple[Value, ...]) -> GroupKey:
+        """The group of the family key (no NULL in it); of a whole family, its one group."""
+        return self._whole_key if self.whole else group_key(self.database, self.family, key)
+
+    def row_group(self, pk: tuple[Value, ...]) -> GroupKey:
+        """The group of a row that has one of its own."""
+        return group_key(self.database, ROW_FAMILY, (self.number, *pk))
+
+    def entry_key(self, unique: Unique, values: tuple[Any, ...]) -> GroupKey | None:
+        """The group that reserves the row's values, or None if the rule does not bind this row."""
+        key = [values[p] for p in unique.columns]
+        if None in key or (unique.deleted >= 0 and values[unique.deleted] != 0):
+            return None
+        return group_key(self.database, UNIQUE_FAMILY, (self.number, unique.id, *key))
+
+    def column_names(self, positions: tuple[int, ...]) -> tuple[str, ...]:
+        """Names for an error message."""
+        return tuple(self.columns[p].name for p in positions)
+
+    def pk_key(self, pk: tuple[Value, ...]) -> RowKey:
+        """The row's key inside its group."""
+        return self.prefix + encode_values(pk)
+
+
+class Schema:
+    """The catalog at one version, by lower-case table name."""
+
+    def __init__(self, database: str, version: int, definitions: dict[str, TableDef], next_table: int) -> None:
+        self.version, self.definitions, self.next_table = version, definitions, next_table
+        self.tables = {name: Table(database, definition) for name, definition in definitions.items()}
+        self.by_number = {table.number: table for table in self.tables.values()}
+        self.children: dict[str, list[tuple[Table, Foreign]]] = {}
+        self.families: dict[str, list[Table]] = {}
+        for table in self.tables.values():
+            self.families.setdefault(table.family, []).append(table)
+            for foreign in table.foreign:
+                self.children.setdefault(foreign.parent, []).append((table, foreign))

@@ -1,0 +1,200 @@
+"""The shadow schema: empty real tables in SQLite on which DDL runs and from which table definitions are read.
+
+It also answers everything that asks for the schema itself: sqlite_master and the reflecting PRAGMAs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import apsw
+
+from dht.errors import Invalid
+from nova_bridge.sql.families import ROW_FAMILY, Rule, rule_of
+from nova_bridge.sql.schema import ColumnDef, ForeignDef, IndexDef, TableDef
+from nova_bridge.sql.values import affinity_of
+
+TABLES_SQL = (
+    "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY rowid"
+)
+INDEXES_SQL = "SELECT tbl_name, name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY rowid"
+
+
+def build(definitions: Iterable[TableDef]) -> apsw.Connection:
+    """A shadow of these tables."""
+    shadow = apsw.Connection(":memory:")
+    ordered = sorted(definitions, key=lambda d: d.number)
+    with shadow:
+        for definition in ordered:
+            shadow.execute(definition.sql)
+        for definition in ordered:
+            for _, sql in definition.index_sql:
+                shadow.execute(sql)
+    return shadow
+
+
+def clone(shadow: apsw.Connection) -> apsw.Connection:
+    """A copy on which DDL may fail without harm."""
+    copy = apsw.Connection(":memory:")
+    with copy.backup("main", shadow, "main") as backup:
+        backup.step()
+    return copy
+
+
+def rows(shadow: apsw.Connection, sql: str, *arguments: Any) -> list[Any]:
+    """All rows of a query on the schema."""
+    return list(shadow.execute(sql, arguments))
+
+
+class Introspection:
+    """Reads the definitions of the tables whose DDL text changed since `before`."""
+
+    def __init__(self, shadow: apsw.Connection, before: dict[str, TableDef], next_table: int) -> None:
+        self.shadow, self.before, self.next_table = shadow, before, next_table
+        self._index_sql: dict[str, list[tuple[str, str]]] = {}
+        for table, name, sql in rows(shadow, INDEXES_SQL):
+            self._index_sql.setdefault(table.lower(), []).append((name, sql))
+
+    def definitions(self, renamed: dict[str, str], columns_renamed: dict[str, dict[str, str]]) -> dict[str, TableDef]:
+        """All tables now. `renamed`: new name -> old; `columns_renamed`: new table name -> new column -> old column."""
+        result: dict[str, TableDef] = {}
+        for name, sql in rows(self.shadow, TABLES_SQL):
+            lower = name.lower()
+            old = self.before.get(renamed.get(lower, lower))
+            index_sql = tuple(self._index_sql.get(lower, ()))
+            if old is not None and old.name == name and old.sql == sql and old.index_sql == index_sql:
+                result[lower] = old
+            else:
+                result[lower] = self._read(name, sql, index_sql, old, columns_renamed.get(lower, {}))
+        return result
+
+    def _read(
+        self, name: str, sql: str, index_sql: tuple[tuple[str, str], ...], old: TableDef | None, renames: dict[str, str]
+    ) -> TableDef:
+        if "WITHOUT ROWID" in sql.upper() or "GENERATED ALWAYS" in sql.upper():
+            raise Invalid(
+                f"table {name}: WITHOUT ROWID and generated columns are not supported here; use plain columns"
+            )
+        info = rows(self.shadow, 'SELECT cid, name, type, "notnull", dflt_value, pk FROM pragma_table_info(?)', name)
+        columns, next_column = self._columns(info, old, renames)
+        number_of = {c.name.lower(): c.number for c in columns}
+        primary = tuple(number_of[r[1].lower()] for r in sorted((r for r in info if r[5]), key=lambda r: r[5]))
+        integer = len(primary) == 1 and any(r[5] and r[2].upper() == "INTEGER" for r in info)
+        if old is None:
+            number, self.next_table = self.next_table, self.next_table + 1
+            rule = rule_of(name, set(number_of))
+        else:
+            number = old.number
+            by_number = {c.number: c.name.lower() for c in columns}
+            rule = Rule(
+                old.family,
+                tuple(by_number[n] for n in old.family_columns),
+                old.whole,
+                tuple(by_number[n] for n in old.merge if n in by_number),
+                old.trusted,
+            )
+        foreign = self._foreign(name, number_of)
+        family_columns = tuple(number_of[c] for c in rule.key)
+        indexes, next_index = self._indexes(name, number_of, primary, rule, family_columns, foreign, old)
+        return TableDef(
+            number=number,
+            name=name,
+            sql=sql,
+            columns=columns,
+            next_column=next_column,
+            primary=primary,
+            integer_key=integer,
+            indexes=indexes,
+            next_index=next_index,
+            foreign=foreign,
+            family=rule.family,
+            family_columns=family_columns,
+            whole=rule.whole,
+            merge=tuple(number_of[c] for c in rule.merge_last),
+            trusted=rule.trusted,
+            index_sql=index_sql,
+        )
+
+    def _columns(
+        self, info: list[Any], old: TableDef | None, renames: dict[str, str]
+    ) -> tuple[tuple[ColumnDef, ...], int]:
+        known = {c.name.lower(): c for c in old.columns} if old else {}
+        following = old.next_column if old else 1
+        columns = []
+        for _, name, declared, not_null, default_sql, _ in info:
+            before = known.get(renames.get(name.lower(), name.lower()))
+            default = self._default(default_sql)
+            number, following = (before.number, following) if before else (following, following + 1)
+            added = before.added_default if before else old is not None and default is not None
+            columns.append(ColumnDef(number, name, affinity_of(declared), bool(not_null), default, added))
+        return tuple(columns), following
+
+    def _default(self, sql: str | None) -> Any:
+        if sql is None or sql.upper().startswith("CURRENT_") or "CURRENT_TIMESTAMP" in sql.upper():
+            return None
+        return rows(self.shadow, f"SELECT {sql}")[0][0]
+
+    def _foreign(self, name: str, number_of: dict[str, int]) -> tuple[ForeignDef, ...]:
+        keys: dict[int, list[Any]] = {}
+        for row in rows(self.shadow, "SELECT * FROM pragma_foreign_key_list(?)", name):
+            keys.setdefault(row[0], []).append(row)
+        result = []
+        for parts in keys.values():
+            parts.sort(key=lambda r: r[1])
+            parents = () if parts[0][4] is None else tuple(r[4].lower() for r in parts)
+            children = tuple(number_of[r[3].lower()] for r in parts)
+            result.append(ForeignDef(children, parts[0][2], parents, parts[0][6], parts[0][5]))
+        return tuple(result)
+
+    def _indexes(
+        self,
+        name: str,
+        number_of: dict[str, int],
+        primary: tuple[int, ...],
+        rule: Rule,
+        family_columns: tuple[int, ...],
+        foreign: tuple[ForeignDef, ...],
+        old: TableDef | None,
+    ) -> tuple[tuple[IndexDef, ...], int]:
+        trusted = {tuple(number_of[c] for c in key if c in number_of) for key in rule.trusted}
+        wanted: dict[tuple[tuple[int, ...], str], bool] = {}
+        listed = rows(self.shadow, 'SELECT name, "unique", origin, partial FROM pragma_index_list(?)', name)
+        for index, unique, _, partial in listed:
+            names = [r[0] for r in rows(self.shadow, "SELECT name FROM pragma_index_info(?)", index)]
+            if None in names:
+                if unique:
+                    raise Invalid(f"unique index {index}: indexes on expressions are not supported here")
+                continue
+            columns = tuple(number_of[c.lower()] for c in names)
+            if unique and partial:
+                raise Invalid(f"unique index {index}: partial unique indexes are not supported here")
+            kind = "plain"
+            if unique and (rule.family != ROW_FAMILY or not set(primary) <= set(columns)):
+                kind = self._kind(columns, primary, rule, family_columns, trusted)
+            wanted.setdefault((columns, kind), bool(partial))
+        for key in foreign:
+            if not any(columns[: len(key.columns)] == key.columns for columns, _ in wanted):
+                wanted[(key.columns, "plain")] = False
+        known = {(i.columns, i.kind): i for i in old.indexes} if old else {}
+        following = old.next_index if old else 1
+        result = []
+        for (columns, kind), partial in wanted.items():
+            before = known.get((columns, kind))
+            if before is None:
+                before = IndexDef(following, columns, kind, used=old is None, partial=partial)
+                following += 1
+            result.append(before)
+        return tuple(result), following
+
+    @staticmethod
+    def _kind(
+        columns: tuple[int, ...],
+        primary: tuple[int, ...],
+        rule: Rule,
+        family_columns: tuple[int, ...],
+        trusted: set[tuple[int, ...]],
+    ) -> str:
+        if rule.whole or (family_columns and set(family_columns) <= set(columns)):
+            return "plain" if columns == primary else "group"
+        return "trusted" if columns in trusted else "entry"

@@ -1,0 +1,63 @@
+"""What kind of statement a text is; SQLite's own parser does all the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import apsw
+
+_WORDS = re.compile(r"\s*(?:--[^\n]*(?:\n|$)\s*|/\*.*?\*/\s*)*([A-Za-z]+)", re.S)
+_SCHEMA_QUERY = re.compile(r"\bsqlite_(?:temp_)?(?:master|schema)\b|\bpragma_\w+", re.I)
+_SAVEPOINT_NAME = re.compile(
+    r"\s*(?:SAVEPOINT|RELEASE(?:\s+SAVEPOINT)?|ROLLBACK(?:\s+TRANSACTION)?\s+TO(?:\s+SAVEPOINT)?)\s+"
+    r'(?:"([^"]+)"|`([^`]+)`|\[([^\]]+)\]|(\w+))\s*;?\s*$',
+    re.I,
+)
+_PRAGMA = re.compile(r"\s*PRAGMA\s+(?:[\"\w]+\s*\.\s*)?(\w+)\s*(?:[=(]\s*['\"]?([\w.-]+))?", re.I)
+
+
+def first_word(sql: str) -> str:
+    """The verb, in upper case; empty if there is none."""
+    match = _WORDS.match(sql)
+    return match.group(1).upper() if match else ""
+
+
+def asks_for_schema(sql: str) -> bool:
+    """Whether a SELECT is about the schema, which the shadow answers."""
+    return _SCHEMA_QUERY.search(sql) is not None
+
+
+def savepoint_name(sql: str) -> str | None:
+    """The name in SAVEPOINT, RELEASE or ROLLBACK TO, lower case; None for any other form."""
+    match = _SAVEPOINT_NAME.match(sql)
+    return next(g for g in match.groups() if g is not None).lower() if match else None
+
+
+def pragma(sql: str) -> tuple[str, str | None]:
+    """The name of a PRAGMA and its value, both lower case."""
+    match = _PRAGMA.match(sql)
+    if match is None:
+        return "", None
+    name, value = match.groups()
+    return name.lower(), value.lower() if value is not None else None
+
+
+def split(script: str) -> Iterator[str]:
+    """The statements of a script, each without its semicolon; quotes and comments are respected."""
+    start = at = 0
+    for match in re.finditer(
+        r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|;", script, re.S
+    ):
+        if match.group() == ";":
+            at = match.start()
+            if statement := script[start:at].strip():
+                yield statement
+            start = match.end()
+    if statement := script[start:].strip():
+        yield statement
+
+
+def format_value(value: object) -> str:
+    """A value as SQL text."""
+    return apsw.format_sql_value(value)  # type: ignore[arg-type]

@@ -1,0 +1,365 @@
+"""What one transaction has read and what it will write (DESIGN section 11).
+
+It reads each group once and at one ballot. Changes are buffered as `Pending` rows laid over what was read, with a
+journal, so that savepoints and failed statements are marks to go back to. `commit.py` makes a store transaction of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from dht.errors import Conflict
+from dht.model import (
+    Ballot,
+    Comparison,
+    Constraint,
+    FindQuery,
+    FoundRow,
+    GroupKey,
+    Order,
+    RowKey,
+    Value,
+)
+from dht.rows import decode_row
+from nova_bridge.sql.database import Database
+from nova_bridge.sql.groups import GroupView
+from nova_bridge.sql.matching import matches, order_records
+from nova_bridge.sql.schema import Record, Schema, Table
+
+SIBLINGS_PER_READ_MAX = 500
+FINDS_KEPT_MAX = 512
+_MISSING = object()
+
+Place = tuple[GroupKey, RowKey]
+
+
+class Pending(NamedTuple):
+    """A row that this transaction changed. `base`: as the store has it; `current`: as the transaction has it.
+
+    `columns`: the positions that were set; `guards`: position -> value that the stored row must still have.
+    """
+
+    base: Record | None
+    current: Record | None
+    columns: frozenset[int]
+    guards: dict[int, Any]
+
+
+class Transaction:
+    """One connection's transaction; reused after `reset`."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything read and written."""
+        self._schema: Schema | None = None
+        self.seen: dict[GroupKey, Ballot] = {}
+        self.overlay: dict[int, dict[Place, Pending]] = {}
+        self.own_entries: dict[GroupKey, Place | None] = {}
+        self.journal: list[tuple[dict[Any, Any], Any, Any]] = []
+        self.foreign_guards: dict[tuple[GroupKey, int, tuple[Value, ...]], None] = {}
+        self._own_pk: dict[tuple[int, tuple[Value, ...]], Place] = {}
+        self._views: dict[GroupKey, GroupView] = {}
+        self._ballots: dict[GroupKey, Ballot] = {}
+        self._found: dict[GroupKey, dict[RowKey, Record]] = {}
+        self._by_pk: dict[int, dict[tuple[Value, ...], Record]] = {}
+        self._indexed: set[tuple[int, GroupKey]] = set()
+        self._reads: dict[Record, int] = {}
+        self._stale: dict[Place, dict[int, Any]] = {}
+        self._finds: dict[Any, list[Record]] = {}
+        self._siblings: dict[GroupKey, list[GroupKey]] = {}
+        self._missed = 0
+
+    @property
+    def schema(self) -> Schema:
+        """The schema that the whole transaction uses."""
+        if self._schema is None:
+            self._schema = self.database.schema
+        return self._schema
+
+    @property
+    def written(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self.journal)
+
+    # Groups.
+
+    def view(self, key: GroupKey) -> GroupView:
+        """The group, read on first use, together with the groups of rows that were found beside it."""
+        view = self._views.get(key)
+        if view is None:
+            self.ensure(self._wanted_with(key))
+            view = self._views[key]
+        return view
+
+    def _wanted_with(self, key: GroupKey) -> list[GroupKey]:
+        siblings = self._siblings.get(key)
+        if siblings is None:
+            return [key]
+        self._missed += 1
+        if self._missed == 1:
+            return [key]
+        missing = [k for k in siblings if k not in self._views and k != key]
+        return [key, *missing[: SIBLINGS_PER_READ_MAX - 1]]
+
+    def ensure(self, keys: Iterable[GroupKey]) -> None:
+        """Read those of the groups that were not read yet, in one call."""
+        missing = [k for k in dict.fromkeys(keys) if k not in self._views]
+        if missing:
+            for view in self.database.read_groups(missing, self.schema.version):
+                self._admit(view)
+
+    def _admit(self, view: GroupView) -> None:
+        self._meet(view.key, view.ballot)
+        self._views[view.key] = view
+
+    def _meet(self, key: GroupKey, ballot: Ballot) -> None:
+        """Hold the rule of one ballot per group."""
+        known = self._ballots.get(key)
+        if known == ballot:
+            return
+        if known is not None:
+            if self.journal:
+                raise Conflict("a group changed after this transaction read it; run the transaction again")
+            self._keep_reads(key)
+        self._ballots[key] = ballot
+        self.seen.setdefault(key, ballot)
+
+    def _keep_reads(self, key: GroupKey) -> None:
+        """What was read of an older ballot still guards what will be written."""
+        for record, mask in self._reads.items():
+            if record.group == key:
+                kept = self._stale.setdefault((key, record.key), {})
+                for position, value in enumerate(record.values):
+                    if mask >> position & 1:
+                        kept.setdefault(position, value)
+        self._views.pop(key, None)
+        self._found.pop(key, None)
+        self._finds.clear()
+        self._indexed = {(t, g) for t, g in self._indexed if g != key}
+        for records in self._by_pk.values():
+            for pk in [pk for pk, record in records.items() if record.group == key]:
+                del records[pk]
+
+    # Rows.
+
+    def rows(self, table: Table, group: GroupKey) -> list[Record]:
+        """The table's rows of a group as the transaction sees them, by primary key."""
+        base = self.view(group).records(table)
+        own = self.overlay.get(table.number)
+        if not own:
+            return list(base.values())
+        result = [record for record in base.values() if (group, record.key) not in own]
+        mine = [p.current for (g, _), p in own.items() if g == group and p.current is not None]
+        if mine:
+            result += mine
+            result.sort(key=_row_key)
+        return result
+
+    def row(self, table: Table, group: GroupKey, key: RowKey) -> Record | None:
+        """One row by its place."""
+        own = self.overlay.get(table.number)
+        pending = own.get((group, key)) if own else None
+        if pending is not None:
+            return pending.current
+        found = self._found.get(group)
+        record = found.get(key) if found else None
+        return record if record is not None else self.view(group).records(table).get(key)
+
+    def current(self, table: Table, record: Record) -> Record | None:
+        """The row of the record as it is after this transaction's own changes."""
+        own = self.overlay.get(table.number)
+        pending = own.get((record.group, record.key)) if own else None
+        return record if pending is None else pending.current
+
+    def by_pk(self, table: Table, keys: Sequence[tuple[Value, ...]]) -> list[Record]:
+        """Rows by primary key: own ones, then those met already, then where they were seen last, then by find."""
+        if table.whole or not table.family_key or set(table.family_key) <= set(table.primary):
+            return self._by_direct_pk(table, keys)
+        found: list[Record] = []
+        hinted: dict[tuple[Value, ...], GroupKey] = {}
+        unknown: list[tuple[Value, ...]] = []
+        for pk in keys:
+            met, record = self._met_by_pk(table, pk)
+            if met:
+                found += [record] if record is not None else []
+            elif (group := self.database.hints.get((table.number, pk[0]))) is not None:
+                hinted[pk] = group
+            else:
+                unknown.append(pk)
+        self.ensure(hinted.values())
+        for pk, group in hinted.items():
+            record = self.row(table, group, table.pk_key(pk))
+            if record is None:
+                unknown.append(pk)
+            else:
+                found.append(record)
+        return found + self._find_by_pk(table, unknown)
+
+    def _by_direct_pk(self, table: Table, keys: Sequence[tuple[Value, ...]]) -> list[Record]:
+        def group_of(pk: tuple[Value, ...]) -> GroupKey:
+            if not table.family_key:
+                return table.family_group(()) if table.whole else table.row_group(pk)
+            return table.family_group(tuple([pk[table.primary.index(p)] for p in table.family_key]))
+
+        places = [(group_of(pk), table.pk_key(pk)) for pk in keys]
+        own = self.overlay.get(table.number, {})
+        self.ensure([g for g, k in places if (g, k) not in own and k not in self._found.get(g, ())])
+        records = [self.row(table, group, key) for group, key in places]
+        return [record for record in records if record is not None]
+
+    def _met_by_pk(self, table: Table, pk: tuple[Value, ...]) -> tuple[bool, Record | None]:
+        place = self._own_pk.get((table.number, pk))
+        if place is not None:
+            pending = self.overlay[table.number].get(place)
+            if pending is not None and pending.current is not None:
+                return True, pending.current
+        records = self._by_pk.setdefault(table.number, {})
+        record = records.get(pk)
+        if record is None:
+            for group, view in self._views.items():
+                if (table.number, group) not in self._indexed:
+                    self._indexed.add((table.number, group))
+                    for met in view.records(table).values():
+                        records[met.pk] = met
+            record = records.get(pk)
+        return (True, self.current(table, record)) if record is not None else (False, None)
+
+    def _find_by_pk(self, table: Table, keys: list[tuple[Value, ...]]) -> list[Record]:
+        if not keys:
+            return []
+        column = table.number_of(table.primary[0])
+        values = tuple(dict.fromkeys(pk[0] for pk in keys))
+        comparison = Comparison.EQ if len(values) == 1 else Comparison.IN
+        constraints = [Constraint(column, comparison, values)]
+        wanted = set(keys)
+        return [r for r in self.find(table, tuple(constraints), whole=len(values) == 1) if r.pk in wanted]
+
+    # Find.
+
+    def find(
+        self,
+        table: Table,
+        constraints: tuple[Constraint, ...],
+        order: Order | None = None,
+        limit: int | None = None,
+        whole: bool = False,
+    ) -> list[Record]:
+        """Rows of the table in whatever group that fit the constraints, own changes included."""
+        own = self.overlay.get(table.number)
+        if own:
+            limit = None
+        question = (table.number, constraints, order, limit)
+        base = self._finds.get(question)
+        if base is None:
+            base = self._ask(table, constraints, order, limit, whole)
+            if len(self._finds) < FINDS_KEPT_MAX:
+                self._finds[question] = base
+        if not own:
+            return base
+        result = [r for r in base if (r.group, r.key) not in own]
+        mine = [p.current for p in own.values() if p.current is not None and matches(table, p.current, constraints)]
+        if mine:
+            result += mine
+            order_records(table, result, order)
+        return result
+
+    def _ask(
+        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, whole: bool
+    ) -> list[Record]:
+        database, version = self.database, self.schema.version
+        query = FindQuery(database.name, table.number, version, constraints, order, limit, whole)
+        result = database.store.find(query, database.timeout_s)
+        for read in result.groups:
+            if read.key not in self._views:
+                self._admit(database.groups.take(read, None, version))
+        records = [self._take(table, row) for row in result.rows]
+        if len(records) > 1 and table.family_key:
+            groups = list(dict.fromkeys([r.group for r in records]))
+            self._siblings.update(dict.fromkeys(groups, groups))
+            self._missed = 0
+        return records
+
+    def _take(self, table: Table, row: FoundRow) -> Record:
+        self._meet(row.group, row.ballot)
+        view = self._views.get(row.group)
+        record = view.records(table).get(row.key) if view is not None else None
+        if record is None:
+            kept = self._found.setdefault(row.group, {})
+            record = kept.get(row.key)
+            if record is None:
+                record = kept[row.key] = table.decode(row.group, row.key, decode_row(row.row))
+        if table.integer_key is not None and table.family_key:
+            self._by_pk.setdefault(table.number, {})[record.pk] = record
+            self.database.hints.put((table.number, record.pk[0]), row.group)
+        return record
+
+    # Writes.
+
+    def mark_read(self, records: Iterable[Record], mask: int) -> None:
+        """The statement saw these columns of these rows."""
+        reads = self._reads
+        for record in records:
+            reads[record] = reads.get(record, 0) | mask
+
+    def pending(self, table: Table, record: Record) -> Pending:
+        """The row's state before the next change."""
+        own = self.overlay.get(table.number)
+        found = own.get((record.group, record.key)) if own else None
+        return found if found is not None else Pending(record, record, frozenset(), {})
+
+    def guards(self, before: Pending, place: Place, mask: int, set_columns: Iterable[int]) -> dict[int, Any]:
+        """What must still hold of the stored row: columns the statement used, and set columns that were read before."""
+        base = before.base
+        if base is None:
+            return before.guards
+        for position in set_columns:
+            mask |= self._reads.get(base, 0) & 1 << position
+        stale = self._stale.get(place, {})
+        guards = dict(before.guards)
+        for position, value in enumerate(base.values):
+            if mask >> position & 1 and position not in before.columns:
+                guards.setdefault(position, stale.get(position, value))
+        return guards
+
+    def put(self, table: Table, place: Place, pending: Pending) -> None:
+        """Lay a changed row over what was read."""
+        own = self.overlay.setdefault(table.number, {})
+        old = own.get(place)
+        before = old.current if old is not None else pending.base
+        for unique in table.uniques:
+            if unique.kind == "entry":
+                freed = table.entry_key(unique, before.values) if before is not None else None
+                taken = table.entry_key(unique, pending.current.values) if pending.current is not None else None
+                if freed is not None and freed != taken and self.own_entries.get(freed) in {None, place}:
+                    self._set(self.own_entries, freed, None)
+                if taken is not None:
+                    self._set(self.own_entries, taken, place)
+        self._set(own, place, pending)
+        if pending.current is not None and table.integer_key is not None:
+            self._set(self._own_pk, (table.number, pending.current.pk), place)
+
+    def guard_parent(self, group: GroupKey, table: Table, pk: tuple[Value, ...]) -> None:
+        """A row of this group must exist when the transaction commits."""
+        self._set(self.foreign_guards, (group, table.number, pk), None)
+
+    def _set(self, target: dict[Any, Any], key: Any, value: Any) -> None:
+        self.journal.append((target, key, target.get(key, _MISSING)))
+        target[key] = value
+
+    def rollback_to(self, mark: int) -> None:
+        """Undo what was written after the journal had this length."""
+        journal = self.journal
+        while len(journal) > mark:
+            target, key, old = journal.pop()
+            if old is _MISSING:
+                target.pop(key, None)
+            else:
+                target[key] = old
+
+
+def _row_key(record: Record) -> RowKey:
+    return record.key

@@ -1,0 +1,161 @@
+"""SQLite's virtual-table callbacks: thin, because they run once per row and column (DESIGN section 11).
+
+Each table is an eponymous-only module, so it is there without CREATE VIRTUAL TABLE. Rows are found by a rowid that is the
+integer key, or a number given out per statement where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import apsw
+
+from nova_bridge.sql.plan import Planner
+from nova_bridge.sql.schema import Record, Table
+from nova_bridge.sql.transaction import Transaction
+from nova_bridge.sql.values import DECLARED
+from nova_bridge.sql.writes import Writer
+
+
+class Session(Protocol):
+    """What the callbacks need of their connection."""
+
+    tx: Transaction
+    writer: Writer
+    open_tables: dict[str, dict[int, int]]
+    handles: dict[tuple[int, int], tuple[Record, int]]
+
+    def in_lists(self) -> bool:
+        """Whether IN lists may be taken at once."""
+        ...
+
+
+class Module:
+    """One table's module."""
+
+    def __init__(self, session: Session, table: Table) -> None:
+        self._session, self._table = session, table
+
+    def Create(
+        self, connection: Any, module: str, database: str, name: str, *arguments: Any
+    ) -> tuple[str, VirtualTable]:
+        """The declaration that SQLite plans with."""
+        table = self._table
+        columns = ", ".join(f'"{c.name.replace(chr(34), chr(34) * 2)}" {DECLARED[c.affinity]}' for c in table.columns)
+        return f"CREATE TABLE x({columns})", VirtualTable(self._session, table)
+
+    Connect = Create
+
+
+class VirtualTable:
+    """A table in one connection."""
+
+    def __init__(self, session: Session, table: Table) -> None:
+        self.session, self.table = session, table
+        self.planner = Planner(table, session.in_lists)
+        self.BestIndexObject = self.planner.best_index
+
+    def Open(self) -> Cursor:
+        """Count who is open: a find of a family whose other tables are joined brings the groups along."""
+        counts = self.session.open_tables.setdefault(self.table.family, {})
+        counts[self.table.number] = counts.get(self.table.number, 0) + 1
+        return Cursor(self)
+
+    def closed(self) -> None:
+        """One cursor less."""
+        counts = self.session.open_tables[self.table.family]
+        counts[self.table.number] -= 1
+        if not counts[self.table.number]:
+            del counts[self.table.number]
+
+    def joined(self) -> bool:
+        """Whether the statement reads other tables of this family as well."""
+        return len(self.session.open_tables[self.table.family]) > 1 and bool(self.table.family_key)
+
+    def Disconnect(self) -> None:
+        """Nothing is held."""
+
+    Destroy = Disconnect
+
+    def UpdateInsertRow(self, rowid: int | None, fields: Sequence[Any]) -> int:
+        """INSERT."""
+        return self.session.writer.insert(self.table, rowid, fields)
+
+    def UpdateChangeRow(self, rowid: int, new_rowid: int, fields: Sequence[Any]) -> None:
+        """UPDATE of a row that a cursor of this statement showed."""
+        record, mask = self.session.handles[self.table.number, rowid]
+        if new_rowid != rowid and self.table.integer_key is not None:
+            fields = list(fields)
+            fields[self.table.integer_key] = new_rowid
+        self.session.writer.update(self.table, record, fields, mask)
+
+    def UpdateDeleteRow(self, rowid: int) -> None:
+        """DELETE."""
+        record, mask = self.session.handles[self.table.number, rowid]
+        self.session.writer.delete(self.table, record, mask)
+
+
+class Cursor:
+    """The rows of one xFilter, all in memory."""
+
+    __slots__ = ("Column", "_at", "_mask", "_rows", "_table", "row")
+
+    def __init__(self, table: VirtualTable) -> None:
+        self._table = table
+        self._rows: list[Record] = []
+        self._at, self._mask = 0, 0
+        self.row: Record | None = None
+        self.Column: Any = None
+
+    def Filter(self, number: int, name: str, arguments: Sequence[Any]) -> None:
+        """Fetch the rows of a plan."""
+        table = self._table
+        tx = table.session.tx
+        planner = table.planner
+        rows = planner.run(tx, number, arguments, table.joined())
+        self._rows, self._at = rows, 0
+        if rows:
+            self._mask = planner.plans[number].mask
+            tx.mark_read(rows, self._mask)
+            self._show(rows[0])
+        else:
+            self.row = None
+
+    def _show(self, row: Record) -> None:
+        self.row = row
+        self.Column = row.values.__getitem__
+
+    def Eof(self) -> bool:
+        """No row left."""
+        return self.row is None
+
+    def Next(self) -> None:
+        """The following row."""
+        self._at += 1
+        if self._at < len(self._rows):
+            row = self.row = self._rows[self._at]
+            self.Column = row.values.__getitem__
+        else:
+            self.row = None
+
+    def Rowid(self) -> int:
+        """The number by which this row is changed."""
+        record, table = self.row, self._table
+        assert record is not None
+        position = table.table.integer_key
+        if position is None and table.table.rowid_key:
+            position = table.table.width
+        handles = table.session.handles
+        rowid: int = record.values[position] if position is not None else len(handles) + 1
+        handles[table.table.number, rowid] = (record, self._mask)
+        return rowid
+
+    def ColumnNoChange(self, number: int) -> Any:
+        """Asked for columns that the UPDATE does not set."""
+        return apsw.no_change
+
+    def Close(self) -> None:
+        """The statement is done."""
+        self._rows = []
+        self._table.closed()

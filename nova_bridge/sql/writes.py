@@ -1,0 +1,192 @@
+"""INSERT, UPDATE and DELETE of one row, as SQLite's engine asks for them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import apsw
+
+from nova_bridge.sql import rules
+from nova_bridge.sql.errors import not_null_failed, unique_failed
+from nova_bridge.sql.schema import Record, Table
+from nova_bridge.sql.transaction import Pending, Place, Transaction
+from nova_bridge.sql.values import coerce
+
+
+class Writer:
+    """Buffers one connection's row changes. `checks` run when the statement ends: foreign keys see all of it."""
+
+    def __init__(self, tx: Transaction) -> None:
+        self.tx = tx
+        self.foreign_keys = False
+        self.checks: list[Callable[[], None]] = []
+
+    def finish_statement(self) -> None:
+        """Run what could be judged only now."""
+        while self.checks:
+            checks, self.checks = self.checks, []
+            for check in checks:
+                check()
+
+    def insert(self, table: Table, rowid: int | None, fields: Sequence[Any]) -> int:
+        """Returns what lastrowid shall be."""
+        tx = self.tx
+        values = [coerce(a, v) for a, v in zip(table.affinities, fields, strict=True)]
+        for position, default in table.defaults:
+            if values[position] is None:
+                values[position] = default
+        given = self._identity(table, values, rowid)
+        _check_not_null(table, values)
+        record = table.record(tuple(values))
+        place = (record.group, record.key)
+        if given and self._exists(table, record):
+            raise unique_failed(table.name, table.column_names(table.primary))
+        rules.check_unique(tx, table, record, (place,), None)
+        before = tx.pending(table, record)
+        stored = before.base if before.base is not record else None
+        columns = frozenset(range(len(values))) if stored is not None else frozenset[int]()
+        tx.put(table, place, Pending(stored, record, columns, before.guards))
+        if self.foreign_keys and table.foreign:
+            self.checks.append(lambda: rules.check_child(tx, table, record, None))
+        number = values[table.integer_key] if table.integer_key is not None else values[-1] if table.rowid_key else 0
+        return int(number)
+
+    def _identity(self, table: Table, values: list[Any], rowid: int | None) -> bool:
+        """Fill in a generated key. Returns whether the key was given, so that it may be taken already."""
+        tx = self.tx
+        if table.rowid_key:
+            values.append(rowid if rowid is not None else tx.database.next_id(table, 0))
+            return rowid is not None
+        if table.integer_key is None:
+            return True
+        number = values[table.integer_key]
+        number = rowid if number is None else number
+        if number is None:
+            values[table.integer_key] = tx.database.next_id(table, self._newest(table, values))
+            return False
+        if not isinstance(number, int):
+            raise sqlite3.IntegrityError("datatype mismatch")
+        values[table.integer_key] = number
+        tx.database.raise_sequence(table, number)
+        return True
+
+    def _newest(self, table: Table, values: list[Any]) -> int:
+        """The greatest id of the table in the group that the row will join."""
+        if table.integer_key in table.family_key or not (table.family_key or table.whole):
+            return 0
+        key = tuple([values[p] for p in table.family_key])
+        if None in key:
+            return 0
+        position = table.integer_key
+        group = table.family_group(key)
+        entries = [
+            k for u in table.uniques if u.kind == "entry" and (k := table.entry_key(u, tuple(values))) is not None
+        ]
+        self.tx.ensure([group, *[k for k in entries if k not in self.tx.own_entries]])
+        return max([r.values[position] for r in self.tx.rows(table, group)], default=0)  # type: ignore[index]
+
+    def _exists(self, table: Table, record: Record) -> bool:
+        if table.integer_key is not None:
+            return bool(self.tx.by_pk(table, [record.pk]))
+        return self.tx.row(table, record.group, record.key) is not None
+
+    def update(self, table: Table, record: Record, fields: Sequence[Any], mask: int) -> None:
+        """`record`: as the statement's cursor showed it; `mask`: the columns that its WHERE and SET looked at."""
+        tx = self.tx
+        current = tx.current(table, record)
+        if current is None:
+            return
+        values = list(current.values)
+        changed = []
+        for position, value in enumerate(fields):
+            if value is not apsw.no_change:
+                values[position] = coerce(table.affinities[position], value)
+                changed.append(position)
+        _check_not_null(table, values)
+        new = table.record(tuple(values))
+        old_place, place = (current.group, current.key), (new.group, new.key)
+        if new.pk != current.pk:
+            self._check_new_identity(table, new)
+        rules.check_unique(tx, table, new, (old_place, place), changed)
+        self._replace(table, current, new, changed, mask)
+        if self.foreign_keys:
+            if table.foreign:
+                self.checks.append(lambda: rules.check_child(tx, table, new, changed))
+            self._lose_key(table, current, new)
+
+    def _check_new_identity(self, table: Table, new: Record) -> None:
+        if table.integer_key is not None and not isinstance(new.pk[0], int):
+            raise sqlite3.IntegrityError("datatype mismatch")
+        if self._exists(table, new):
+            raise unique_failed(table.name, table.column_names(table.primary))
+        if table.integer_key is not None:
+            self.tx.database.raise_sequence(table, new.pk[0])  # type: ignore[arg-type]
+
+    def _replace(self, table: Table, current: Record, new: Record, changed: list[int], mask: int) -> None:
+        tx = self.tx
+        mask &= ~sum(1 << p for p in table.merge)
+        before = tx.pending(table, current)
+        old_place, place = (current.group, current.key), (new.group, new.key)
+        for unique in table.uniques:
+            if not set(unique.columns).isdisjoint(changed):
+                mask |= sum(1 << p for p in unique.columns)
+        guards = tx.guards(before, old_place, mask, (p for p in changed if p not in table.merge))
+        if place == old_place:
+            tx.put(table, place, Pending(before.base, new, before.columns.union(changed), guards))
+            return
+        everything = tx.guards(before, old_place, (1 << len(new.values)) - 1 & ~sum(1 << p for p in table.merge), ())
+        tx.put(table, old_place, Pending(before.base, None, before.columns, everything))
+        target = tx.pending(table, new)
+        stored = target.base if target.base is not new else None
+        tx.put(table, place, Pending(stored, new, frozenset(range(len(new.values))), target.guards))
+
+    def delete(self, table: Table, record: Record, mask: int) -> None:
+        """`mask`: the columns that the statement's WHERE looked at."""
+        tx = self.tx
+        current = tx.current(table, record)
+        if current is None:
+            return
+        mask &= ~sum(1 << p for p in table.merge)
+        for unique in table.uniques:
+            mask |= sum(1 << p for p in unique.columns) if unique.kind == "entry" else 0
+        before = tx.pending(table, current)
+        place = (current.group, current.key)
+        tx.put(table, place, Pending(before.base, None, before.columns, tx.guards(before, place, mask, ())))
+        if self.foreign_keys:
+            self._lose_key(table, current, None)
+
+    def _lose_key(self, table: Table, old: Record, new: Record | None) -> None:
+        """ON DELETE at once; rows that may not lose their parent are looked for when the statement ends."""
+        tx = self.tx
+        if not tx.schema.children.get(table.name.lower()):
+            return
+        for child, foreign, rows in rules.children_of(tx, table, old, new):
+            if new is None and foreign.on_delete == "CASCADE":
+                for row in rows:
+                    self.delete(child, row, 0)
+            elif new is None and foreign.on_delete in {"SET NULL", "SET DEFAULT"}:
+                for row in rows:
+                    self.update(child, row, _with_default(child, foreign.columns, foreign.on_delete), 0)
+        self.checks.append(lambda: rules.check_parent(tx, table, old))
+
+    def places(self, table: Table) -> Iterable[Place]:
+        """Where this transaction changed rows of the table."""
+        return self.tx.overlay.get(table.number, {}).keys()
+
+
+def _check_not_null(table: Table, values: Sequence[Any]) -> None:
+    for position in table.required:
+        if values[position] is None:
+            raise not_null_failed(table.name, table.columns[position].name)
+    for position in table.primary:
+        if values[position] is None:
+            raise not_null_failed(table.name, table.columns[position].name)
+
+
+def _with_default(table: Table, positions: Sequence[int], action: str) -> list[Any]:
+    fields: list[Any] = [apsw.no_change] * table.width
+    for position in positions:
+        fields[position] = table.columns[position].default if action == "SET DEFAULT" else None
+    return fields

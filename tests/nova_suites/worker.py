@@ -1,0 +1,66 @@
+"""One process of a suite run: runs the named tests with unittest and prints one JSON line per result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import unittest
+import warnings
+
+
+class Report(unittest.TestResult):
+    """Outcome by test id, as JSON lines on the original standard output."""
+
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self._out = out
+        self._started = 0.0
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        super().startTest(test)
+        self._started = time.monotonic()
+
+    def _say(self, test: unittest.TestCase, outcome: str, text: str = "") -> None:
+        line = json.dumps(
+            {"id": test.id(), "outcome": outcome, "text": text, "seconds": time.monotonic() - self._started}
+        )
+        os.write(self._out, line.encode() + b"\n")
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        self._say(test, "passed")
+
+    def addSkip(self, test: unittest.TestCase, reason: str) -> None:
+        self._say(test, "skipped", reason)
+
+    def addExpectedFailure(self, test: unittest.TestCase, err: object) -> None:
+        self._say(test, "passed")
+
+    def addUnexpectedSuccess(self, test: unittest.TestCase) -> None:
+        self._say(test, "failed", "unexpected success")
+
+    def addFailure(self, test: unittest.TestCase, err: object) -> None:
+        self._say(test, "failed", self._exc_info_to_string(err, test))  # type: ignore[attr-defined]
+
+    addError = addFailure
+
+
+def main() -> None:
+    """Arguments: store, then test names."""
+    store, *names = sys.argv[1:]
+    out = os.dup(1)
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.NOTSET)
+    if store != "sqlite":
+        import door
+
+        door.install()
+    suite = unittest.defaultTestLoader.loadTestsFromNames(names)
+    suite.run(Report(out))
+
+
+if __name__ == "__main__":
+    main()
