@@ -45,7 +45,7 @@ from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
 from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
 from dht.limits import PEER_TIMEOUT_S, REMOVE_AFTER_S, TABLETS_PER_DOMAIN
-from dht.model import ZERO, NodeId, Struct
+from dht.model import ZERO, Ballot, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk, Network
 
@@ -120,6 +120,7 @@ class Domain:
         )
         self.transfer = Transfer(
             node,
+            local.incarnation,
             self.chain,
             self.tablets,
             registers,
@@ -204,6 +205,10 @@ class Domain:
             tablet=tablet,
             roster_epoch=self.chain.epoch,
         )
+
+    def floor(self, tablet: int) -> Ballot:
+        """The promise of the tablet's registers that have no header here (rule 7)."""
+        return self.tablets.state(tablet).floor
 
     async def refresh(self, at_least: int | None = None) -> None:
         """Learn newer links, and where tablets stand, from the members that answer.

@@ -131,6 +131,7 @@ class Transfer:
     def __init__(
         self,
         node: NodeId,
+        incarnation: bytes,
         chain: Chain,
         tablets: Tablets,
         registers: RegisterFile,
@@ -142,6 +143,7 @@ class Transfer:
         rules: DomainRules,
     ) -> None:
         self._node = node
+        self._incarnation = incarnation
         self._chain = chain
         self._tablets = tablets
         self._registers = registers
@@ -171,9 +173,14 @@ class Transfer:
             self.remaining.pop(tablet, None)
 
     def wanted(self, tablet: int) -> bool:
-        """Whether this node has to initialise the tablet's newest epoch and may (rule 3)."""
+        """Whether this node has to initialise the tablet's newest epoch and may (rule 3).
+
+        A wiped node is not the replica that the link lists under its name (rule 6): it waits for a link of its own.
+        """
         newest = self._chain.newest
         if newest is None:
+            return False
+        if self._rules.incarnation_checked and not newest.lists(self._node, self._incarnation):
             return False
         replicas = newest.replicas(tablet)
         state = self._tablets.state(tablet)
