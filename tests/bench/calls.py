@@ -67,7 +67,12 @@ def fill(db: Any, context: Any, instances: int) -> World:
     world.compute_id = db.compute_node_create(context, node)["id"]
     for number in range(instances):
         world.instances.append(db.instance_create(context, instance_values(number))["uuid"])
-        bdm = {"instance_uuid": world.instances[-1], "source_type": "image", "destination_type": "local", "boot_index": 0}
+        bdm = {
+            "instance_uuid": world.instances[-1],
+            "source_type": "image",
+            "destination_type": "local",
+            "boot_index": 0,
+        }
         world.bdms.append(db.block_device_mapping_create(context, bdm, legacy=False)["id"])
         db.action_start(context, _action(world.instances[-1]))
     return world
@@ -91,7 +96,9 @@ def _update(world: World) -> None:
 
 
 def _extra(world: World) -> None:
-    world.db.instance_extra_update_by_uuid(world.context, world.next_instance(), {"pci_requests": str(next(world.counter))})
+    world.db.instance_extra_update_by_uuid(
+        world.context, world.next_instance(), {"pci_requests": str(next(world.counter))}
+    )
 
 
 def _create(world: World) -> None:
@@ -110,7 +117,12 @@ def _compute(world: World) -> None:
 
 def _event_start(world: World) -> None:
     instance = world.next_instance()
-    values = {"event": "compute__do_build", "instance_uuid": instance, "request_id": f"req-{instance}", "start_time": _now()}
+    values = {
+        "event": "compute__do_build",
+        "instance_uuid": instance,
+        "request_id": f"req-{instance}",
+        "start_time": _now(),
+    }
     world.db.action_event_start(world.context, values)
 
 
@@ -122,7 +134,12 @@ def _event_finish(world: World) -> None:
 
 def _event_seed(world: World) -> None:
     instance = world.instances[0]
-    values = {"event": "compute__do_build", "instance_uuid": instance, "request_id": f"req-{instance}", "start_time": _now()}
+    values = {
+        "event": "compute__do_build",
+        "instance_uuid": instance,
+        "request_id": f"req-{instance}",
+        "start_time": _now(),
+    }
     world.db.action_event_start(world.context, values)
 
 

@@ -1,7 +1,7 @@
 """One client process of the benchmark: Nova's own db API on one database, driven by lines of JSON on stdin.
 
 Started as `python -m tests.bench.child KIND URL`. KIND: `sql` opens the URL by SQLAlchemy; `rpc` installs lucd's RPC
-client, whose transport the URL names. Answers one line of JSON per line.
+client: URL is SOCKET#SERVER. Answers one line of JSON per line.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ from typing import Any
 def open_nova(kind: str, url: str, sync: bool) -> tuple[Any, Any]:
     """Nova's db module and a context, on the database that the URL names."""
     warnings.simplefilter("ignore")
-    from nova import conf, context
+    from nova import conf, context, objects
     from nova.db import migration
     from nova.db.main import api as db
 
     conf.CONF([], project="nova", default_config_files=[])
+    objects.register_all()
     if kind == "sql":
         conf.CONF.set_override("connection", url, "database")
         db.configure(conf.CONF)
         if sync:
             migration.db_sync(database="main")
     else:
-        from nova_bridge.rpc import client
+        from nova_bridge.rpc import client, options
 
-        client.install(conf.CONF, transport_url=url)
+        options.register_opts(conf.CONF)
+        path, _, server = url.partition("#")
+        conf.CONF.set_override("socket", path, "lucd")
+        conf.CONF.set_override("server", server, "lucd")
+        client.install()
     return db, context.get_admin_context()
 
 

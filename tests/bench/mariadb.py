@@ -33,7 +33,13 @@ class MariaDB:
         user = f"--user={os.environ.get('USER', 'root')}"
         with (self.data.parent / "mariadb.log").open("wb") as log:
             subprocess.run(
-                ["mariadb-install-db", "--no-defaults", f"--datadir={self.data}", user, "--auth-root-authentication-method=normal"],
+                [
+                    "mariadb-install-db",
+                    "--no-defaults",
+                    f"--datadir={self.data}",
+                    user,
+                    "--auth-root-authentication-method=normal",
+                ],
                 check=True,
                 stdout=log,
                 stderr=log,
@@ -47,7 +53,9 @@ class MariaDB:
         deadline = time.monotonic() + 30
         while self._sql("SELECT 1").returncode:
             if time.monotonic() > deadline or self.process.poll() is not None:
-                raise SystemExit(f"bench: mariadbd did not start: {(self.data.parent / 'mariadb.log').read_text()[-2000:]}")
+                raise SystemExit(
+                    f"bench: mariadbd did not start: {(self.data.parent / 'mariadb.log').read_text()[-2000:]}"
+                )
             time.sleep(0.1)
 
     def _sql(self, statement: str) -> subprocess.CompletedProcess[bytes]:

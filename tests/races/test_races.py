@@ -1,0 +1,87 @@
+"""Races between clients of different daemons, through Nova's own functions (the store's promises 2 and 3)."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster
+from tests.races.cells import fresh, new_instance, open_cells, together
+
+pytestmark = [pytest.mark.cluster, pytest.mark.nova]
+ROUNDS = int(os.environ.get("LUCD_RACE_ROUNDS", "100"))
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    with Cluster(tmp_path_factory.mktemp("races"), nodes=3) as cluster:
+        yield open_cells([cluster.url("nova_cell1", node) for node in range(3)])
+
+
+def _claim(admin: Any, uuid: str, state: str) -> object:
+    from nova.db.main import api as db
+
+    return db.instance_update_and_get_original(
+        fresh(admin), uuid, {"task_state": state, "expected_task_state": ["scheduling"]}
+    )
+
+
+def test_expected_task_state_two_daemons_race_exactly_one_wins(cells: list[Any]) -> None:
+    from nova import exception
+    from nova.db.main import api as db
+
+    uuid = new_instance(cells[0], task_state="scheduling")
+    for number in range(ROUNDS):
+        racers = [cells[number % 3], cells[(number + 1) % 3]]
+        results = together(*[partial(_claim, racer, uuid, f"won-{i}") for i, racer in enumerate(racers)])
+        losers = [r for r in results if isinstance(r, Exception)]
+        assert len(losers) == 1, (number, results)
+        assert isinstance(losers[0], exception.UnexpectedTaskStateError), losers
+        winner = next(i for i, r in enumerate(results) if not isinstance(r, Exception))
+        stored = db.instance_get_by_uuid(fresh(cells[(number + 2) % 3]), uuid)
+        assert stored["task_state"] == f"won-{winner}"
+        db.instance_update_and_get_original(fresh(cells[number % 3]), uuid, {"task_state": "scheduling"})
+
+
+def test_different_columns_two_daemons_update_both_hold_without_conflict(cells: list[Any]) -> None:
+    from nova.db.main import api as db
+
+    uuid = new_instance(cells[0])
+    for number in range(ROUNDS):
+        first, second = cells[number % 3], cells[(number + 1) % 3]
+
+        def set_column(admin: Any, column: str, value: object) -> object:
+            return db.instance_update_and_get_original(fresh(admin), uuid, {column: value})
+
+        results = together(
+            partial(set_column, first, "progress", number), partial(set_column, second, "display_name", f"n{number}")
+        )
+        assert not [r for r in results if isinstance(r, Exception)], (number, results)
+        stored = db.instance_get_by_uuid(fresh(cells[(number + 2) % 3]), uuid)
+        assert (stored["progress"], stored["display_name"]) == (number, f"n{number}")
+
+
+def test_service_create_thousand_calls_of_hundred_names_makes_hundred_rows(cells: list[Any]) -> None:
+    from nova import exception
+    from nova.db.main import api as db
+
+    def create(number: int) -> object:
+        values = {"host": f"host-{number % 100}", "binary": "nova-compute", "topic": "compute", "report_count": 0}
+        return db.service_create(fresh(cells[number % 3]), values)
+
+    outcomes: Counter[str] = Counter()
+    for begin in range(0, 1000, 50):
+        for result in together(*[partial(create, (number * 7) % 1000) for number in range(begin, begin + 50)]):
+            outcomes[type(result).__name__] += 1
+            if isinstance(result, Exception):
+                assert isinstance(result, exception.ServiceBinaryExists), repr(result)
+    assert sum(outcomes.values()) == 1000
+    assert outcomes["ServiceBinaryExists"] == 900, outcomes
+    for admin in cells:
+        assert len({s["host"] for s in db.service_get_all(fresh(admin))}) == 100
+        assert len(db.service_get_all(fresh(admin))) == 100
