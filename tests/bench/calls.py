@@ -115,32 +115,17 @@ def _compute(world: World) -> None:
     world.db.compute_node_update(world.context, world.compute_id, used)
 
 
+def _event(instance: str) -> dict[str, Any]:
+    return {"event": "compute__do_build", "instance_uuid": instance, "request_id": f"req-{instance}"}
+
+
 def _event_start(world: World) -> None:
-    instance = world.next_instance()
-    values = {
-        "event": "compute__do_build",
-        "instance_uuid": instance,
-        "request_id": f"req-{instance}",
-        "start_time": _now(),
-    }
-    world.db.action_event_start(world.context, values)
+    world.db.action_event_start(world.context, _event(world.next_instance()) | {"start_time": _now()})
 
 
 def _event_finish(world: World) -> None:
-    instance = world.instances[0]
-    values = {"event": "compute__do_build", "instance_uuid": instance, "request_id": f"req-{instance}"}
-    world.db.action_event_finish(world.context, values | {"finish_time": _now(), "result": "Success"})
-
-
-def _event_seed(world: World) -> None:
-    instance = world.instances[0]
-    values = {
-        "event": "compute__do_build",
-        "instance_uuid": instance,
-        "request_id": f"req-{instance}",
-        "start_time": _now(),
-    }
-    world.db.action_event_start(world.context, values)
+    done = {"finish_time": _now(), "result": "Success"}
+    world.db.action_event_finish(world.context, _event(world.instances[0]) | done)
 
 
 CALLS: dict[str, tuple[int, Callable[[World], object]]] = {
@@ -165,4 +150,4 @@ CALLS: dict[str, tuple[int, Callable[[World], object]]] = {
 def prepare(name: str, world: World) -> None:
     """What a call needs once before its repetitions."""
     if name == "action_event_finish":
-        _event_seed(world)
+        world.db.action_event_start(world.context, _event(world.instances[0]) | {"start_time": _now()})

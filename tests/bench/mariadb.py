@@ -45,8 +45,16 @@ class MariaDB:
                 stderr=log,
             )
             self.process = subprocess.Popen(
-                ["mariadbd", "--no-defaults", f"--datadir={self.data}", f"--socket={self.socket}", user]
-                + ["--skip-networking", "--innodb-flush-log-at-trx-commit=1", f"--pid-file={self.data}/pid"],
+                [
+                    "mariadbd",
+                    "--no-defaults",
+                    f"--datadir={self.data}",
+                    f"--socket={self.socket}",
+                    user,
+                    "--skip-networking",
+                    "--innodb-flush-log-at-trx-commit=1",
+                    f"--pid-file={self.data}/pid",
+                ],
                 stdout=log,
                 stderr=log,
             )
