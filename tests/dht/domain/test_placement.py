@@ -89,9 +89,7 @@ def test_place_frozen_tablets_keep_their_replicas() -> None:
     hosts=st.integers(1, 9),
     steps=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=6),
 )
-def test_place_any_history_changes_one_replica_a_step(
-    members: int, hosts: int, steps: list[tuple[int, bool]]
-) -> None:
+def test_place_any_history_changes_one_replica_a_step(members: int, hosts: int, steps: list[tuple[int, bool]]) -> None:
     where = {node(i): f"host{i % hosts}" for i in range(members)}
     tablets: Tablets = ((node(0),),) * 16
     givers: set[bytes] = set()
@@ -104,7 +102,8 @@ def test_place_any_history_changes_one_replica_a_step(
         after = place(tablets, where, sorted(where), sorted(givers))
         for old, new in zip(tablets, after, strict=True):
             gone, come = set(old) - set(new), set(new) - set(old)
-            assert len(new) == len(set(new)) and 1 <= len(new) <= 3
+            assert len(new) == len(set(new))
+            assert 1 <= len(new) <= 3
             assert (len(gone) <= 1 and len(come) <= 1) or (not gone and len(new) == 3)
         tablets = after
     tablets = settle(tablets, where, tuple(sorted(givers)))

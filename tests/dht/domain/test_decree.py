@@ -1,0 +1,98 @@
+"""One decree: contention, votes that outlive a crash, who may vote."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dht.domain.decree import DecreeAcceptor, DecreeProposer
+from dht.domain.messages import DecreeAccept, DecreePrepare
+from dht.domain.roster import Roster, successor
+from dht.domain.rules import RULES
+from dht.errors import DhtError, NotServing, RemoteProtocolError
+from dht.model import Ballot, NodeId
+from tests.dht.domain.small_world import World, play
+
+
+def candidate(world: World, i: int) -> Roster:
+    """The next link with machine i's address changed, so that every proposer wants another one."""
+    roster = world.domain(0).roster
+    members = tuple(
+        type(m)(m.node_id, m.incarnation, m.pop, m.failure_domain, f"candidate:{i}") for m in roster.members
+    )
+    return successor(roster, members, roster.voters, roster.tablets)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_propose_under_contention_and_loss_all_see_one_link(seed: int) -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        for i in range(3):
+            await world.domain(i).stop()
+        world.cluster.fabric.weather.loss = 0.2
+        decided: list[Roster] = []
+
+        async def propose(i: int) -> None:
+            domain = world.domain(i % 3)
+            proposer = DecreeProposer(
+                domain.chain, domain.local.node_id, 100 + i, domain._clock, domain._chance, domain.ask, RULES
+            )
+            for _ in range(5):
+                try:
+                    decided.append(await proposer.propose(candidate(world, i)))
+                    return
+                except DhtError:
+                    continue
+
+        await asyncio.gather(*(propose(i) for i in range(6)))
+        assert decided
+        assert all(link == decided[0] for link in decided)
+
+    play(story, seed)
+
+
+def acceptor(world: World, i: int) -> DecreeAcceptor:
+    domain = world.domain(i)
+    return DecreeAcceptor(domain.chain, domain._disk, domain.local.node_id, domain.local.incarnation, RULES)
+
+
+def ballot(round: int, node: NodeId = b"p") -> Ballot:
+    return Ballot(1, 4, round, node, 1, round)
+
+
+def test_accept_below_the_promise_is_refused_also_after_a_restart() -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        for i in range(3):
+            await world.domain(i).stop()
+        link = candidate(world, 1)
+        await acceptor(world, 0).prepare(DecreePrepare("one", link.epoch, ballot(5)))
+        reply = await acceptor(world, 0).accept(DecreeAccept("one", link.epoch, ballot(4), link))
+        assert reply.promised == ballot(5)
+        reply = await acceptor(world, 0).accept(DecreeAccept("one", link.epoch, ballot(6), link))
+        assert reply.promised == ballot(6)
+        promise = await acceptor(world, 0).prepare(DecreePrepare("one", link.epoch, ballot(7)))
+        assert promise.link == link
+        assert promise.accepted == ballot(6)
+
+    play(story)
+
+
+def test_vote_without_the_link_before_or_with_another_incarnation_is_refused() -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        for i in range(3):
+            await world.domain(i).stop()
+        domain = world.domain(0)
+        link = candidate(world, 1)
+        with pytest.raises(NotServing):
+            await acceptor(world, 0).prepare(DecreePrepare("one", link.epoch + 1, ballot(1)))
+        reborn = DecreeAcceptor(domain.chain, domain._disk, domain.local.node_id, b"other", RULES)
+        with pytest.raises(NotServing):
+            await reborn.prepare(DecreePrepare("one", link.epoch, ballot(1)))
+        bad = successor(link, link.members, link.voters, link.tablets)
+        with pytest.raises(RemoteProtocolError):
+            await acceptor(world, 0).accept(DecreeAccept("one", link.epoch, ballot(9), bad))
+
+    play(story)
