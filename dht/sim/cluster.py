@@ -46,7 +46,21 @@ class Node(Protocol):
     @property
     def store(self) -> Store: ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to do: it belongs to the cluster, and serves all that it is to serve."""
+        ...
+
     async def start(self) -> None: ...
+
+    async def leave(self, node: NodeId) -> None:
+        """Ask the cluster to move everything away from the node and to let it go."""
+        ...
+
+    @property
+    def left(self) -> bool:
+        """Whether the cluster has let this node go."""
+        ...
 
     async def stop(self) -> None: ...
 
@@ -70,6 +84,7 @@ class Machine:
     process: Process | None = None
     node: Node | None = None
     paused: bool = False
+    retired: bool = False
     asked: dict[asyncio.Future[object], None] = field(default_factory=dict)
 
     @property
@@ -115,7 +130,7 @@ class Cluster:
     async def start(self, number: int) -> None:
         """Boot the machine's node; returns when its start has ended."""
         machine = self.machines[number]
-        if machine.running:
+        if machine.running or machine.retired:
             return
         machine.boots += 1
         machine.process = process = Process(f"{machine.name}.{machine.boots}")
@@ -194,8 +209,30 @@ class Cluster:
         self.say("links are whole")
 
     def numbers(self, *, answering: bool = True) -> list[int]:
-        """Machines that run and are not paused (or those that do not)."""
-        return [i for i, machine in enumerate(self.machines) if machine.answering == answering]
+        """Machines that run and are not paused (or those that do not); retired ones are left out."""
+        return [i for i, machine in enumerate(self.machines) if machine.answering == answering and not machine.retired]
+
+    def settled(self) -> bool:
+        """Whether every machine runs, and its node has nothing left to do."""
+        return all(m.retired or (m.node is not None and m.answering and m.node.settled) for m in self.machines)
+
+    async def drain(self, number: int) -> None:
+        """Have the machine's node leave; retire the machine when it is out. Asks until that is so."""
+        leaving = self.machines[number]
+        while leaving.node is None or not leaving.node.left:
+            others = [i for i in self.numbers() if i != number]
+            if others:
+                through = self.machines[self.chance("drain").choice(others)]
+                assert through.node is not None
+                try:
+                    async with asyncio.timeout(5.0):
+                        await self._inside(through, through.node.leave(leaving.node_id), "drain")
+                except (DhtError, TimeoutError) as error:
+                    self.say(f"{leaving.name} does not leave yet: {error}")
+            await asyncio.sleep(1.0)
+        self.say(f"{leaving.name} has left")
+        self.crash(number)
+        leaving.retired = True
 
     async def ask(self, number: int, request: Callable[[Store], Awaitable[T]], timeout_s: float) -> T:
         """What a client on the machine gets from its daemon. Raises the store's errors, and those of the socket."""

@@ -1,3 +1,88 @@
-"""The production classes on a simulated machine: exactly what the daemon composes, with the simulator's world."""
+"""The production classes on a simulated machine: what the daemon composes, with the simulator's world."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from dht.domain.domain import Domain, LocalNode
+from dht.domain.roster import REPLICAS
+from dht.domain.rules import RULES as DOMAIN_RULES
+from dht.domain.rules import DomainRules
+from dht.model import NodeId
+from dht.register.node import StoreNode
+from dht.register.rules import RULES, Rules
+from dht.requests import Store
+from dht.sim.cluster import Boot, Build, Node
+from dht.storage.registers import RegisterFile
+
+
+class ProductionNode:
+    """One boot of a node of one domain, all of whose members are in one PoP."""
+
+    def __init__(
+        self, boot: Boot, rules: Rules, domain_rules: DomainRules, tablets: int, remove_after_s: float
+    ) -> None:
+        registers = RegisterFile(boot.disk, tablets)
+        local = LocalNode(boot.node_id, boot.incarnation, boot.boot, boot.pop, boot.name, boot.address)
+        self._boot = boot
+        self._tablets = tablets
+        self.domain = Domain(
+            boot.pop,
+            local,
+            boot.clock,
+            boot.chance,
+            boot.network,
+            boot.disk,
+            registers,
+            lambda: boot.peers,
+            domain_rules,
+            remove_after_s,
+        )
+        self.registers = registers
+        self._store = StoreNode(local, boot.clock, boot.chance, boot.network, boot.disk, self.domain, registers, rules)
+
+    @property
+    def store(self) -> Store:
+        return self._store
+
+    @property
+    def settled(self) -> bool:
+        domain = self.domain
+        if not domain.joined:
+            return domain.removed
+        roster = domain.roster
+        wanted = min(REPLICAS, sum(not m.leaving for m in roster.members))
+        me = self._boot.node_id
+        return all(
+            len(nodes) == wanted and (me not in nodes or domain.tablets.serves(tablet) == epoch)
+            for tablet, (nodes, epoch) in enumerate(zip(roster.tablets, roster.tablet_epochs, strict=True))
+        ) and not any(m.leaving for m in roster.members)
+
+    @property
+    def left(self) -> bool:
+        return self.domain.removed
+
+    async def leave(self, node: NodeId) -> None:
+        await self.domain.leave(node, drain=True)
+
+    async def start(self) -> None:
+        self._boot.network.serve(self._store.answer)
+        if self._boot.founds and self.domain.chain.newest is None:
+            await self.domain.found(self._tablets)
+        await self._store.start()
+
+    async def stop(self) -> None:
+        await self._store.stop()
+
+
+def builder(off: Sequence[str], domain_off: Sequence[str], tablets: int, remove_after_s: float) -> Build:
+    """Builds nodes with these rules switched off."""
+    rules = msgspec.structs.replace(RULES, **dict.fromkeys(off, False))
+    domain_rules = msgspec.structs.replace(DOMAIN_RULES, **dict.fromkeys(domain_off, False))
+
+    def build(boot: Boot) -> Node:
+        return ProductionNode(boot, rules, domain_rules, tablets, remove_after_s)
+
+    return build

@@ -17,6 +17,7 @@ from dht.sim.cluster import Build, Cluster
 from dht.sim.workload import ENTRY, LIST, OWNER, Bench, Client, Mix, read_everything, set_up
 
 TIME_LIMIT_S: Final = 3600.0
+SETTLE_PATIENCE_S: Final = 300.0
 
 Script = Callable[["Run"], Coroutine[Any, Any, None]]
 
@@ -64,6 +65,7 @@ class Scenario:
     shuffle: bool = False
     tablets: int = 8
     timeout_s: float = 3.0
+    remove_after_s: float = 600.0
     rules: tuple[str, ...] = ()
     domain_rules: tuple[str, ...] = ()
     lying_disks: bool = False
@@ -123,7 +125,7 @@ def run(scenario: Scenario, seed: int, build: Build | None = None) -> Verdict:
     if build is None:
         from dht.sim.production import builder
 
-        build = builder(scenario.rules, scenario.domain_rules, scenario.tablets)
+        build = builder(scenario.rules, scenario.domain_rules, scenario.tablets, scenario.remove_after_s)
     cluster = Cluster(f"{scenario.name}/{seed}", build)
     bench = Bench(cluster, scenario.mix, timeout_s=scenario.timeout_s)
     shuffle = cluster.chance("order") if scenario.shuffle else None
@@ -162,6 +164,7 @@ async def _run(scenario: Scenario, cluster: Cluster, bench: Bench) -> tuple[list
         machine.disk.lies = scenario.lying_disks
     for number in range(scenario.machines):
         await cluster.start(number)
+    await settle(cluster)
     first = Client(bench, "setup", cluster.chance("setup"))
     await set_up(bench, first)
     weather = cluster.fabric.weather
@@ -204,6 +207,18 @@ async def recover(now: Run) -> None:
         if not machine.running:
             await _start_quietly(cluster, number)
     await asyncio.gather(*now.starting)
+    await settle(cluster)
+
+
+async def settle(cluster: Cluster) -> None:
+    """Wait until every node belongs to the cluster and serves what it should."""
+    clock = cluster.machines[0].clock
+    deadline_s = clock.monotonic() + SETTLE_PATIENCE_S
+    while not cluster.settled():
+        if clock.monotonic() > deadline_s:
+            raise AssertionError(f"the cluster did not settle within {SETTLE_PATIENCE_S:.0f} s without faults")
+        await clock.sleep(0.25)
+    cluster.say("settled")
 
 
 async def nemesis(now: Run) -> None:
@@ -348,9 +363,9 @@ async def _join(now: Run) -> None:
 
 
 async def _drain(now: Run) -> None:
-    """A machine's tablets move to the others, and it leaves."""
-    from dht.sim.production import drain
-
+    """A machine's tablets move to the others, and it leaves. Goes on after the faults end."""
     if now.drains < now.scenario.faults.drains:
         now.drains += 1
-        await drain(now.cluster, now.chance)
+        victim = now.chance.choice(now.cluster.numbers())
+        now.cluster.say(f"n{victim} is asked to leave")
+        now.starting.append(asyncio.get_running_loop().create_task(now.cluster.drain(victim)))

@@ -36,6 +36,12 @@ class ToyNode:
     def store(self) -> ToyNode:
         return self
 
+    settled = True
+    left = True
+
+    async def leave(self, node: bytes) -> None:
+        pass
+
     async def start(self) -> None:
         self.boot.network.serve(self.answer)
 
