@@ -45,7 +45,7 @@ OUTCOME_PAUSE_S = 0.05
 R = TypeVar("R", bound=Message)
 
 
-class _Lost(Exception):
+class Lost(Exception):
     """The connection ended; `sent` tells whether the whole request had left."""
 
     def __init__(self, why: object, sent: bool) -> None:
@@ -53,7 +53,7 @@ class _Lost(Exception):
         self.sent = sent
 
 
-class _Channel:
+class Channel:
     """One connection, used by one call at a time."""
 
     __slots__ = ("_buffer", "_request_id", "_socket", "_timeout_s", "pid")
@@ -76,7 +76,7 @@ class _Channel:
         self._socket.close()
 
     def call(self, message: Struct, deadline: float) -> Message:
-        """Raises TimeoutError at the deadline and _Lost when the daemon is gone; the channel is useless after both."""
+        """Raises TimeoutError at the deadline and Lost when the daemon is gone; the channel is useless after both."""
         self._request_id += 1
         left_s = deadline - time.monotonic()
         data = frames.encode_frame(self._request_id, frames.timeout_ms(left_s), message)
@@ -85,7 +85,7 @@ class _Channel:
             self._socket.sendall(data)
         except OSError as error:
             # An incomplete frame is never served, and a whole one never raises.
-            raise _Lost(error, sent=False) from None
+            raise Lost(error, sent=False) from None
         reader = FrameReader()
         while True:
             try:
@@ -93,9 +93,9 @@ class _Channel:
             except TimeoutError:
                 raise
             except OSError as error:
-                raise _Lost(error, sent=True) from None
+                raise Lost(error, sent=True) from None
             if not size:
-                raise _Lost("closed by the daemon", sent=True)
+                raise Lost("closed by the daemon", sent=True)
             replies = reader.feed(bytes(self._buffer[:size]))
             if replies:
                 break
@@ -120,10 +120,17 @@ class BlockingClient:
     def __init__(self, path: str | os.PathLike[str], timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self.path = os.fspath(path)
         self.timeout_s = timeout_s
-        self._idle: deque[_Channel] = deque()
+        self._idle: deque[Channel] = deque()
 
-    def call(self, message: Struct, timeout_s: float | None = None, *, repeatable: bool = False) -> Message:
-        """The reply, in at most `timeout_s` (None: the client's).
+    def call(
+        self,
+        message: Struct,
+        timeout_s: float | None = None,
+        *,
+        repeatable: bool = False,
+        connect_wait_s: float = CONNECT_WAIT_S,
+    ) -> Message:
+        """The reply, in at most `timeout_s` (None: the client's), of which up to `connect_wait_s` for a connection.
 
         Raises the daemon's error as its own class; `Unavailable` with detail sent=False when the request did not
         leave; `Indeterminate` when it may have been served. A repeatable request (a read) is sent once more when its
@@ -134,13 +141,13 @@ class BlockingClient:
         name = type(message).__name__
         losses = 0
         while True:
-            channel = self._take(deadline, name)
+            channel = self._take(deadline, connect_wait_s)
             usable = False
             try:
                 reply = channel.call(message, deadline)
                 usable = True
                 return reply
-            except _Lost as loss:
+            except Lost as loss:
                 if loss.sent and not repeatable:
                     raise Indeterminate(f"{name}: the daemon went away before it replied ({loss})") from None
                 losses += loss.sent
@@ -164,7 +171,23 @@ class BlockingClient:
         while self._idle:
             self._idle.pop().close()
 
-    def _take(self, deadline: float, name: str) -> _Channel:
+    def connect(self, deadline: float, wait_s: float) -> Channel:
+        """A connection that is not the pool's, for a caller that keeps it. Tries for `wait_s`, at least once."""
+        give_up = min(deadline, time.monotonic() + wait_s)
+        pause_s = CONNECT_PAUSE_MIN_S
+        why: object = "no time left"
+        left_s = deadline - time.monotonic()
+        while left_s > 0:
+            try:
+                return Channel(self.path, left_s)
+            except OSError as error:
+                why = error
+            left_s = give_up - time.monotonic()
+            time.sleep(max(0.0, min(pause_s, left_s)))
+            pause_s = min(2 * pause_s, CONNECT_PAUSE_MAX_S)
+        raise Unavailable(f"no daemon answers on {self.path} ({why}); is lucd running?", sent=False)
+
+    def _take(self, deadline: float, connect_wait_s: float) -> Channel:
         pid = os.getpid()
         while time.monotonic() < deadline:
             try:
@@ -175,28 +198,13 @@ class BlockingClient:
                 return channel
             # The parent's connection: closing our copy of the descriptor leaves the parent's alone.
             channel.close()
-        return self._connect(deadline, name)
+        return self.connect(deadline, connect_wait_s)
 
-    def _put(self, channel: _Channel, usable: bool) -> None:
+    def _put(self, channel: Channel, usable: bool) -> None:
         if usable and len(self._idle) < IDLE_CONNECTIONS_MAX:
             self._idle.append(channel)
         else:
             channel.close()
-
-    def _connect(self, deadline: float, name: str) -> _Channel:
-        give_up = min(deadline, time.monotonic() + CONNECT_WAIT_S)
-        pause_s = CONNECT_PAUSE_MIN_S
-        why: object = "no time left"
-        while (left_s := give_up - time.monotonic()) > 0:
-            try:
-                return _Channel(self.path, deadline - time.monotonic())
-            except OSError as error:
-                why = error
-            time.sleep(min(pause_s, left_s))
-            pause_s = min(2 * pause_s, CONNECT_PAUSE_MAX_S)
-        raise Unavailable(
-            f"{name} was not sent: no daemon answers on {self.path} ({why}); is lucd running?", sent=False
-        )
 
 
 class SocketStore:

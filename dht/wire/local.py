@@ -143,8 +143,9 @@ LocalAnswer = Callable[[Connection, Message], Awaitable[Struct]]
 class LocalDoor:
     """The listening socket. `counters`: connections (now), requests, garbage, refused, since the start."""
 
-    def __init__(self, path: str | os.PathLike[str], answer: LocalAnswer) -> None:
+    def __init__(self, path: str | os.PathLike[str], answer: LocalAnswer, mode: int = SOCKET_MODE) -> None:
         self.path = os.fspath(path)
+        self.mode = mode
         self.answer = answer
         self.counters = {"connections": 0, "requests": 0, "garbage": 0, "refused": 0}
         self._connections: dict[int, Connection] = {}
@@ -154,7 +155,7 @@ class LocalDoor:
 
     async def start(self) -> None:
         """Listen. A stale socket file is replaced; Invalid or StorageError says why it cannot be done."""
-        listener = _bind(self.path)
+        listener = _bind(self.path, self.mode)
         self._server = await asyncio.get_running_loop().create_unix_server(
             lambda: Connection(self), sock=listener, backlog=LISTEN_BACKLOG_CONNECTIONS
         )
@@ -208,7 +209,7 @@ def _peer_pid(transport: asyncio.BaseTransport) -> int:
     return int(pid)
 
 
-def _bind(path: str) -> socket.socket:
+def _bind(path: str, mode: int) -> socket.socket:
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
         raise Invalid(f"socket path {path} is longer than {SOCKET_PATH_BYTES_MAX} bytes: choose a shorter one")
     _remove_stale(path)
@@ -216,7 +217,7 @@ def _bind(path: str) -> socket.socket:
     try:
         listener.bind(path)
         # Nobody can connect before listen(), so the file is never open to more than the mode says.
-        os.chmod(path, SOCKET_MODE)
+        os.chmod(path, mode)
     except OSError as error:
         listener.close()
         raise StorageError(f"cannot make the socket {path}: {error.strerror}; check the directory's owner") from error
