@@ -49,6 +49,10 @@ class StatusCollector(Collector):
             ("domain_members_reachable", "Members that answer", status.reachable),
             ("domain_epoch", "Newest roster epoch held", status.roster_epoch),
             ("domain_generation", "Generation of the domain", status.generation),
+            ("tablets_whole", "Tablets with all replicas working", status.tablets.get("whole", 0)),
+            ("tablets_degraded", "Tablets with a majority of replicas working", status.tablets.get("degraded", 0)),
+            ("tablets_unavailable", "Tablets without a majority", status.tablets.get("unavailable", 0)),
+            ("copying", "Groups that this node still copies", status.to_copy),
             ("warnings", "Conditions that a human should look at", len(status.warnings)),
         ):
             yield GaugeMetricFamily(f"lucd_{name}", text, value=float(value))
@@ -81,9 +85,9 @@ class AdminDoor:
                 web.get("/status", self._status_json),
             ]
         )
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self.where.host, self.where.port, shutdown_timeout=1.0)
+        site = web.TCPSite(self._runner, self.where.host, self.where.port)
         try:
             await site.start()
         except OSError as error:

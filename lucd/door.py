@@ -26,7 +26,7 @@ class Bus(Protocol):
 class Door:
     """`dht.wire.local.LocalAnswer` of a daemon. `counters`: requests by kind, since the start."""
 
-    def __init__(self, store: Store, bus: Bus, daemon: Callable[[Message], Awaitable[Struct]]) -> None:
+    def __init__(self, store: Store, bus: Bus | None, daemon: Callable[[Message], Awaitable[Struct]]) -> None:
         self.counters: dict[str, int] = {}
         self._store = store
         self._bus = bus
@@ -37,7 +37,7 @@ class Door:
         kind = type(message).__name__.lower()
         self.counters[kind] = self.counters.get(kind, 0) + 1
         number = type(message).__struct_config__.tag
-        if number in BUS_NUMBERS:
+        if number in BUS_NUMBERS and self._bus is not None:
             return await self._bus.answer(connection, message)
         if number in DAEMON_NUMBERS:
             return await self._daemon(message)

@@ -22,7 +22,9 @@ class AskStatus(Message, frozen=True, tag=200):
 class StatusReply(Message, frozen=True, tag=201):
     """`warnings`: what a human should know or do, one sentence each; empty when all is well.
 
-    `counters`: part -> name -> number since the start (or now, for sizes). Times in seconds.
+    `tablets`: how many are whole, degraded (a majority works) and unavailable. `survivable`: what may be lost, one at
+    a time, while everything goes on: node, failure_domain. `counters`: part -> name -> number since the start (or now,
+    for sizes). Times in seconds.
     """
 
     version: str
@@ -39,7 +41,9 @@ class StatusReply(Message, frozen=True, tag=201):
     reachable: int
     roster_epoch: int
     generation: int
-    databases: tuple[str, ...]
+    tablets: dict[str, int]
+    to_copy: int
+    survivable: tuple[str, ...]
     warnings: tuple[str, ...]
     counters: dict[str, dict[str, int | float]]
 
@@ -84,14 +88,14 @@ class TabletLine(Struct, frozen=True):
 
 @message
 class DomainReply(Message, frozen=True, tag=205):
-    """`survives`: how many replicas of every tablet may be lost at once without stopping writes."""
+    """`survivable`: as in the status."""
 
     name: str
     generation: int
     epoch: int
     members: tuple[NodeLine, ...]
     tablets: tuple[TabletLine, ...]
-    survives: int
+    survivable: tuple[str, ...]
 
 
 @message

@@ -7,6 +7,8 @@ import gc
 import logging
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import uvloop
 
@@ -41,6 +43,8 @@ async def _run(settings: Settings, opened: directory.OpenDirectory) -> None:
     daemon = Daemon(settings, opened)
     try:
         await daemon.start()
+        if not await _first_of(daemon.ready(), asked_to_stop.wait()):
+            return
         # What the start left behind lives as long as the process: looking at it in every collection is wasted time.
         gc.collect()
         gc.freeze()
@@ -52,3 +56,15 @@ async def _run(settings: Settings, opened: directory.OpenDirectory) -> None:
     finally:
         await daemon.stop()
     log.info("stopped")
+
+
+async def _first_of(ready: Coroutine[Any, Any, None], asked_to_stop: Coroutine[Any, Any, Any]) -> bool:
+    """Whether the node became ready before it was asked to stop."""
+    waiting = asyncio.ensure_future(ready)
+    stopping = asyncio.ensure_future(asked_to_stop)
+    try:
+        await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        return waiting.done() and waiting.exception() is None
+    finally:
+        waiting.cancel()
+        stopping.cancel()

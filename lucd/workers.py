@@ -8,7 +8,6 @@ import ctypes
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
@@ -85,8 +84,3 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         except TimeoutError:
             process.kill()
             await process.wait()
-
-
-def worker_command(arguments: Sequence[str]) -> tuple[str, ...]:
-    """The command line of one worker of the RPC door."""
-    return (sys.executable, "-m", "nova_bridge.rpc.worker", *arguments)

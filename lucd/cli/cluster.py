@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,7 +60,7 @@ def join(config: Path | None, data_dir: Path | None, key_file: str) -> None:
 
 def _read(key_file: str) -> str:
     if key_file == "-":
-        return str(click.get_text_stream("stdin").read())
+        return sys.stdin.read()
     file = Path(key_file)
     try:
         mode = file.stat().st_mode & 0o777

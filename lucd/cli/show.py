@@ -30,6 +30,11 @@ def _node_row(node: NodeLine) -> tuple[str, ...]:
     )
 
 
+def _losses(survivable: tuple[str, ...]) -> str:
+    """What may be lost without anything stopping."""
+    return "the loss of any one " + " or ".join(s.replace("_", " ") for s in survivable) if survivable else "no loss"
+
+
 @click.command()
 @socket_option
 @format_option
@@ -48,7 +53,9 @@ def status(config: Path | None, socket: Path | None, form: str) -> None:
             ("cluster", reply.cluster_id),
             ("members", f"{reply.members}, {reply.reachable} reachable"),
             ("roster", f"epoch {reply.roster_epoch}, generation {reply.generation}"),
-            ("databases", ", ".join(reply.databases) or "none"),
+            ("tablets", ", ".join(f"{number} {name}" for name, number in reply.tablets.items())),
+            ("survives", _losses(reply.survivable)),
+            *((("copying", f"{reply.to_copy} groups still to come"),) if reply.to_copy else ()),
             ("up", f"{reply.uptime_s:.0f} s, start number {reply.boot}"),
             ("version", reply.version),
             *(("warning", text) for text in reply.warnings),
@@ -105,7 +112,7 @@ def domain_show(name: str, config: Path | None, socket: Path | None, form: str) 
             ("domain", reply.name),
             ("generation", reply.generation),
             ("epoch", reply.epoch),
-            ("survives", f"the loss of {reply.survives} of a tablet's replicas"),
+            ("survives", _losses(reply.survivable)),
         ]
     )
     click.echo()

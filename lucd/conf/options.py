@@ -122,6 +122,9 @@ NOVA: list[Any] = [
     cfg.IntOpt(
         "workers", default=0, min=0, max=64, help="Worker processes of the RPC door beside this daemon; 0: none."
     ),
+    cfg.IntOpt(
+        "worker_threads", default=8, min=1, max=256, help="Database calls that one worker runs at the same time."
+    ),
     cfg.StrOpt(
         "transport_url",
         sample_default="lucd:// with this daemon's socket",

@@ -18,6 +18,7 @@ class NovaSettings:
     """What the RPC door's workers are started with."""
 
     workers: int
+    worker_threads: int
     transport_url: str
     main_database: str
     api_database: str
@@ -161,6 +162,7 @@ def _settings(conf: Any, where: str) -> Settings:
         stop_timeout_s=values["limits", "stop_timeout_s"],
         nova=NovaSettings(
             workers=values["nova", "workers"],
+            worker_threads=values["nova", "worker_threads"],
             transport_url=values["nova", "transport_url"] or f"lucd://{socket}",
             main_database=values["nova", "main_database"],
             api_database=values["nova", "api_database"],

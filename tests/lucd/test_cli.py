@@ -43,7 +43,9 @@ STATUS = messages.StatusReply(
     reachable=1,
     roster_epoch=4,
     generation=1,
-    databases=("nova_api",),
+    tablets={"whole": 60, "degraded": 4, "unavailable": 0},
+    to_copy=0,
+    survivable=("node",),
     warnings=("node bb does not answer",),
     counters={"disk": {"commits": 7}},
 )
@@ -62,7 +64,7 @@ class Answers:
             case messages.AskNodes():
                 return messages.NodesReply(NODES)
             case messages.AskDomain(name=name):
-                return messages.DomainReply(name or "paris", 1, 4, NODES, (TabletLine(0, 2, (B, A), True),), 0)
+                return messages.DomainReply(name or "paris", 1, 4, NODES, (TabletLine(0, 2, (B, A), True),), ())
             case messages.AskWhere():
                 return messages.WhereReply("paris", 5, 2, A, NODES, True, 9, "1.2.3")
             case messages.DrainNode():
@@ -208,6 +210,8 @@ def test_status_table_and_json(lucd: Run, socket: str) -> None:
     code, out, _ = lucd("status", "--socket", socket)
     assert code == 0
     assert "2, 1 reachable" in out
+    assert "60 whole, 4 degraded" in out
+    assert "any one node" in out
     assert "node bb does not answer" in out
     code, out, _ = lucd("status", "--socket", socket, "-f", "json")
     assert json.loads(out) == messages.plain(STATUS)

@@ -1,0 +1,85 @@
+"""The admin address: what it answers, and that its text is Prometheus'."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dht.errors import Invalid, Unavailable
+from lucd.admin import AdminDoor
+from lucd.conf.options import Endpoint
+from lucd.demo.daemons import free_port
+from lucd.messages import StatusReply
+from tests.lucd.test_cli import STATUS
+
+
+class Now:
+    """A status that a test changes."""
+
+    def __init__(self) -> None:
+        self.value = STATUS
+
+    def __call__(self) -> StatusReply:
+        return self.value
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[tuple[Now, Endpoint]]:
+    now, where = Now(), Endpoint("127.0.0.1", free_port())
+    door = AdminDoor(where, now)
+    await door.start()
+    yield now, where
+    await door.stop()
+
+
+async def get(where: Endpoint, path: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://{where}{path}") as reply:
+        return reply.status, await reply.text()
+
+
+async def test_readyz_follows_the_state_and_livez_does_not(served: tuple[Now, Endpoint]) -> None:
+    now, where = served
+    assert await get(where, "/readyz") == (200, "ready\n")
+    now.value = msgspec.structs.replace(STATUS, ready=False, state="joining through 192.0.2.1:7650")
+    assert await get(where, "/readyz") == (503, "joining through 192.0.2.1:7650\n")
+    assert await get(where, "/livez") == (200, "ok\n")
+
+
+async def test_status_is_json(served: tuple[Now, Endpoint]) -> None:
+    code, text = await get(served[1], "/status")
+    assert code == 200
+    assert msgspec.json.decode(text)["warnings"] == ["node bb does not answer"]
+
+
+async def test_metrics_are_what_prometheus_reads(served: tuple[Now, Endpoint]) -> None:
+    now, where = served
+    now.value = msgspec.structs.replace(
+        STATUS, counters={"disk": {"commits": 7, "pending_bytes": 3}, "links": {"links": 2}}
+    )
+    code, text = await get(where, "/metrics")
+    assert code == 200
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["lucd_disk_commits"].type == "counter"
+    assert families["lucd_disk_commits"].samples[0].value == 7
+    assert families["lucd_disk_pending_bytes"].type == "gauge"
+    assert families["lucd_links_links"].type == "gauge"
+    assert families["lucd_ready"].samples[0].value == 1
+    assert families["lucd_node_info"].samples[0].labels["pop"] == "paris"
+
+
+async def test_unknown_path_is_404(served: tuple[Now, Endpoint]) -> None:
+    assert (await get(served[1], "/"))[0] == 404
+
+
+async def test_start_on_a_taken_port_says_which_option(served: tuple[Now, Endpoint]) -> None:
+    with pytest.raises(Unavailable, match=r"admin = 127\.0\.0\.1:\d+: another process uses this port"):
+        await AdminDoor(served[1], lambda: STATUS).start()
+
+
+async def test_start_on_a_foreign_address_is_invalid() -> None:
+    with pytest.raises(Invalid, match="name an address of this host"):
+        await AdminDoor(Endpoint("192.0.2.1", free_port()), lambda: STATUS).start()

@@ -1,0 +1,131 @@
+"""Small parts of the daemon: readiness, worker supervision, boot counters of peers, routing of local requests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from dht import requests
+from dht.codec import Message
+from dht.errors import Conflict, Invalid
+from dht.model import Struct
+from dht.requests import Store
+from dht.storage.memory import MemoryDisk
+from dht.wire.local import Connection
+from lucd import messages, workers
+from lucd.boots import BootBook
+from lucd.door import Door
+from lucd.notify import notify
+from lucd.workers import WorkerSupervisor
+
+
+def test_notify_sends_the_state_to_the_named_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as door:
+        door.bind(str(tmp_path / "n"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "n"))
+        notify("READY=1")
+        assert door.recv(100) == b"READY=1"
+
+
+def test_notify_without_a_manager_or_with_a_lost_one_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    notify("READY=1")
+
+
+async def test_supervisor_starts_a_worker_again_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "BACKOFF_MIN_S", 0.01)
+    script = f"import os,pathlib,time; p=pathlib.Path({str(tmp_path)!r})/str(os.getpid()); p.touch(); time.sleep(60)"
+    supervisor = WorkerSupervisor([sys.executable, "-S", "-c", script], 1)
+    await supervisor.start()
+    try:
+        first = await one_more(tmp_path, set())
+        os.kill(first, 9)
+        second = await one_more(tmp_path, {first})
+    finally:
+        await supervisor.stop()
+    assert supervisor.counters["starts"] == 2
+    assert supervisor.counters["failures"] == 1
+    assert supervisor.counters["running_now"] == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
+
+
+async def one_more(place: Path, known: set[int]) -> int:
+    for _ in range(500):
+        new = {int(name) for name in os.listdir(place)} - known
+        if new:
+            return new.pop()
+        await asyncio.sleep(0.02)
+    raise AssertionError("no process was started")
+
+
+async def test_supervisor_backs_off_when_the_command_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "BACKOFF_MIN_S", 10.0)
+    supervisor = WorkerSupervisor(["/does/not/exist"], 2)
+    await supervisor.start()
+    await asyncio.sleep(0.1)
+    assert supervisor.counters == {"running_now": 0, "starts": 0, "failures": 2}
+    await supervisor.stop()
+
+
+async def test_boot_book_refuses_a_counter_that_fell_even_after_a_restart() -> None:
+    disk = MemoryDisk()
+    book = BootBook(disk)
+    book.accept(b"n" * 20, b"i" * 16, 3)
+    book.accept(b"n" * 20, b"i" * 16, 3)
+    book.accept(b"n" * 20, b"j" * 16, 1)
+    again = BootBook(disk)
+    with pytest.raises(Conflict, match="copied or rolled back"):
+        again.accept(b"n" * 20, b"i" * 16, 2)
+    again.accept(b"n" * 20, b"i" * 16, 4)
+
+
+class Recorder:
+    """A store, a bus and a daemon that note what reached them."""
+
+    def __init__(self) -> None:
+        self.got: list[object] = []
+
+    async def answer(self, connection: Connection | None, message: Message) -> Struct:
+        self.got.append(("bus", message))
+        return requests.Done()
+
+    async def daemon(self, message: Message) -> Struct:
+        self.got.append(("daemon", message))
+        return requests.Done()
+
+    async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        self.got.append("list")
+        return ("a",)
+
+
+def a_door(recorder: Recorder) -> Door:
+    store: Store = recorder  # type: ignore[assignment]
+    return Door(store, recorder, recorder.daemon)
+
+
+async def test_door_routes_by_number() -> None:
+    recorder = Recorder()
+    door = a_door(recorder)
+    nobody: Connection = None  # type: ignore[assignment]
+    assert await door.answer(nobody, requests.ListDatabases()) == requests.ListDatabasesReply(("a",))
+    assert await door.answer(nobody, messages.AskStatus()) == requests.Done()
+    assert recorder.got == ["list", ("daemon", messages.AskStatus())]
+    assert door.counters == {"listdatabases": 1, "askstatus": 1}
+
+
+async def test_door_refuses_what_is_not_for_it() -> None:
+    nobody: Connection = None  # type: ignore[assignment]
+    with pytest.raises(Invalid, match="not a request that a daemon's door serves"):
+        await a_door(Recorder()).answer(nobody, requests.Done())
+    with pytest.raises(Invalid, match="one for each key"):
+        await a_door(Recorder()).answer(nobody, requests.ReadGroups((b"k",), ()))
