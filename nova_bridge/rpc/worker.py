@@ -141,9 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nova_bridge.rpc.server import NovaDbEndpoint, Runner, make_server
 
     transport = oslo_messaging.get_rpc_transport(conf, url=settings.transport_url)
-    conf.set_override("executor_thread_pool_size", settings.threads)
     endpoint = NovaDbEndpoint(catalogue(), Runner(Cells(conf.database.connection)))
     server = make_server(transport, settings.server or options.server_name(conf), endpoint)
+    # Registered by oslo.messaging when the first server is made, read when it starts.
+    conf.set_override("executor_thread_pool_size", settings.threads)
     server.start()
     print(READY, flush=True)
     stop.wait()

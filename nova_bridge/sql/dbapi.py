@@ -65,10 +65,10 @@ def connect(
     **ignored: Any,
 ) -> Connection:
     """A connection through the daemon's socket. `timeout`: seconds for each request to the daemon."""
-    from dht.wire.blocking import SocketStore
+    from dht.wire.blocking import BlockingClient, SocketStore
 
     def make() -> Database:
-        return Database(SocketStore(socket, timeout), database, timeout)
+        return Database(SocketStore(BlockingClient(socket, timeout)), database, timeout)
 
     return _open(_database(socket, database, make), isolation_level, foreign_keys=True)
 
