@@ -1,7 +1,8 @@
 """The catalog: tables of a database as rows of the group (database, "catalog"), changed by compare-and-set.
 
 Row (0,): column 0 the version, column 1 the next table number. Row (n,): column 0 table n's `TableSpec` for the
-replicas, column 1 its `TableDef`, both in msgpack. A commit that changes the version makes the replicas learn the specs.
+replicas, column 1 its `TableDef`, both in msgpack. A commit that changes the version makes the replicas learn
+the specs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 
 import msgspec
 
-from dht.errors import Conflict, SchemaChanged
+from dht.errors import Conflict, Invalid, SchemaChanged
 from dht.model import (
     CATALOG_FAMILY,
     CATALOG_TABLE,
@@ -81,8 +82,10 @@ class Catalog:
                 definition = _definition(bytes(row[1]))  # type: ignore[arg-type]
                 definitions[definition.name.lower()] = definition
         version, following = head.get(0, 0), head.get(1, FIRST_TABLE)
-        assert isinstance(version, int) and isinstance(following, int)
-        return Schema(self._database, version, dict(sorted(definitions.items(), key=lambda d: d[1].number)), following)
+        if not isinstance(version, int) or not isinstance(following, int):
+            raise Invalid(f"the catalog of {self._database} has no version number")
+        ordered = dict(sorted(definitions.items(), key=lambda d: d[1].number))
+        return Schema(self._database, version, ordered, following, self._loaded)
 
     def replace(self, before: Schema, after: dict[str, TableDef], next_table: int) -> Schema:
         """Commit the new definitions on top of `before`. Raises SchemaChanged when somebody else was first."""
@@ -98,7 +101,7 @@ class Catalog:
         except Conflict as error:
             raise SchemaChanged(f"schema of {self._database} changed meanwhile: {error.message}") from None
         self._ballot = applied.ballots[0]
-        self._loaded = Schema(self._database, version, after, next_table)
+        self._loaded = Schema(self._database, version, after, next_table, before)
         return self._loaded
 
 

@@ -22,7 +22,7 @@ from nova_bridge.sql.database import Database
 from nova_bridge.sql.ddl import Ddl
 from nova_bridge.sql.errors import from_sqlite, from_store
 from nova_bridge.sql.schema import Record, Schema
-from nova_bridge.sql.transaction import Transaction
+from nova_bridge.sql.transaction import Place, Transaction
 from nova_bridge.sql.vtab import Module
 from nova_bridge.sql.writes import Writer
 
@@ -53,6 +53,7 @@ class Connection:
         self.writer.foreign_keys = foreign_keys
         self.open_tables: dict[str, dict[int, int]] = {}
         self.handles: dict[tuple[int, int], tuple[Record, int]] = {}
+        self.numbers: dict[Place, int] = {}
         self.take_in_lists = True
         self._functions: list[tuple[str, int, Callable[..., Any], bool]] = []
         self._savepoints: list[tuple[str, int]] = []

@@ -111,6 +111,7 @@ class Cursor:
         connection = self.connection
         if not connection.in_transaction and connection.isolation_level is not None:
             connection.begin()
+        connection.writer.named_columns = statements.inserted_columns(sql)
         engine = self._with_reloads(sql, parameters)
         self.rowcount = engine.changes()
         connection.total_changes += self.rowcount
@@ -141,6 +142,7 @@ class Cursor:
         journal = connection.tx.journal
         mark = len(journal)
         connection.handles.clear()
+        connection.numbers.clear()
         try:
             try:
                 self._fetch(engine, sql, parameters)

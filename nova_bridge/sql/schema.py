@@ -204,9 +204,21 @@ class Table:
 class Schema:
     """The catalog at one version, by lower-case table name."""
 
-    def __init__(self, database: str, version: int, definitions: dict[str, TableDef], next_table: int) -> None:
+    def __init__(
+        self,
+        database: str,
+        version: int,
+        definitions: dict[str, TableDef],
+        next_table: int,
+        before: Schema | None = None,
+    ) -> None:
         self.version, self.definitions, self.next_table = version, definitions, next_table
-        self.tables = {name: Table(database, definition) for name, definition in definitions.items()}
+        kept = before.by_number if before is not None else {}
+        self.tables: dict[str, Table] = {}
+        for name, definition in definitions.items():
+            old = kept.get(definition.number)
+            same = old is not None and old.definition is definition
+            self.tables[name] = old if same and old is not None else Table(database, definition)
         self.by_number = {table.number: table for table in self.tables.values()}
         self.children: dict[str, list[tuple[Table, Foreign]]] = {}
         self.families: dict[str, list[Table]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -15,6 +16,29 @@ _SAVEPOINT_NAME = re.compile(
     re.I,
 )
 _PRAGMA = re.compile(r"\s*PRAGMA\s+(?:[\"\w]+\s*\.\s*)?(\w+)\s*(?:[=(]\s*['\"]?([\w.-]+))?", re.I)
+
+_NAME = r"(?:\"(?:[^\"]|\"\")+\"|`[^`]+`|\[[^\]]+\]|\w+)"
+_INSERT = re.compile(
+    rf"\s*(?:INSERT(?:\s+OR\s+\w+)?|REPLACE)\s+INTO\s+(?:{_NAME}\s*\.\s*)?{_NAME}\s*"
+    rf"(?:(DEFAULT\s+VALUES)|\(\s*({_NAME}(?:\s*,\s*{_NAME})*)\s*\))?",
+    re.I,
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def inserted_columns(sql: str) -> frozenset[str] | None:
+    """The columns that an INSERT names, lower case; None: all. The others get their defaults.
+
+    A virtual table sees NULL for both, an omitted column and a given NULL.
+    """
+    match = _INSERT.match(sql)
+    if match is None:
+        return None
+    if match.group(1):
+        return frozenset()
+    if match.group(2) is None:
+        return None
+    return frozenset(name.strip('"`[]').lower() for name in re.findall(_NAME, match.group(2)))
 
 
 def first_word(sql: str) -> str:

@@ -13,7 +13,7 @@ import apsw
 
 from nova_bridge.sql.plan import Planner
 from nova_bridge.sql.schema import Record, Table
-from nova_bridge.sql.transaction import Transaction
+from nova_bridge.sql.transaction import Place, Transaction
 from nova_bridge.sql.values import DECLARED
 from nova_bridge.sql.writes import Writer
 
@@ -25,6 +25,7 @@ class Session(Protocol):
     writer: Writer
     open_tables: dict[str, dict[int, int]]
     handles: dict[tuple[int, int], tuple[Record, int]]
+    numbers: dict[Place, int]
 
     def in_lists(self) -> bool:
         """Whether IN lists may be taken at once."""
@@ -141,14 +142,17 @@ class Cursor:
 
     def Rowid(self) -> int:
         """The number by which this row is changed."""
-        record, table = self.row, self._table
-        assert record is not None
-        position = table.table.integer_key
-        if position is None and table.table.rowid_key:
-            position = table.table.width
-        handles = table.session.handles
-        rowid: int = record.values[position] if position is not None else len(handles) + 1
-        handles[table.table.number, rowid] = (record, self._mask)
+        record, table = self.row, self._table.table
+        if record is None:
+            raise ValueError("the cursor shows no row")
+        session = self._table.session
+        if table.integer_key is not None:
+            rowid: int = record.values[table.integer_key]
+        elif table.rowid_key:
+            rowid = record.values[table.width]
+        else:
+            rowid = session.numbers.setdefault((record.group, record.key), len(session.numbers) + 1)
+        session.handles[table.number, rowid] = (record, self._mask)
         return rowid
 
     def ColumnNoChange(self, number: int) -> Any:

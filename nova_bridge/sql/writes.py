@@ -21,6 +21,7 @@ class Writer:
     def __init__(self, tx: Transaction) -> None:
         self.tx = tx
         self.foreign_keys = False
+        self.named_columns: frozenset[str] | None = None
         self.checks: list[Callable[[], None]] = []
 
     def finish_statement(self) -> None:
@@ -34,9 +35,10 @@ class Writer:
         """Returns what lastrowid shall be."""
         tx = self.tx
         values = [coerce(a, v) for a, v in zip(table.affinities, fields, strict=True)]
-        for position, default in table.defaults:
-            if values[position] is None:
-                values[position] = default
+        if self.named_columns is not None:
+            for position, default in table.defaults:
+                if table.columns[position].name.lower() not in self.named_columns:
+                    values[position] = default
         given = self._identity(table, values, rowid)
         _check_not_null(table, values)
         record = table.record(tuple(values))

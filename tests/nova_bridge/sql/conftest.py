@@ -1,0 +1,45 @@
+"""Doors on one in-process store: each `Database` stands for a process of its own, with its own caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from dht.register.memory import MemoryStore
+from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.database import Database
+
+NAME = "cell"
+
+
+class CountingStore(MemoryStore):
+    """Counts the calls, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __getattribute__(self, name: str) -> object:
+        if name in {"read", "find", "commit", "reserve_ids", "raise_sequence"}:
+            object.__getattribute__(self, "calls").append(name)
+        return super().__getattribute__(name)
+
+
+@pytest.fixture
+def store() -> CountingStore:
+    return CountingStore()
+
+
+@pytest.fixture
+def connect(store: CountingStore) -> Iterator[Callable[..., Connection]]:
+    opened: list[Connection] = []
+
+    def make(foreign_keys: bool = True, isolation_level: str | None = "") -> Connection:
+        connection = Connection(Database(store, NAME), isolation_level, foreign_keys)
+        opened.append(connection)
+        return connection
+
+    yield make
+    for connection in opened:
+        connection.close()

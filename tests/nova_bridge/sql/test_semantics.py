@@ -1,0 +1,170 @@
+"""The door against stock sqlite3: the same random statements give the same rows, counts and errors."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nova_bridge.sql.connection import Connection
+
+SCHEMA = [
+    # The names have rules in families.yaml, so that family groups, whole groups and row groups all take part.
+    "CREATE TABLE instances (id INTEGER NOT NULL PRIMARY KEY, uuid VARCHAR(36) NOT NULL, host VARCHAR(255),"
+    " vcpus INTEGER, memory FLOAT, updated_at DATETIME, deleted INTEGER DEFAULT 0, UNIQUE (uuid))",
+    "CREATE INDEX instances_host ON instances (host, deleted)",
+    "CREATE TABLE instance_metadata (id INTEGER NOT NULL PRIMARY KEY, instance_uuid VARCHAR(36),"
+    " key VARCHAR(255), value VARCHAR(255), deleted INTEGER DEFAULT 0)",
+    "CREATE INDEX metadata_uuid ON instance_metadata (instance_uuid)",
+    "CREATE TABLE tags (resource_id VARCHAR(36) NOT NULL, tag VARCHAR(80) NOT NULL, PRIMARY KEY (resource_id, tag))",
+    "CREATE TABLE flavors (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(255) NOT NULL, size INTEGER, UNIQUE (name))",
+    "CREATE TABLE plain (a INTEGER, b TEXT, c NUMERIC, d BLOB)",
+    "CREATE TABLE pairs (id INTEGER NOT NULL PRIMARY KEY, x TEXT, y INTEGER, UNIQUE (x, y))",
+]
+TABLES = {
+    "instances": ["id", "uuid", "host", "vcpus", "memory", "updated_at", "deleted"],
+    "instance_metadata": ["id", "instance_uuid", "key", "value", "deleted"],
+    "tags": ["resource_id", "tag"],
+    "flavors": ["id", "name", "size"],
+    "plain": ["a", "b", "c", "d"],
+    "pairs": ["id", "x", "y"],
+}
+KEYS = {"instances": "id", "instance_metadata": "id", "flavors": "id", "pairs": "id"}
+
+
+class Generator:
+    """Statements over few values, so that they meet."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self._next = 0
+
+    def value(self, column: str) -> Any:
+        chance = self.random
+        if column in {"id"}:
+            return chance.randint(1, 12)
+        if column in {"uuid", "instance_uuid", "resource_id"}:
+            return f"u{chance.randint(1, 5)}"
+        if column in {"vcpus", "deleted", "size", "y", "a"}:
+            return chance.choice([0, 0, 1, 2, None, "3", 4.0])
+        if column in {"memory", "c"}:
+            return chance.choice([1, 2.5, "7", "x", None, "1e2"])
+        if column == "d":
+            return chance.choice([b"\x00\xff", "text", 5, None])
+        return chance.choice(["alpha", "beta", "Alpha", "", None, 12, "12"])
+
+    def condition(self, table: str, depth: int = 0) -> tuple[str, list[Any]]:
+        chance = self.random
+        column = chance.choice(TABLES[table])
+        kind = chance.randint(0, 9 if depth < 2 else 6)
+        if kind <= 2:
+            return f"{column} = ?", [self.value(column)]
+        if kind == 3:
+            values = [self.value(column) for _ in range(chance.randint(1, 3))]
+            return f"{column} IN ({', '.join('?' * len(values))})", values
+        if kind == 4:
+            return f"{column} {chance.choice(['<', '<=', '>', '>=', '!='])} ?", [self.value(column)]
+        if kind == 5:
+            return f"{column} IS {chance.choice(['', 'NOT '])}NULL", []
+        if kind == 6:
+            return f"{column} LIKE ?", [chance.choice(["a%", "%e%", "1_"])]
+        left, first = self.condition(table, depth + 1)
+        right, second = self.condition(table, depth + 1)
+        return f"({left} {chance.choice(['AND', 'OR', 'AND'])} {right})", first + second
+
+    def statement(self) -> tuple[str, list[Any]]:
+        chance = self.random
+        table = chance.choice(list(TABLES))
+        columns = TABLES[table]
+        where, arguments = self.condition(table)
+        match chance.randint(0, 9):
+            case 0 | 1 | 2:
+                chosen = [c for c in columns if c != "id"]
+                values = [self.value(c) for c in chosen]
+                if table in KEYS:
+                    self._next += 1
+                    chosen, values = ["id", *chosen], [chance.choice([self._next, self._next, self.value("id")]), *values]
+                return f"INSERT INTO {table} ({', '.join(chosen)}) VALUES ({', '.join('?' * len(chosen))})", values
+            case 3 | 4:
+                column = chance.choice([c for c in columns if c != "id"])
+                if column in {"vcpus", "size", "y", "a"} and chance.random() < 0.5:
+                    return f"UPDATE {table} SET {column} = {column} + 1 WHERE {where}", arguments
+                return f"UPDATE {table} SET {column} = ? WHERE {where}", [self.value(column), *arguments]
+            case 5:
+                return f"DELETE FROM {table} WHERE {where}", arguments
+            case 6:
+                joined = "SELECT i.id, i.host, m.key, m.value FROM instances i LEFT JOIN instance_metadata m ON"
+                return f"{joined} m.instance_uuid = i.uuid AND m.deleted = 0 WHERE i.deleted = ?", [0]
+            case 7:
+                return f"SELECT count(*), max({columns[0]}), min({columns[-1]}) FROM {table} WHERE {where}", arguments
+            case 8:
+                order = ", ".join(columns)
+                order = f"{order}" if chance.random() < 0.5 else ", ".join(f"{c} DESC" for c in columns)
+                limit = chance.randint(1, 5)
+                return f"SELECT * FROM {table} WHERE {where} ORDER BY {order} LIMIT {limit}", arguments
+            case _:
+                return f"SELECT * FROM {table} WHERE {where}", arguments
+
+
+def outcome(connection: Any, sql: str, arguments: list[Any]) -> Any:
+    try:
+        cursor = connection.execute(sql, arguments)
+    except sqlite3.Error as error:
+        return type(error).__mro__[-4].__name__, str(error)
+    rows = cursor.fetchall()
+    ordered = rows if "ORDER BY" in sql else sorted(rows, key=repr)
+    return ordered, cursor.rowcount
+
+
+def control(chance: random.Random, both: list[Any], state: list[str]) -> None:
+    """A transaction's statement to both sides."""
+    step = chance.randint(0, 4)
+    if not state:
+        sql = "BEGIN"
+        state.append(sql)
+    elif step == 0:
+        sql = "COMMIT"
+        state.clear()
+    elif step == 1:
+        sql = "ROLLBACK"
+        state.clear()
+    elif step == 2:
+        sql = f"SAVEPOINT s{len(state)}"
+        state.append(f"s{len(state)}")
+    elif len(state) > 1:
+        sql = f"{'ROLLBACK TO' if step == 3 else 'RELEASE'} {state[-1]}"
+        if step == 4:
+            state.pop()
+    else:
+        return
+    for side in both:
+        side.execute(sql)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_statements_same_as_stock_sqlite(seed: int, connect: Callable[..., Connection]) -> None:
+    door = connect(foreign_keys=False, isolation_level=None)
+    stock = sqlite3.connect(":memory:", isolation_level=None)
+    for sql in SCHEMA:
+        door.execute(sql)
+        stock.execute(sql)
+    generator = Generator(seed)
+    state: list[str] = []
+    for step in range(250):
+        if generator.random.random() < 0.12:
+            control(generator.random, [stock, door], state)
+            continue
+        sql, arguments = generator.statement()
+        expected, got = outcome(stock, sql, arguments), outcome(door, sql, arguments)
+        assert got == expected, f"step {step}: {sql} {arguments}"
+    if state:
+        stock.execute("COMMIT")
+        door.execute("COMMIT")
+    other = connect(foreign_keys=False)
+    for table in TABLES:
+        sql = f"SELECT * FROM {table}"
+        assert outcome(other, sql, [])[0] == outcome(stock, sql, [])[0], table
+    stock.close()

@@ -1,0 +1,112 @@
+"""Runs a suite of Nova's, unedited, on stock SQLite and on the SQL door, and compares the outcome of every test.
+
+    python tests/nova_suites/run.py                                   # nova.tests.unit.db.main.test_api, in-process store
+    python tests/nova_suites/run.py --store socket --socket /run/lucd/lucd.sock
+    python tests/nova_suites/run.py --suite nova.tests.functional.db
+
+Exit code 0 when every test had the same outcome on both. unittest in processes of its own: pytest's plugins and testtools
+do not get along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+DEFAULT_SUITE = "nova.tests.unit.db.main.test_api"
+TIMEOUT_S = 3600
+
+Results = dict[str, dict[str, Any]]
+
+
+class SuiteRun:
+    """One suite on one store, in a process of its own."""
+
+    def __init__(self, store: str, suites: list[str], socket: str) -> None:
+        self.store = store
+        self.results: Results = {}
+        self.seconds = 0.0
+        self._errors = tempfile.TemporaryFile("w+")
+        path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "LUCD_SUITE_SOCKET": socket, "OS_NOVA_CONFIG_FILES": ""}
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), store, *suites],
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        if self._process.stdout is not None:
+            for line in self._process.stdout:
+                result = json.loads(line)
+                self.results[result["id"]] = result
+
+    def wait(self) -> None:
+        """Until the process ends. Raises RuntimeError when it broke off."""
+        try:
+            code = self._process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = -1
+        self._reader.join(10)
+        self.seconds = time.monotonic() - self._started
+        if code or not self.results:
+            self._errors.seek(0)
+            raise RuntimeError(f"the run on {self.store} broke off with exit code {code}:\n{self._errors.read()[-2000:]}")
+
+    def summary(self) -> str:
+        """One line."""
+        counts = Counter(r["outcome"] for r in self.results.values())
+        outcomes = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
+        return f"{self.store:8} {outcomes} of {len(self.results)} in {self.seconds:.0f} s"
+
+
+def differences(stock: Results, door: Results) -> list[str]:
+    """Tests whose outcome is not the same, with the door's error."""
+    lines = []
+    for name in sorted(stock.keys() | door.keys()):
+        before = stock.get(name, {}).get("outcome", "not run")
+        after = door.get(name, {}).get("outcome", "not run")
+        if before != after:
+            text = door.get(name, {}).get("text", "").strip().splitlines()
+            lines.append(f"{name}: {before} on stock SQLite, {after} on the door: {text[-1] if text else ''}")
+    return lines
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", choices=["memory", "socket"], default="memory")
+    parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
+    parser.add_argument("--suite", action="append", help=f"test module or class, may be repeated ({DEFAULT_SUITE})")
+    options = parser.parse_args()
+    suites = options.suite or [DEFAULT_SUITE]
+    runs = [SuiteRun(store, suites, options.socket) for store in ("sqlite", options.store)]
+    for run in runs:
+        run.wait()
+        print(run.summary(), flush=True)
+    different = differences(runs[0].results, runs[1].results)
+    for line in different:
+        print(line)
+    print("same outcome for every test" if not different else f"{len(different)} tests differ")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
