@@ -61,8 +61,9 @@ Delta = dict[RowKey, bytes | None]
 WINDOW_SLACK_TRANSACTIONS = 16
 """The window is cut back to its size only when it is this much longer: one eviction in 16 writes, not one in each."""
 
-APPLIED, REFUSED, ABORTED = 1, 2, 3
-"""Outcomes in the window. REFUSED: by a guard, the error is kept. ABORTED: a resolver or a rollback ended it."""
+UNDECIDED, APPLIED, REFUSED, ABORTED = 0, 1, 2, 3
+"""Outcomes; all but UNDECIDED stand in the window. REFUSED: by a guard, whose error is kept. ABORTED: by a resolver or
+a rollback."""
 
 _DIGEST_MODULUS = 1 << 128
 _WINDOW_PREFIX = table_prefix(SYSTEM_WINDOW)
@@ -213,6 +214,7 @@ def recall(state: GroupState, id: TransactionId, seen: Ballot | None, attempt: i
                 f"transaction {id.hex()} was tried before, and its group has since forgotten so old a transaction; "
                 "read the rows to see whether it was applied",
                 id=id,
+                forgotten=True,
             )
         raise Conflict(
             "the group changed too often since the transaction first read it; run the transaction again",

@@ -1,0 +1,201 @@
+"""A replica's side of the registers: promises, accepted states, chosen marks (DESIGN section 6).
+
+Every decision is synchronous: header read, rule applied, batch submitted, nothing awaited in between. The number of the
+batch goes back with the answer, and the answer leaves only when the disk has it: of what it wrote, and of what it
+reveals but another request wrote a moment ago.
+
+Rules: a ballot below the promise is refused, and the refusal names the promise. A delta goes on exactly its base and
+must give the digest that the proposer named, otherwise the acceptor asks for the whole. An accept that carries `next`
+is also a prepare of that ballot, answered by the accept itself, for whoever accepts stands at exactly this state: that
+is what makes the next write one round trip. Nothing is promised or told in a tablet epoch that the domain does not
+admit here.
+"""
+
+from __future__ import annotations
+
+from dht.errors import NotServing, RemoteProtocolError
+from dht.model import ZERO, Ballot, GroupKey, RowKey
+from dht.register.context import Context
+from dht.register.group import digest_after, digest_bytes, is_system
+from dht.register.messages import (
+    Accept,
+    Accepted,
+    Chosen,
+    ListGroups,
+    ListGroupsReply,
+    Prepare,
+    Prepared,
+    ReadItem,
+    ReadReplica,
+    ReadReplicaReply,
+    ReplicaState,
+    Verdict,
+    Wanted,
+)
+from dht.rows import encode_value
+from dht.storage.registers import Header
+from dht.world import Batch
+
+_NOT_SERVING = ReplicaState(False, ZERO, 0)
+_READ_BYTES_MAX = 16 * 1024 * 1024
+
+
+class Acceptor:
+    """The acceptor of all registers of a node."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._file = context.file
+        self._disk = context.disk
+        # The batch that holds the newest promise or state of a group, while it may not be durable yet.
+        self._pending: dict[GroupKey, int] = {}
+
+    def admit(self, key: GroupKey, ballot: Ballot) -> None:
+        """Raise NotServing unless the ballot's tablet epoch and generation are the ones served here."""
+        domain = self._context.domain
+        if ballot.generation != domain.generation:
+            raise NotServing(
+                f"generation {ballot.generation} is not the domain's, {domain.generation}; fetch the roster",
+                roster_epoch=domain.roster.epoch,
+            )
+        domain.admit(self._file.tablet(key), ballot.epoch)
+
+    def _header(self, key: GroupKey) -> Header:
+        """The register's header; where there is none, the promise that collected registers of the tablet left."""
+        header = self._file.header(key)
+        if header.promise == ZERO and header.accepted == ZERO:
+            return Header(self._context.domain.floor(self._file.tablet(key)))
+        return header
+
+    def prepare(self, request: Prepare) -> tuple[Prepared, int]:
+        """The answer, and the batch that must be durable before it leaves."""
+        key, ballot = request.key, request.ballot
+        self.admit(key, ballot)
+        header = self._header(key)
+        ok = ballot > header.promise or not self._context.rules.refuse_lower_ballot
+        number = self._pending.get(key, 0)
+        if ok:
+            header = self._with_promise(header, ballot)
+            number = self._write(key, header, {})
+        rows = None
+        if ok and header.accepted != ZERO and (request.known is None or header.accepted > request.known):
+            rows = self._file.rows(key)
+        if not self._context.rules.promise_durable:
+            number = 0
+        chosen = header.chosen == header.accepted
+        return Prepared(ok, header.promise, header.accepted, chosen, rows), number
+
+    def accept(self, request: Accept) -> tuple[Accepted, int]:
+        """The answer, and the batch that must be durable before it leaves."""
+        key, ballot = request.key, request.ballot
+        self.admit(key, ballot)
+        header = self._header(key)
+        if ballot < header.promise and self._context.rules.refuse_lower_ballot:
+            return Accepted(Verdict.REFUSED, header.promise, header.accepted), self._pending.get(key, 0)
+        batch = Batch()
+        promise = ballot if request.next is None else request.next
+        new = Header(promise, ballot, header.chosen, request.digest, request.deleted)
+        if request.whole:
+            rows = {rowkey: row for rowkey, row in request.rows.items() if row is not None}
+            if digest_bytes(digest_after(0, ((rowkey, None, row) for rowkey, row in rows.items()))) != request.digest:
+                raise RemoteProtocolError(f"the rows sent for group {key.hex()} do not give their digest")
+            self._file.replace(batch, key, new, rows)
+        else:
+            if not self._fits(header, request):
+                self._context.count("wholes_asked")
+                return Accepted(Verdict.NEED_WHOLE, header.promise, header.accepted), self._pending.get(key, 0)
+            self._file.write(batch, key, new, request.rows)
+        number = self._submit(key, batch)
+        if not self._context.rules.accept_durable:
+            number = 0
+        return Accepted(Verdict.ACCEPTED, promise, ballot), number
+
+    def _fits(self, header: Header, request: Accept) -> bool:
+        """Whether the delta is on the state held here and leads to the digest."""
+        if not self._context.rules.delta_base_checked:
+            return True
+        if header.accepted != request.base:
+            return False
+        row = self._file.row
+        changed = ((rowkey, row(request.key, rowkey), new) for rowkey, new in request.rows.items())
+        return digest_bytes(digest_after(int.from_bytes(header.digest, "big"), changed)) == request.digest
+
+    def chosen(self, request: Chosen) -> None:
+        """Keep the marks that are of the states held here. Not awaited: a mark is true, remembered or not."""
+        file = self._file
+        batch = Batch()
+        for key, ballot in dict(zip(request.keys, request.ballots, strict=False)).items():
+            header = file.header(key)
+            if header.accepted == ballot and header.chosen != ballot:
+                marked = Header(header.promise, header.accepted, ballot, header.digest, header.deleted)
+                file.write(batch, key, marked, {})
+        if batch.writes:
+            self._disk.submit(batch)
+
+    def read(self, request: ReadReplica) -> tuple[ReadReplicaReply, int]:
+        """The state of each group here, and the batch that must be durable before it is told."""
+        number = 0
+        room = _READ_BYTES_MAX
+        states = []
+        for item in request.items:
+            state = self.state(item)
+            if state.rows is not None:
+                size = self._file.header(item.key).size_bytes
+                if size > room and room < _READ_BYTES_MAX:
+                    # What does not fit the frame is told without its rows; the reader asks again.
+                    state = ReplicaState(True, state.accepted, state.intents)
+                room -= size
+            number = max(number, self._pending.get(item.key, 0))
+            states.append(state)
+        return ReadReplicaReply(tuple(states), self._context.domain.roster.epoch), number
+
+    def state(self, item: ReadItem) -> ReplicaState:
+        """One group as it is here, durable or not (see `pending`)."""
+        try:
+            self._context.domain.admit(self._file.tablet(item.key), item.epoch)
+        except NotServing:
+            return _NOT_SERVING
+        header = self._file.header(item.key)
+        rows: dict[RowKey, bytes] | None = None
+        if item.wanted and item.known != header.accepted:
+            rows = self.rows(item.key, item.wanted) if header.accepted != ZERO else {}
+        return ReplicaState(True, header.accepted, header.intents, rows)
+
+    def rows(self, key: GroupKey, wanted: Wanted) -> dict[RowKey, bytes]:
+        """The application's rows or the store's own."""
+        system = wanted == Wanted.SYSTEM
+        return {rowkey: row for rowkey, row in self._file.rows(key).items() if is_system(rowkey) == system}
+
+    def pending(self, key: GroupKey) -> int:
+        """The batch that must be durable before the group's state here is told; 0 when it is."""
+        return self._pending.get(key, 0)
+
+    def list_groups(self, request: ListGroups) -> ListGroupsReply:
+        """Groups of a database in one tablet, as far as they are known here."""
+        prefix = encode_value(request.database)
+        keys = self._file.keys(request.tablet, request.after or prefix[:-1], request.limit)
+        mine = [key for key in keys if key.startswith(prefix)]
+        ended = len(keys) < request.limit or keys[-1] > prefix + b"\xff"
+        return ListGroupsReply(tuple(mine), b"" if ended else keys[-1])
+
+    async def durable(self, number: int, key: GroupKey | None = None) -> None:
+        """Wait for the batch; the group's own is then no longer pending."""
+        if not number:
+            return
+        await self._disk.durable(number)
+        if key is not None and self._pending.get(key) == number:
+            del self._pending[key]
+
+    @staticmethod
+    def _with_promise(header: Header, ballot: Ballot) -> Header:
+        return Header(ballot, header.accepted, header.chosen, header.digest, header.deleted)
+
+    def _write(self, key: GroupKey, header: Header, delta: dict[RowKey, bytes | None]) -> int:
+        batch = Batch()
+        self._file.write(batch, key, header, delta)
+        return self._submit(key, batch)
+
+    def _submit(self, key: GroupKey, batch: Batch) -> int:
+        number = self._disk.submit(batch)
+        self._pending[key] = number
+        return number

@@ -1,0 +1,113 @@
+"""What every part of a node's registers needs: identity, world, files, domain, rules, counters."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dht.codec import Message
+from dht.domain.roster import Roster, TabletReplicas
+from dht.errors import NotServing
+from dht.limits import BACKOFF_MAX_S, BACKOFF_MIN_S
+from dht.model import Ballot, GroupKey, NodeId, Struct
+from dht.register.rules import RULES, Rules
+from dht.storage.registers import RegisterFile
+from dht.world import Chance, Clock, Disk, Network
+
+log = logging.getLogger(__name__)
+
+
+class Tablets(Protocol):
+    """What the registers need of a domain (`dht.domain.domain.Domain`)."""
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def roster(self) -> Roster: ...
+
+    def replicas(self, tablet: int) -> TabletReplicas: ...
+
+    def admit(self, tablet: int, epoch: int) -> None: ...
+
+    def floor(self, tablet: int) -> Ballot:
+        """The promise of the tablet's registers that have no header here."""
+        ...
+
+    async def refresh(self, at_least: int | None = None) -> None: ...
+
+    async def answer(self, sender: NodeId, message: Struct) -> Message:
+        """Messages that are not of the registers."""
+        ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class Identity(Protocol):
+    """`boot` grows durably at each start of the node."""
+
+    @property
+    def node_id(self) -> NodeId: ...
+
+    @property
+    def boot(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Context:
+    """Shared by the parts of one node. `tasks` holds what runs in the background until it ends."""
+
+    node: NodeId
+    boot: int
+    clock: Clock
+    chance: Chance
+    network: Network
+    disk: Disk
+    file: RegisterFile
+    domain: Tablets
+    rules: Rules = RULES
+    counters: dict[str, int] = field(default_factory=dict)
+    tasks: dict[asyncio.Task[Any], None] = field(default_factory=dict)
+    operations: int = 0
+
+    def count(self, name: str, by: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + by
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run in the background; an unexpected error is logged, not lost."""
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks[task] = None
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.pop(task, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.count("background_errors")
+            log.error("a background step of the registers failed", exc_info=error)
+
+    def replicas(self, key: GroupKey) -> TabletReplicas:
+        return self.domain.replicas(self.file.tablet(key))
+
+    def ballot(self, epoch: int, round: int) -> Ballot:
+        """A ballot that no other operation has."""
+        self.operations += 1
+        boot = self.boot if self.rules.boot_in_ballot else 0
+        return Ballot(self.domain.generation, epoch, round, self.node, boot, self.operations)
+
+    async def back_off(self) -> None:
+        await self.clock.sleep(self.chance.uniform(BACKOFF_MIN_S, BACKOFF_MAX_S))
+
+    async def catch_up(self, error: NotServing) -> None:
+        """A replica refused us for its roster: learn the newer links."""
+        epoch = error.detail.get("roster_epoch")
+        await self.domain.refresh(epoch if isinstance(epoch, int) else None)
+
+    def remaining(self, deadline: float) -> float:
+        """Seconds left, 0 when none."""
+        return max(0.0, deadline - self.clock.monotonic())

@@ -1,0 +1,170 @@
+"""Which databases there are, and what this node's indexes know of their tables.
+
+The registry is one group; names are cached for a moment, so a database that was just dropped elsewhere may be written
+for that long, into groups that nobody reads any more. The catalog of a database is a group too; a replica learns its
+table specs when a commit or find names a version that it does not follow yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from dht.errors import Conflict, DhtError, Duplicate, Unavailable
+from dht.limits import PEER_TIMEOUT_S
+from dht.model import GroupKey, NodeId, Part, Transaction
+from dht.register import catalog
+from dht.register.acceptor import Acceptor
+from dht.register.context import Context
+from dht.register.messages import Kind, Learn, ListGroups, ListGroupsReply, Operation
+from dht.register.reader import Reader
+from dht.register.rounds import expect
+from dht.register.routing import Router
+from dht.register.transaction import Transactions
+from dht.world import Batch
+
+NAMES_KEPT_S = 2.0
+_LIST_GROUPS_MAX = 1_000
+
+
+class Databases:
+    """Databases as this node sees them."""
+
+    def __init__(
+        self, context: Context, acceptor: Acceptor, router: Router, reader: Reader, transactions: Transactions
+    ) -> None:
+        self._context = context
+        self._acceptor = acceptor
+        self._router = router
+        self._reader = reader
+        self._transactions = transactions
+        self._names: dict[str, None] = {}
+        self._names_until = 0.0
+        self._learning: dict[str, asyncio.Lock] = {}
+
+    # The registry.
+
+    async def names(self, deadline: float) -> tuple[str, ...]:
+        """All databases, as the registry says now."""
+        (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
+        names = catalog.database_names(group.rows or {})
+        self._names = dict.fromkeys(names)
+        self._names_until = self._context.clock.monotonic() + NAMES_KEPT_S
+        return tuple(names)
+
+    async def check(self, database: str, version: int, deadline: float) -> None:
+        """Raise NotFound unless the database exists, SchemaChanged if its catalog is newer than the caller's."""
+        known = database in self._names and self._context.clock.monotonic() < self._names_until
+        if not known and database not in await self.names(deadline):
+            raise catalog.no_such_database(database)
+        if version and version < self._context.file.spec_version(database):
+            # A database dropped and made again begins anew, so the catalog itself has the word.
+            current = await self.learn(database, version, deadline)
+            if version < current:
+                raise catalog.schema_changed(database, version, current)
+
+    async def create(self, name: str, deadline: float) -> bool:
+        """False if it exists."""
+        catalog.check_database_name(name)
+        return await self._register(catalog.database_added(name), name, deadline)
+
+    async def drop(self, name: str, deadline: float) -> bool:
+        """Take the name out of the registry, then empty the groups. False if there is no such database.
+
+        Raises Unavailable when some groups could not be emptied; the name is free then all the same, so it should be
+        created and dropped again before it is used for something else.
+        """
+        if not await self._register(catalog.database_removed(name), name, deadline):
+            return False
+        for tablet in range(len(self._context.domain.roster.tablets)):
+            for key in await self._groups(name, tablet):
+                operation = Operation(Kind.EMPTY, self._context.chance.randbytes(16), Part(key))
+                await self._router.submit(operation, 0, deadline)
+        await self.announce(name)
+        return True
+
+    async def _register(self, part: Part, name: str, deadline: float) -> bool:
+        self._names_until = 0.0
+        attempt = Transaction(self._context.chance.randbytes(16), name, 0, (part,))
+        try:
+            await self._transactions.commit(attempt, 0, deadline)
+        except Duplicate:
+            return False
+        except Conflict as error:
+            if error.detail.get("what") != "change":
+                raise
+            return False
+        return True
+
+    async def _groups(self, database: str, tablet: int) -> list[GroupKey]:
+        """Groups of the database in a tablet, as any of its replicas knows them; at least a majority is asked."""
+        keys: dict[GroupKey, None] = {}
+        replicas = self._context.domain.replicas(tablet).nodes
+        heard = 0
+        for node in replicas:
+            try:
+                keys.update(dict.fromkeys(await self._groups_at(node, database, tablet)))
+                heard += 1
+            except DhtError:
+                self._context.count("lists_failed")
+        if heard * 2 <= len(replicas):
+            raise Unavailable(f"the groups of tablet {tablet} cannot be listed: {heard} of {len(replicas)} answered")
+        return list(keys)
+
+    async def _groups_at(self, node: NodeId, database: str, tablet: int) -> list[GroupKey]:
+        keys: list[GroupKey] = []
+        after = b""
+        while True:
+            request = ListGroups(database, tablet, after, _LIST_GROUPS_MAX)
+            if node == self._context.node:
+                reply = self._acceptor.list_groups(request)
+            else:
+                reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ListGroupsReply)
+            keys += reply.keys
+            after = reply.last
+            if not after:
+                return keys
+
+    # Catalogs.
+
+    async def learn_soon(self, database: str, version: int) -> int:
+        """`learn` for a peer's question: what cannot be learned in time is not followed, and said so."""
+        try:
+            return await self.learn(database, version, self._context.clock.monotonic() + PEER_TIMEOUT_S)
+        except DhtError:
+            self._context.count("catalogs_not_learned")
+            return self._context.file.spec_version(database)
+
+    async def learn(self, database: str, version: int | None, deadline: float) -> int:
+        """Make the indexes follow the catalog, unless they follow that version (0: any); the one that they follow then.
+
+        A version that is not the caller's may be higher too: the database may have been dropped and made again.
+        """
+        file = self._context.file
+        if version is not None and version in (0, file.spec_version(database)):
+            return file.spec_version(database)
+        async with self._learning.setdefault(database, asyncio.Lock()):
+            (group,) = await self._reader.read([catalog.catalog_group(database)], None, deadline)
+            current, specs = catalog.catalog_of(group.rows or {})
+            if version is None or current != file.spec_version(database):
+                batch = Batch()
+                file.set_specs(batch, database, current, specs)
+                self._context.disk.submit(batch)
+                self._context.count("catalogs_learned")
+            return file.spec_version(database)
+
+    async def announce(self, database: str) -> None:
+        """Follow the changed catalog here, and tell all members to."""
+        context = self._context
+        for member in context.domain.roster.members:
+            if member.node_id != context.node:
+                context.spawn(self._announce_to(member.node_id, database))
+        try:
+            await self.learn(database, None, context.clock.monotonic() + PEER_TIMEOUT_S)
+        except DhtError:
+            context.count("catalogs_not_learned")
+
+    async def _announce_to(self, node: NodeId, database: str) -> None:
+        try:
+            await self._context.network.call(node, Learn(database), PEER_TIMEOUT_S)
+        except DhtError:
+            self._context.count("catalogs_not_learned")

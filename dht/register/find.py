@@ -1,0 +1,332 @@
+"""Rows by their columns, in whatever group they are (DESIGN section 6, find).
+
+Each replica answers from its own indexes, and its indexes may be behind. The answer counts under the coverage rule:
+
+* for each tablet a majority of its replicas answered, at one tablet epoch, with indexes of the asked catalog version;
+* one of them, the sender, gave the rows; the others gave (group, ballot) of what matches at theirs. A group whose
+  ballot is the same at a majority, the sender among them, stands at a chosen state, and the sender's rows are it;
+* every other group that anybody named, and every group that anybody named as unsettled (an accepted value that may not
+  be chosen, or an intent), matching or not, is read by itself and matched again.
+
+Why nothing is missed: a chosen state that matches was accepted by a majority, so a covering majority contains a replica
+that holds it or something newer. If it is newest there and settled, that replica names the group; if not settled, it
+names it as unsettled.
+
+A limit cuts at each replica. Behind the last row that a replica gave nothing is known of it, so the merged rows count
+only up to the nearest such place; if they are too few, all are asked again for more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from dht.domain.roster import quorums
+from dht.errors import DhtError, Invalid, NotServing, Unavailable
+from dht.limits import FIND_ROWS_MAX, PEER_TIMEOUT_S, READ_GROUPS_MAX
+from dht.model import Ballot, FindQuery, FindResult, FoundRow, GroupKey, GroupRead, NodeId
+from dht.register.acceptor import Acceptor
+from dht.register.context import Context
+from dht.register.messages import FindReplica, FindReplicaReply, Wanted
+from dht.register.reader import Reader
+from dht.register.rounds import expect
+from dht.rows import table_prefix
+from dht.storage.search import row_order, row_test
+
+FIND_AGAIN_MIN_S = 0.002
+FIND_AGAIN_MAX_S = 0.020
+LIMIT_SLACK_ROWS = 16
+"""Asked for beyond the limit, so that rows that turn out not to match rarely cost another round."""
+WHOLE_GROUPS_BYTES_MAX = 12 * 1024 * 1024
+
+Learn = Callable[[str, int], Awaitable[int]]
+"""(database, wanted catalog version) -> the version that this node's indexes follow now."""
+
+
+class FindServer:
+    """A replica's share of a find."""
+
+    def __init__(self, context: Context, acceptor: Acceptor, learn: Learn) -> None:
+        self._context = context
+        self._acceptor = acceptor
+        self._learn = learn
+
+    async def serve(self, request: FindReplica) -> FindReplicaReply:
+        """Matches of the tablets that this replica serves at the asked epochs; awaits what it tells."""
+        query = request.query
+        link = self._context.domain.roster.epoch
+        if await self._learn(query.database, query.catalog_version) < query.catalog_version:
+            return FindReplicaReply((), (), (), (), (), False, (), link)
+        reply, number = self._search(request, link)
+        await self._acceptor.durable(number)
+        return reply
+
+    def _search(self, request: FindReplica, link: int) -> tuple[FindReplicaReply, int]:
+        """Synchronous, so that matches, ballots and unsettled groups are of one moment."""
+        context, file = self._context, self._context.file
+        query = msgspec.structs.replace(request.query, limit=request.limit)
+        sends: dict[int, bool] = {}
+        for tablet, epoch, rows in zip(request.tablets, request.epochs, request.rows, strict=True):
+            try:
+                context.domain.admit(tablet, epoch)
+            except NotServing:
+                continue
+            sends[tablet] = rows
+        matches, truncated = file.find_local(query, sends, request.limit)
+        unsettled = file.unsettled(query.database, query.table, sends) if context.rules.find_lists_unsettled else []
+        if not context.rules.find_intents:
+            unsettled = [key for key in unsettled if not file.header(key).intents]
+        ballots: dict[GroupKey, Ballot] = {}
+        found: list[FoundRow] = []
+        number = 0
+        for key, rowkey, row in matches:
+            ballot = ballots.get(key)
+            if ballot is None:
+                ballot = ballots[key] = file.header(key).accepted
+                number = max(number, self._acceptor.pending(key))
+            if sends[file.tablet(key)]:
+                found.append(FoundRow(key, ballot, rowkey, row))
+        horizon = b""
+        if truncated:
+            horizon = row_order(query, file.pk_columns(query.database, query.table))(matches[-1])
+        others = {key: ballot for key, ballot in ballots.items() if not sends[file.tablet(key)]}
+        groups = self._whole(found, ballots) if query.whole_groups else ()
+        reply = FindReplicaReply(
+            tuple(sends),
+            tuple(found),
+            tuple(others),
+            tuple(others.values()),
+            tuple(unsettled),
+            truncated,
+            groups,
+            link,
+            horizon,
+        )
+        return reply, number
+
+    def _whole(self, found: list[FoundRow], ballots: dict[GroupKey, Ballot]) -> tuple[GroupRead, ...]:
+        """The rows' groups, as far as they fit a frame; the asker reads the others."""
+        out = []
+        room = WHOLE_GROUPS_BYTES_MAX
+        for key in dict.fromkeys(row.group for row in found):
+            room -= self._context.file.header(key).size_bytes
+            if room < 0:
+                break
+            out.append(GroupRead(key, ballots[key], self._acceptor.rows(key, Wanted.DATA)))
+        return tuple(out)
+
+
+class _Collected:
+    """What a round of replies says, tablet by tablet and group by group."""
+
+    def __init__(self) -> None:
+        self.covered: dict[int, int] = {}
+        self.rows: dict[GroupKey, list[FoundRow]] = {}
+        self.votes: dict[GroupKey, dict[Ballot, int]] = {}
+        self.sent: dict[GroupKey, Ballot] = {}
+        self.unsettled: dict[GroupKey, None] = {}
+        self.groups: dict[GroupKey, GroupRead] = {}
+        self.horizons: list[bytes] = []
+        self.link = 0
+
+    def add(self, reply: FindReplicaReply) -> None:
+        self.link = max(self.link, reply.link)
+        for tablet in reply.covered:
+            self.covered[tablet] = self.covered.get(tablet, 0) + 1
+        mine: dict[GroupKey, Ballot] = dict(zip(reply.keys, reply.ballots, strict=False))
+        for row in reply.rows:
+            self.rows.setdefault(row.group, []).append(row)
+            self.sent[row.group] = mine[row.group] = row.ballot
+        for key, ballot in mine.items():
+            votes = self.votes.setdefault(key, {})
+            votes[ballot] = votes.get(ballot, 0) + 1
+        self.unsettled.update(dict.fromkeys(reply.unsettled))
+        self.groups.update({group.key: group for group in reply.groups})
+        if reply.truncated:
+            self.horizons.append(reply.horizon)
+
+
+class Finder:
+    """Finds for whoever asks at this node."""
+
+    def __init__(self, context: Context, server: FindServer, reader: Reader) -> None:
+        self._context = context
+        self._server = server
+        self._reader = reader
+
+    async def find(self, query: FindQuery, deadline: float) -> FindResult:
+        """Raises Unavailable when some tablet has no majority in time, Invalid when there are too many rows."""
+        context = self._context
+        context.count("finds")
+        if query.limit is not None and query.limit < 0:
+            raise Invalid(f"a limit of {query.limit} rows makes no sense")
+        limit = FIND_ROWS_MAX
+        if query.order is not None and query.limit is not None:
+            limit = min(query.limit + LIMIT_SLACK_ROWS, FIND_ROWS_MAX)
+        while True:
+            collected = await self._covering(query, limit, deadline)
+            result = await self._merge(query, collected, limit, deadline)
+            if result is not None:
+                return result
+            context.count("finds_again")
+            limit = min(limit * 8, FIND_ROWS_MAX)
+
+    async def _covering(self, query: FindQuery, limit: int, deadline: float) -> _Collected:
+        """Replies that cover every tablet."""
+        context = self._context
+        while True:
+            collected, missing = await self._ask_all(query, limit, deadline)
+            if not missing or not context.rules.find_majority:
+                return collected
+            if context.remaining(deadline) <= 0:
+                raise Unavailable(
+                    f"{len(missing)} of {len(context.domain.roster.tablets)} tablets have no majority of replicas that "
+                    f"can search table {query.table} now; try again when more nodes are reachable"
+                )
+            if collected.link > context.domain.roster.epoch:
+                try:
+                    await context.domain.refresh(collected.link)
+                except DhtError:
+                    context.count("refreshes_failed")
+            await context.clock.sleep(context.chance.uniform(FIND_AGAIN_MIN_S, FIND_AGAIN_MAX_S))
+
+    async def _ask_all(self, query: FindQuery, limit: int, deadline: float) -> tuple[_Collected, list[int]]:
+        """One request to each node; the replies, and the tablets that lack a majority."""
+        context = self._context
+        collected = _Collected()
+        asked: dict[NodeId, list[tuple[int, int, bool]]] = {}
+        needed: dict[int, int] = {}
+        for tablet in range(len(context.domain.roster.tablets)):
+            replicas = context.domain.replicas(tablet)
+            needed[tablet] = quorums(len(replicas.nodes))[0]
+            sender = self._sender(replicas.nodes)
+            for node in replicas.nodes:
+                asked.setdefault(node, []).append((tablet, replicas.epoch, node == sender))
+        senders = {node: any(rows for _, _, rows in tablets) for node, tablets in asked.items()}
+        waiting = {
+            context.spawn(self._ask(node, query, tablets, limit, deadline)): node for node, tablets in asked.items()
+        }
+        heard: dict[NodeId, None] = {}
+
+        def missing() -> list[int]:
+            return [tablet for tablet, quorum in needed.items() if collected.covered.get(tablet, 0) < quorum]
+
+        while waiting and (missing() or any(senders[n] for n in waiting.values() if n not in heard)):
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in waiting if task in done]:
+                heard[waiting.pop(task)] = None
+                reply = task.result()
+                if reply is not None:
+                    collected.add(reply)
+        return collected, missing()
+
+    def _sender(self, nodes: tuple[NodeId, ...]) -> NodeId:
+        if self._context.node in nodes:
+            return self._context.node
+        return next((node for node in nodes if self._context.network.alive(node)), nodes[0])
+
+    async def _ask(
+        self, node: NodeId, query: FindQuery, tablets: list[tuple[int, int, bool]], limit: int, deadline: float
+    ) -> FindReplicaReply | None:
+        request = FindReplica(
+            query,
+            tuple(tablet for tablet, _, _ in tablets),
+            tuple(epoch for _, epoch, _ in tablets),
+            tuple(rows for _, _, rows in tablets),
+            limit,
+        )
+        timeout_s = min(PEER_TIMEOUT_S, self._context.remaining(deadline))
+        try:
+            if node == self._context.node:
+                return await self._server.serve(request)
+            return expect(await self._context.network.call(node, request, timeout_s), FindReplicaReply)
+        except DhtError:
+            self._context.count("find_replies_lost")
+            return None
+
+    async def _merge(self, query: FindQuery, collected: _Collected, limit: int, deadline: float) -> FindResult | None:
+        """The result, or None when the limit cut so early that more rows must be asked for."""
+        context = self._context
+        pk = context.file.pk_columns(query.database, query.table)
+        place = row_order(query, pk)
+        clean, dirty = self._sort_out(collected)
+        read = await self._read(dirty, deadline)
+        rows = [row for key in clean for row in collected.rows[key]]
+        rows += self._matching(query, pk, read)
+        descending = query.order is not None and query.order.descending
+        placed = sorted(((place((row.group, row.key, row.row)), row) for row in rows), key=_place, reverse=descending)
+        if collected.horizons:
+            if limit >= FIND_ROWS_MAX:
+                raise Invalid(f"more than {FIND_ROWS_MAX} rows match; ask with narrower conditions or in pieces")
+            nearest = max(collected.horizons) if descending else min(collected.horizons)
+            placed = [one for one in placed if (one[0] >= nearest if descending else one[0] <= nearest)]
+            if query.limit is None or len(placed) < query.limit:
+                return None
+        cut = query.limit if query.order is not None else None
+        result = tuple(row for _, row in placed[:cut])
+        groups: tuple[GroupRead, ...] = ()
+        if query.whole_groups:
+            groups = await self._groups(result, collected, read, deadline)
+            at = {group.key: group.ballot for group in groups}
+            if any(at[row.group] != row.ballot for row in result):
+                return await self._merge(query, collected, limit, deadline)
+        return FindResult(result, groups)
+
+    def _sort_out(self, collected: _Collected) -> tuple[list[GroupKey], list[GroupKey]]:
+        """(groups whose sent rows are a chosen state, groups to read by themselves)"""
+        clean, dirty = [], []
+        for key, votes in collected.votes.items():
+            ballot = collected.sent.get(key)
+            quorum = quorums(len(self._context.replicas(key).nodes))[0]
+            if ballot is None or votes[ballot] < quorum or key in collected.unsettled:
+                dirty.append(key)
+            else:
+                clean.append(key)
+        dirty += [key for key in collected.unsettled if key not in collected.votes]
+        if dirty:
+            self._context.count("find_groups_read", len(dirty))
+        return clean, dirty
+
+    async def _read(self, keys: list[GroupKey], deadline: float) -> dict[GroupKey, GroupRead]:
+        out: dict[GroupKey, GroupRead] = {}
+        for at in range(0, len(keys), READ_GROUPS_MAX):
+            for group in await self._reader.read(keys[at : at + READ_GROUPS_MAX], None, deadline):
+                out[group.key] = group
+        return out
+
+    @staticmethod
+    def _matching(query: FindQuery, pk: tuple[int, ...], read: dict[GroupKey, GroupRead]) -> list[FoundRow]:
+        matches = row_test(query, pk)
+        prefix = table_prefix(query.table)
+        return [
+            FoundRow(group.key, group.ballot, rowkey, row)
+            for group in read.values()
+            for rowkey, row in (group.rows or {}).items()
+            if rowkey.startswith(prefix) and matches(rowkey, row)
+        ]
+
+    async def _groups(
+        self,
+        rows: tuple[FoundRow, ...],
+        collected: _Collected,
+        read: dict[GroupKey, GroupRead],
+        deadline: float,
+    ) -> tuple[GroupRead, ...]:
+        """The rows' groups: from the same round, or read by themselves."""
+        keys = list(dict.fromkeys(row.group for row in rows))
+        at = {row.group: row.ballot for row in rows}
+        have = {key: group for key, group in {**collected.groups, **read}.items() if at.get(key) == group.ballot}
+        absent = [key for key in keys if key not in have]
+        fetched = await self._read(absent, deadline)
+        for key, group in fetched.items():
+            if group.ballot != at[key]:
+                # It moved since the round: whoever merges again reads it as it is now.
+                collected.unsettled[key] = None
+            have[key] = group
+        return tuple(have[key] for key in keys)
+
+
+def _place(placed: tuple[bytes, FoundRow]) -> bytes:
+    return placed[0]

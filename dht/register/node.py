@@ -1,0 +1,230 @@
+"""A node's store: every part of the registers, composed, behind the interface that clients see (dht.requests.Store)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from dht.codec import Message
+from dht.errors import Unavailable
+from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
+from dht.model import (
+    ZERO,
+    Applied,
+    Ballot,
+    FindQuery,
+    FindResult,
+    GroupKey,
+    GroupRead,
+    NodeId,
+    Part,
+    Struct,
+    Transaction,
+    TransactionId,
+)
+from dht.register import catalog, operations
+from dht.register.acceptor import Acceptor
+from dht.register.context import Context, Identity, Tablets
+from dht.register.coordinator import Coordinator
+from dht.register.databases import Databases
+from dht.register.find import Finder, FindServer
+from dht.register.group import APPLIED, UNDECIDED, check_transaction, intent_key
+from dht.register.messages import (
+    Accept,
+    Chosen,
+    ChosenReply,
+    Coordinate,
+    FindReplica,
+    Kind,
+    Learn,
+    LearnReply,
+    ListGroups,
+    Operation,
+    Prepare,
+    ReadReplica,
+)
+from dht.register.reader import Reader
+from dht.register.resolver import Resolver, below_floor
+from dht.register.rounds import Rounds
+from dht.register.routing import Router
+from dht.register.rules import RULES, Rules
+from dht.register.sequence import Sequences
+from dht.register.transaction import Transactions
+from dht.storage.registers import RegisterFile
+from dht.world import Chance, Clock, Disk, Network
+
+
+class StoreNode:
+    """`dht.requests.Store` on this node, and the answers to its peers. The domain starts and stops with it.
+
+    `counters`: for metrics, growing only.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        clock: Clock,
+        chance: Chance,
+        network: Network,
+        disk: Disk,
+        domain: Tablets,
+        registers: RegisterFile,
+        rules: Rules = RULES,
+    ) -> None:
+        context = Context(identity.node_id, identity.boot, clock, chance, network, disk, registers, domain, rules)
+        self._context = context
+        self._acceptor = acceptor = Acceptor(context)
+        rounds = Rounds(context, acceptor)
+        self._coordinator = Coordinator(context, rounds)
+        self._router = Router(context, self._coordinator)
+        self._reader = Reader(context, acceptor, self._coordinator, self._router)
+        self._resolver = Resolver(context, self._coordinator, self._router, self._reader)
+        self._router.unblock = self._resolver.unblock
+        self._reader.resolve = self._resolver.resolve
+        self._coordinator.adopt = self._resolver.adopt
+        self._transactions = Transactions(context, self._router, self._reader, self._resolver)
+        self._databases = Databases(context, acceptor, self._router, self._reader, self._transactions)
+        self._sequences = Sequences(context, self._reader, self._transactions)
+        self._find_server = FindServer(context, acceptor, self._databases.learn_soon)
+        self._finder = Finder(context, self._find_server, self._reader)
+        self._answers: dict[type[Struct], Callable[[Any], Awaitable[Message]]] = {
+            Prepare: self._prepare,
+            Accept: self._accept,
+            ReadReplica: self._read_replica,
+            Chosen: self._chosen,
+            Coordinate: self._router.serve,
+            FindReplica: self._find_server.serve,
+            ListGroups: self._list_groups,
+            Learn: self._learn,
+        }
+
+    async def start(self) -> None:
+        """Begin the domain's background work; the registers need none."""
+        await self._context.domain.start()
+
+    async def stop(self) -> None:
+        """End all work. What was answered is durable; what was not has no promised outcome."""
+        await self._context.domain.stop()
+        tasks = list(self._context.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._context.counters
+
+    def dump(self) -> dict[str, object]:
+        """What the node holds in memory, for debugging."""
+        return {"counters": dict(self.counters), "groups": self._coordinator.dump(), "tasks": len(self._context.tasks)}
+
+    # Peers.
+
+    async def answer(self, sender: NodeId, message: Struct) -> Message:
+        """Serve a peer's request, of the registers or of the domain."""
+        serve = self._answers.get(type(message))
+        if serve is None:
+            return await self._context.domain.answer(sender, message)
+        return await serve(message)
+
+    async def _prepare(self, request: Prepare) -> Message:
+        reply, number = self._acceptor.prepare(request)
+        await self._acceptor.durable(number, request.key)
+        return reply
+
+    async def _accept(self, request: Accept) -> Message:
+        reply, number = self._acceptor.accept(request)
+        await self._acceptor.durable(number, request.key)
+        return reply
+
+    async def _read_replica(self, request: ReadReplica) -> Message:
+        reply, number = self._acceptor.read(request)
+        await self._acceptor.durable(number)
+        return reply
+
+    async def _chosen(self, request: Chosen) -> Message:
+        self._acceptor.chosen(request)
+        return ChosenReply()
+
+    async def _list_groups(self, request: ListGroups) -> Message:
+        return self._acceptor.list_groups(request)
+
+    async def _learn(self, request: Learn) -> Message:
+        await self._databases.learn(request.database, None, self._deadline(PEER_TIMEOUT_S))
+        return LearnReply()
+
+    # Clients.
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        limit = REQUEST_TIMEOUT_S if timeout_s is None else timeout_s
+        return self._context.clock.monotonic() + limit
+
+    async def read(
+        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+    ) -> tuple[GroupRead, ...]:
+        return await self._reader.read(keys, known, self._deadline(timeout_s))
+
+    async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        deadline = self._deadline(timeout_s)
+        await self._databases.check(query.database, query.catalog_version, deadline)
+        return await self._finder.find(query, deadline)
+
+    async def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
+        check_transaction(transaction)
+        deadline = self._deadline(timeout_s)
+        await self._databases.check(transaction.database, transaction.catalog_version, deadline)
+        applied = await self._transactions.commit(transaction, attempt, deadline)
+        key = catalog.catalog_group(transaction.database)
+        if any(part.key == key for part in transaction.parts):
+            await self._databases.announce(transaction.database)
+        return applied
+
+    async def reserve_ids(
+        self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
+    ) -> int:
+        deadline = self._deadline(timeout_s)
+        await self._databases.check(database, 0, deadline)
+        return await self._sequences.reserve(database, name, count, above, deadline)
+
+    async def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None:
+        deadline = self._deadline(timeout_s)
+        await self._databases.check(database, 0, deadline)
+        await self._sequences.raise_to(database, name, above, deadline)
+
+    async def outcome(
+        self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
+    ) -> str:
+        """ "applied", "not_applied" (and never will be) or "unknown" (the window no longer covers it).
+
+        `key` is any of the transaction's groups. Raises Unavailable when the group cannot be asked.
+        """
+        deadline = self._deadline(timeout_s)
+        while True:
+            _, rows = await self._reader.system_rows(key, deadline)
+            found = operations.outcome(rows, id)
+            if found is None and intent_key(id) in rows:
+                intent = operations.decode_intent(rows[intent_key(id)])
+                found = await self._resolver.outcome(intent, deadline)
+                found = await self._resolver.abort(intent, deadline) if found is None else found
+            elif found is None and below_floor(rows, seen or ZERO):
+                return "unknown"
+            elif found is None:
+                # An attempt may still be on its way: it must find the transaction ended.
+                step = Operation(Kind.ABORT, id, Part(key, seen))
+                found = (await self._router.submit(step, 0, deadline)).outcome
+            if found != UNDECIDED:
+                return "applied" if found == APPLIED else "not_applied"
+            if self._context.remaining(deadline) <= 0:
+                raise Unavailable(f"what became of transaction {id.hex()} cannot be learned in time; ask again")
+
+    async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        return await self._databases.names(self._deadline(timeout_s))
+
+    async def create_database(self, name: str, timeout_s: float | None = None) -> bool:
+        return await self._databases.create(name, self._deadline(timeout_s))
+
+    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+        dropped = await self._databases.drop(name, self._deadline(timeout_s))
+        self._sequences.forget(name)
+        return dropped

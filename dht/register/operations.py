@@ -1,0 +1,205 @@
+"""What each kind of operation does to a group's state: pure (DESIGN section 7, and the single-group write).
+
+A transaction over several groups leaves three kinds of the store's own rows:
+
+* an intent (id) in every group but the primary: the changes to come, and where the primary is. It locks the group: no
+  other write passes, so its guards, checked when it was stored, still hold when it is finished;
+* a decision (id) in the primary, written with its changes: the commit point. It lists the other groups and stays until
+  each has finished, whatever the window has forgotten by then;
+* window entries: APPLIED, REFUSED or ABORTED, at the primary the abort record that a resolver needs, in the others the
+  mark that stops a prepare which is still on its way.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from dht.errors import Conflict, DhtError
+from dht.model import Ballot, GroupKey, Part, RowKey, Struct, TransactionId
+from dht.register import group
+from dht.register.group import ABORTED, APPLIED, UNDECIDED, Delta, GroupState, decision_key, intent_key
+from dht.register.messages import Kind, Operation
+from dht.register.rules import Rules
+from dht.rows import decode_row, encode_row
+
+
+class Intent(Struct, frozen=True):
+    """What a group stores of a transaction that is not decided yet; column 0 of its row, in msgpack."""
+
+    id: TransactionId
+    primary: GroupKey
+    primary_seen: Ballot | None
+    part: Part
+    part_index: int
+
+
+class Decision(Struct, frozen=True):
+    """The commit point's record at the primary; column 0 of its row, in msgpack."""
+
+    id: TransactionId
+    ballot: Ballot
+    others: tuple[GroupKey, ...]
+
+
+class Blocked(DhtError):
+    """Not an answer: the operation waits for the end of another transaction's intent.
+
+    `sent`: the operation was in an accept before it was found blocked, so that it may yet turn out to be applied.
+    """
+
+    def __init__(self, intent: Intent) -> None:
+        super().__init__("another transaction holds the group", what="intent")
+        self.intent = intent
+        self.sent = False
+
+
+_intent_decoder = msgspec.msgpack.Decoder(Intent)
+_decision_decoder = msgspec.msgpack.Decoder(Decision)
+
+
+def decode_intent(row: bytes) -> Intent:
+    return _intent_decoder.decode(decode_row(row)[0])  # type: ignore[arg-type]
+
+
+def decode_decision(row: bytes) -> Decision:
+    return _decision_decoder.decode(decode_row(row)[0])  # type: ignore[arg-type]
+
+
+def perform(
+    state: GroupState, operation: Operation, seen: Ballot | None, attempt: int, ballot: Ballot, rules: Rules
+) -> tuple[Delta, Ballot, int]:
+    """(delta, ballot at which it is or was applied, outcome). Raises what refuses it, or Blocked."""
+    match operation.kind:
+        case Kind.COMMIT | Kind.COMMIT_PRIMARY:
+            return _commit(state, operation, seen, attempt, ballot, rules)
+        case Kind.PREPARE:
+            return _prepare(state, operation, seen, attempt, ballot, rules)
+        case Kind.FINISH | Kind.ROLL_BACK:
+            return _end(state, operation, ballot)
+        case Kind.ABORT:
+            return _abort(state, operation, seen, ballot)
+        case Kind.FORGET:
+            key = decision_key(operation.id)
+            return ({key: None} if key in state.rows else {}), ballot, APPLIED
+        case Kind.SETTLE:
+            return {}, state.ballot, APPLIED
+        case Kind.EMPTY:
+            _check_free(state, operation.id)
+            return dict.fromkeys(state.data()), ballot, APPLIED
+
+
+def must_record(operation: Operation, attempt: int, rules: Rules) -> bool:
+    """Whether a refusal of the operation goes into the window before it is answered (dht.register.group).
+
+    A primary's always does: it is what lets the intents be rolled back.
+    """
+    if operation.kind == Kind.COMMIT_PRIMARY:
+        return True
+    return attempt > 0 and operation.kind in (Kind.COMMIT, Kind.PREPARE) and rules.refusal_recorded_at_retry
+
+
+def _recall(
+    state: GroupState, operation: Operation, seen: Ballot | None, attempt: int, rules: Rules
+) -> tuple[Ballot, int] | None:
+    if not rules.window:
+        return None
+    if not rules.window_floor:
+        seen = state.ballot
+    found = group.recall(state, operation.id, seen, attempt)
+    if found is not None and found[1] == ABORTED:
+        raise Conflict(
+            "the transaction was ended by another that waited for it; run it again",
+            part=operation.part_index,
+            what="intent",
+            index=0,
+        )
+    return found
+
+
+def _check_free(state: GroupState, id: TransactionId) -> None:
+    if state.intents:
+        for key, row in state.intents.items():
+            if key != intent_key(id):
+                raise Blocked(decode_intent(row))
+
+
+def _commit(
+    state: GroupState, operation: Operation, seen: Ballot | None, attempt: int, ballot: Ballot, rules: Rules
+) -> tuple[Delta, Ballot, int]:
+    found = _recall(state, operation, seen, attempt, rules)
+    if found is not None:
+        return {}, found[0], APPLIED
+    _check_free(state, operation.id)
+    delta = group.evaluate(state, operation.part, operation.part_index)
+    if rules.window:
+        group.remember(state, delta, operation.id, ballot, APPLIED)
+    if operation.others:
+        decision = Decision(operation.id, ballot, operation.others)
+        delta[decision_key(operation.id)] = encode_row({0: msgspec.msgpack.encode(decision)})
+    return delta, ballot, APPLIED
+
+
+def _prepare(
+    state: GroupState, operation: Operation, seen: Ballot | None, attempt: int, ballot: Ballot, rules: Rules
+) -> tuple[Delta, Ballot, int]:
+    found = _recall(state, operation, seen, attempt, rules)
+    if found is not None:
+        return {}, found[0], APPLIED
+    _check_free(state, operation.id)
+    key = intent_key(operation.id)
+    if key in state.intents:
+        return {}, state.ballot, APPLIED
+    changes = group.evaluate(state, operation.part, operation.part_index)
+    intent = Intent(operation.id, operation.primary, operation.primary_seen, operation.part, operation.part_index)
+    delta: Delta = {key: encode_row({0: msgspec.msgpack.encode(intent)})}
+    group.check_size(state, {**changes, **delta})
+    return delta, ballot, APPLIED
+
+
+def _end(state: GroupState, operation: Operation, ballot: Ballot) -> tuple[Delta, Ballot, int]:
+    """FINISH applies the intent, ROLL_BACK drops it; both leave the outcome in the window.
+
+    A rollback leaves it even where no intent was, for a prepare may be on its way. A decided transaction without an
+    intent here was finished before.
+    """
+    finish = operation.kind == Kind.FINISH
+    key = intent_key(operation.id)
+    row = state.intents.get(key)
+    if row is None and (finish or operation.id in state.window):
+        return {}, state.ballot, APPLIED
+    delta: Delta = {}
+    if row is not None and finish:
+        intent = decode_intent(row)
+        delta = group.evaluate(state, intent.part, intent.part_index)
+    if row is not None:
+        delta[key] = None
+    group.remember(state, delta, operation.id, ballot, APPLIED if finish else ABORTED)
+    return delta, ballot, APPLIED
+
+
+def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot: Ballot) -> tuple[Delta, Ballot, int]:
+    """At the primary: the transaction's outcome, which is ABORTED from now on unless it was applied before.
+
+    Asked of a group that holds the transaction's intent, and so is not its primary: UNDECIDED, and nothing is done.
+    """
+    known = outcome(state.rows, operation.id)
+    if known is not None:
+        return {}, ballot, known
+    if intent_key(operation.id) in state.intents:
+        return {}, ballot, UNDECIDED
+    if seen is not None and seen < state.floor:
+        # Its commit would be refused for the floor, so it needs no record to stay aborted.
+        return {}, ballot, ABORTED
+    delta: Delta = {}
+    group.remember(state, delta, operation.id, ballot, ABORTED)
+    return delta, ballot, ABORTED
+
+
+def outcome(rows: dict[RowKey, bytes], id: TransactionId) -> int | None:
+    """What a primary's own rows say of a transaction: APPLIED, ABORTED, or None: undecided (or forgotten)."""
+    if decision_key(id) in rows:
+        return APPLIED
+    entry = rows.get(group.window_key(id))
+    if entry is None:
+        return None
+    return APPLIED if decode_row(entry)[1] == APPLIED else ABORTED

@@ -1,0 +1,300 @@
+"""Linearizable reads of many groups at once (DESIGN section 6).
+
+All replicas of a group are asked, one for data and the others for their ballot, and all groups that a replica keeps go
+into one frame. A group is read when a majority stands at one accepted ballot and data of exactly that ballot is at
+hand: then that state is chosen, and was the newest chosen one at some time during the read. Where the majority is not
+there (a write is on its way, or was left unfinished) the reader asks again, and then has the coordinator finish it.
+
+A node that is a replica asks the others for ballots only and loads its rows when the ballot is agreed on; a caller who
+knows the ballot gets no rows at all.
+
+An intent met on the way belongs to a transaction that may be decided already: the reader asks its primary. Decided, it
+is finished before the group is read again; undecided, the value without it is the right answer, because the decision
+will come after this moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from dht.domain.roster import quorums
+from dht.errors import DhtError, Indeterminate, Invalid, Unavailable
+from dht.limits import PEER_TIMEOUT_S, READ_GROUPS_MAX
+from dht.model import SYSTEM_INTENT, ZERO, Ballot, GroupKey, GroupRead, NodeId, Part, RowKey
+from dht.register.acceptor import Acceptor
+from dht.register.context import Context
+from dht.register.coordinator import Coordinator
+from dht.register.messages import Kind, Operation, ReadItem, ReadReplica, ReadReplicaReply, ReplicaState, Wanted
+from dht.register.operations import Intent, decode_intent
+from dht.register.rounds import expect
+from dht.register.routing import Router
+from dht.rows import table_prefix
+
+READ_AGAIN_MIN_S = 0.002
+READ_AGAIN_MAX_S = 0.010
+ROUNDS_BEFORE_SETTLING = 3
+_INTENT_PREFIX = table_prefix(SYSTEM_INTENT)
+
+Resolve = Callable[[GroupKey, Intent, float], Awaitable[bool]]
+"""(group, intent, deadline) -> whether the group has to be read again because the transaction was decided."""
+
+
+class _Want:
+    """One group's read. `ballot` is set when a majority agrees and the rows (or their being known) are at hand."""
+
+    __slots__ = (
+        "ballot",
+        "epoch",
+        "intents",
+        "key",
+        "known",
+        "nodes",
+        "open",
+        "quorum",
+        "rows",
+        "source",
+        "states",
+        "wanted",
+    )
+
+    def __init__(self, key: GroupKey, known: Ballot | None, wanted: Wanted) -> None:
+        self.key = key
+        self.known = known
+        self.wanted = wanted
+        self.source: NodeId | None = None
+        self.ballot: Ballot | None = None
+        self.rows: dict[RowKey, bytes] | None = None
+        self.intents = 0
+
+    def begin(self, epoch: int, nodes: tuple[NodeId, ...]) -> None:
+        self.epoch = epoch
+        self.nodes = nodes
+        self.quorum = quorums(len(nodes))[0]
+        self.open = len(nodes)
+        self.states: dict[NodeId, ReplicaState] = {}
+
+    @property
+    def finished(self) -> bool:
+        return self.ballot is not None or not self.open
+
+
+class Reader:
+    """Reads groups for whoever asks at this node."""
+
+    def __init__(self, context: Context, acceptor: Acceptor, coordinator: Coordinator, router: Router) -> None:
+        self._context = context
+        self._acceptor = acceptor
+        self._coordinator = coordinator
+        self._router = router
+        self.resolve: Resolve
+
+    async def read(
+        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None, deadline: float
+    ) -> tuple[GroupRead, ...]:
+        """Each group at one ballot. Raises Unavailable when a group has no majority in time."""
+        if len(keys) > READ_GROUPS_MAX:
+            raise Invalid(f"{len(keys)} groups were asked for, at most {READ_GROUPS_MAX} can be read at once")
+        if known is not None and len(known) != len(keys):
+            raise Invalid(f"{len(keys)} groups and {len(known)} known ballots were given")
+        self._context.count("reads")
+        wants = [_Want(key, known[i] if known else None, Wanted.DATA) for i, key in enumerate(keys)]
+        open_wants = wants
+        while True:
+            await self._agree(open_wants, deadline)
+            if not self._context.rules.reads_resolve_intents:
+                break
+            open_wants = [want for want in open_wants if want.intents and await self._decided(want, deadline)]
+            if not open_wants:
+                break
+            for want in open_wants:
+                want.ballot = None
+        return tuple(GroupRead(want.key, want.ballot or ZERO, want.rows) for want in wants)
+
+    async def system_rows(self, key: GroupKey, deadline: float) -> tuple[Ballot, dict[RowKey, bytes]]:
+        """The store's own rows of a group, read like any others."""
+        want = _Want(key, None, Wanted.SYSTEM)
+        await self._agree([want], deadline)
+        return want.ballot or ZERO, want.rows or {}
+
+    async def _decided(self, want: _Want, deadline: float) -> bool:
+        """Whether the group must be read again: one of its intents is decided, or it moved meanwhile."""
+        ballot, rows = await self.system_rows(want.key, deadline)
+        if ballot != want.ballot:
+            return True
+        again = False
+        for key, row in rows.items():
+            if key.startswith(_INTENT_PREFIX):
+                again |= await self.resolve(want.key, decode_intent(row), deadline)
+        return again
+
+    async def _agree(self, wants: list[_Want], deadline: float) -> None:
+        context = self._context
+        rounds = 0
+        while True:
+            try:
+                async with asyncio.timeout(context.remaining(deadline)):
+                    link = await self._round(wants)
+            except TimeoutError:
+                link = 0
+            wants = [want for want in wants if want.ballot is None]
+            if not wants:
+                return
+            rounds += 1
+            if context.remaining(deadline) <= 0:
+                raise Unavailable(
+                    f"no majority of the replicas of group {wants[0].key.hex()} agreed in time ({len(wants)} groups "
+                    "are not readable); try again when more nodes are reachable"
+                )
+            if link > context.domain.roster.epoch:
+                await self._catch_up(link)
+            if rounds >= ROUNDS_BEFORE_SETTLING:
+                await self._settle(wants, deadline)
+            else:
+                context.count("reads_again")
+                await context.clock.sleep(context.chance.uniform(READ_AGAIN_MIN_S, READ_AGAIN_MAX_S))
+
+    async def _catch_up(self, link: int) -> None:
+        try:
+            await self._context.domain.refresh(link)
+        except DhtError:
+            self._context.count("refreshes_failed")
+
+    async def _settle(self, wants: list[_Want], deadline: float) -> None:
+        """Have the coordinators finish what keeps the replicas apart."""
+        context = self._context
+        context.count("reads_settled", len(wants))
+        work = []
+        for want in wants[:64]:
+            operation = Operation(Kind.SETTLE, context.chance.randbytes(16), Part(want.key))
+            work.append(context.spawn(self._settle_one(operation, min(deadline, context.clock.monotonic() + 1.0))))
+        await asyncio.wait(work)
+        await context.clock.sleep(context.chance.uniform(0, READ_AGAIN_MAX_S))
+
+    async def _settle_one(self, operation: Operation, deadline: float) -> None:
+        try:
+            await self._router.submit(operation, 0, deadline)
+        except (Unavailable, Indeterminate):
+            self._context.count("settles_failed")
+
+    # One round.
+
+    async def _round(self, wants: list[_Want]) -> int:
+        """Ask all replicas of all groups once; the newest roster link that any of them told."""
+        context = self._context
+        frames: dict[NodeId, list[_Want]] = {}
+        for want in wants:
+            replicas = context.replicas(want.key)
+            want.begin(replicas.epoch, replicas.nodes)
+            if want.source not in replicas.nodes:
+                want.source = self._source(replicas.nodes)
+            for node in replicas.nodes:
+                frames.setdefault(node, []).append(want)
+        gathering = _Gathering(len(wants))
+        for node, asked in frames.items():
+            context.spawn(self._ask(node, asked, gathering))
+        return await gathering.done
+
+    def _source(self, nodes: tuple[NodeId, ...]) -> NodeId:
+        if self._context.node in nodes:
+            return self._context.node
+        return next((node for node in nodes if self._context.network.alive(node)), nodes[0])
+
+    async def _ask(self, node: NodeId, wants: list[_Want], gathering: _Gathering) -> None:
+        own = node == self._context.node
+        items = tuple(
+            ReadItem(
+                want.key,
+                want.epoch,
+                want.wanted if node == want.source and not own else Wanted.BALLOT,
+                want.known if want.wanted == Wanted.DATA else None,
+            )
+            for want in wants
+        )
+        request = ReadReplica(items)
+        states: Sequence[ReplicaState | None] = [None] * len(wants)
+        try:
+            if own:
+                reply, number = self._acceptor.read(request)
+                await self._acceptor.durable(number)
+            else:
+                reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ReadReplicaReply)
+            if len(reply.items) == len(wants):
+                states = reply.items
+            gathering.link = max(gathering.link, reply.link)
+        except DhtError:
+            self._context.count("read_replies_lost")
+        for want, state in zip(wants, states, strict=True):
+            self._take(node, want, state, gathering)
+
+    def _take(self, node: NodeId, want: _Want, state: ReplicaState | None, gathering: _Gathering) -> None:
+        if want.finished or gathering.done.done():
+            return
+        want.open -= 1
+        if state is not None and state.serving:
+            want.states[node] = state
+            self._try(want)
+        if want.finished:
+            gathering.one_less()
+
+    def _try(self, want: _Want) -> None:
+        """Finish the want if a majority agrees and its data is here."""
+        if len(want.states) < want.quorum:
+            return
+        votes: dict[Ballot, int] = {}
+        for state in want.states.values():
+            votes[state.accepted] = votes.get(state.accepted, 0) + 1
+        ballot = max(votes, key=lambda accepted: votes[accepted])
+        rules = self._context.rules
+        if not rules.read_same_ballot:
+            source = want.states.get(want.source or b"")
+            ballot = source.accepted if source is not None else ballot
+        elif votes[ballot] < want.quorum:
+            if rules.read_writes_back:
+                return
+            ballot = max(votes)
+        self._finish(want, ballot)
+
+    def _finish(self, want: _Want, ballot: Ballot) -> None:
+        agreeing = [node for node, state in want.states.items() if state.accepted == ballot]
+        intents = want.states[agreeing[0]].intents if agreeing else 0
+        rows: dict[RowKey, bytes] | None = None
+        if want.wanted == Wanted.SYSTEM or want.known != ballot:
+            rows = {} if ballot == ZERO else self._rows(want, ballot)
+            if rows is None:
+                # The majority stands where the source does not, or it is silent: next time another gives the data.
+                if agreeing:
+                    want.source = agreeing[0]
+                return
+        want.ballot, want.rows, want.intents = ballot, rows, intents
+
+    def _rows(self, want: _Want, ballot: Ballot) -> dict[RowKey, bytes] | None:
+        """Rows of exactly that ballot: a peer's, the coordinator's cached ones, or those of the own file."""
+        for state in want.states.values():
+            if state.rows is not None and state.accepted == ballot:
+                return state.rows
+        if self._context.node in want.states:
+            cached = self._coordinator.cached(want.key)
+            if cached is not None and cached.ballot == ballot and want.wanted == Wanted.DATA:
+                return cached.data()
+            if self._context.file.header(want.key).accepted == ballot:
+                return self._acceptor.rows(want.key, want.wanted)
+        return None
+
+
+class _Gathering:
+    """The end of a round: all wants finished. `link`: the newest roster link that a replica told."""
+
+    __slots__ = ("_open", "done", "link")
+
+    def __init__(self, wants: int) -> None:
+        self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.link = 0
+        self._open = wants
+        if not wants:
+            self.done.set_result(0)
+
+    def one_less(self) -> None:
+        self._open -= 1
+        if not self._open and not self.done.done():
+            self.done.set_result(self.link)

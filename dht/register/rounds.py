@@ -1,0 +1,292 @@
+"""One round to a group's replicas: prepare, accept, or confirm, counted until its quorum is there or out of reach.
+
+All replicas are asked at once, the own one like the others, its disk beside theirs. The round ends at the quorum; what
+comes later is still taken note of: a refusal names a ballot that the coordinator must beat, a replica on another base
+gets the whole state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TypeVar
+
+from dht.domain.roster import TabletReplicas, quorums
+from dht.errors import DhtError, NotServing, RemoteProtocolError
+from dht.limits import PEER_TIMEOUT_S
+from dht.model import ZERO, Ballot, GroupKey, NodeId, RowKey, Struct
+from dht.register.acceptor import Acceptor
+from dht.register.context import Context
+from dht.register.group import GroupState
+from dht.register.messages import (
+    Accept,
+    Accepted,
+    Chosen,
+    Prepare,
+    Prepared,
+    ReadItem,
+    ReadReplica,
+    ReadReplicaReply,
+    Verdict,
+    Wanted,
+)
+
+T = TypeVar("T", bound=Struct)
+
+MARKS_DELAY_S = 0.003
+MARKS_GROUPS_MAX = 1_000
+
+
+class Tally:
+    """Votes of one round. `done` is True at the quorum, False when it is out of reach."""
+
+    __slots__ = ("done", "missing", "open")
+
+    def __init__(self, voters: int, quorum: int) -> None:
+        self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.missing = quorum
+        self.open = voters
+
+    def vote(self, yes: bool) -> None:
+        self.open -= 1
+        self.missing -= yes
+        if not self.done.done():
+            if self.missing <= 0:
+                self.done.set_result(True)
+            elif self.missing > self.open:
+                self.done.set_result(False)
+
+
+class Standing:
+    """What a coordinator holds of one group. The rules of its use are in `dht.register.coordinator`.
+
+    `state` and `promised` belong together: a quorum promised that ballot on that state. `heard`: the highest ballot
+    that anybody named. `behind`: replicas that need the whole state next time.
+    """
+
+    __slots__ = ("behind", "heard", "key", "promised", "settled", "size_bytes", "state")
+
+    def __init__(self, key: GroupKey) -> None:
+        self.key = key
+        self.state: GroupState | None = None
+        self.promised: Ballot | None = None
+        self.heard = ZERO
+        self.settled = False
+        self.behind: dict[NodeId, None] = {}
+        self.size_bytes = 0
+
+    def drop(self) -> None:
+        """Forget state and promise: nothing is proposed before the next prepare."""
+        self.state = None
+        self.promised = None
+        self.settled = False
+
+    def hear(self, ballot: Ballot) -> None:
+        self.heard = max(self.heard, ballot)
+
+
+class Rounds:
+    """Conversations of a proposer with the replicas of a group."""
+
+    def __init__(self, context: Context, acceptor: Acceptor) -> None:
+        self._context = context
+        self._acceptor = acceptor
+        self._marks: dict[NodeId, dict[GroupKey, Ballot]] = {}
+
+    # Prepare.
+
+    async def prepare(self, standing: Standing, replicas: TabletReplicas) -> bool:
+        """Get a quorum's promise and the newest state among it. False: refused or out of reach; back off."""
+        context = self._context
+        context.count("prepares")
+        key = standing.key
+        held = context.file.header(key)
+        round = max(standing.heard.round, held.promise.round) + 1
+        ballot = context.ballot(replicas.epoch, round)
+        known = held.accepted if context.node in replicas.nodes else None
+        accept_quorum, quorum = quorums(len(replicas.nodes))
+        tally = Tally(len(replicas.nodes), quorum)
+        replies: dict[NodeId, Prepared] = {}
+        for node in replicas.nodes:
+            request = Prepare(key, ballot, None if node == context.node else known)
+            context.spawn(self._prepare_at(standing, node, request, tally, replies))
+        if not await tally.done:
+            return False
+        best = max(replies.values(), key=lambda reply: (reply.accepted, reply.rows is not None))
+        rows = best.rows
+        if rows is None and best.accepted != ZERO:
+            rows = self._own_rows(key, best.accepted)
+            if rows is None:
+                return False
+        standing.state = GroupState(rows or {}, best.accepted)
+        standing.promised = ballot
+        standing.behind.clear()
+        same = [reply for reply in replies.values() if reply.accepted == best.accepted]
+        standing.settled = len(same) >= accept_quorum or any(reply.chosen for reply in same)
+        return True
+
+    def _own_rows(self, key: GroupKey, accepted: Ballot) -> dict[RowKey, bytes] | None:
+        """The rows of this replica, if it still stands where the peers' newest state is."""
+        if self._context.file.header(key).accepted != accepted:
+            return None
+        return self._context.file.rows(key)
+
+    async def _prepare_at(
+        self, standing: Standing, node: NodeId, request: Prepare, tally: Tally, replies: dict[NodeId, Prepared]
+    ) -> None:
+        try:
+            if node == self._context.node:
+                reply, number = self._acceptor.prepare(request)
+                await self._acceptor.durable(number, request.key)
+            else:
+                answer = await self._context.network.call(node, request, PEER_TIMEOUT_S)
+                reply = expect(answer, Prepared)
+        except DhtError as error:
+            self._failed(error)
+            tally.vote(False)
+            return
+        standing.hear(reply.promise)
+        if reply.ok and not tally.done.done():
+            replies[node] = reply
+        tally.vote(reply.ok)
+
+    # Accept.
+
+    async def accept(
+        self,
+        standing: Standing,
+        replicas: TabletReplicas,
+        base: Ballot,
+        delta: Mapping[RowKey, bytes | None],
+        next: Ballot,
+    ) -> bool:
+        """Have a quorum accept `standing.state` at its ballot; `delta` leads to it from `base`. False: unknown."""
+        context = self._context
+        state = standing.state
+        assert state is not None
+        request = Accept(
+            standing.key,
+            state.ballot,
+            next,
+            base,
+            False,
+            dict(delta),
+            state.digest.to_bytes(16, "big"),
+            state.deleted,
+        )
+        quorum, _ = quorums(len(replicas.nodes))
+        tally = Tally(len(replicas.nodes), quorum if context.rules.chosen_before_answer else 1)
+        for node in replicas.nodes:
+            context.spawn(self._accept_at(standing, node, request, tally))
+        accepted = await tally.done
+        if accepted:
+            self._mark(replicas, standing.key, request.ballot)
+        return accepted
+
+    async def _accept_at(self, standing: Standing, node: NodeId, request: Accept, tally: Tally) -> None:
+        try:
+            sent = request
+            if node in standing.behind:
+                sent = self._whole(standing, request) or request
+            reply = await self._send_accept(node, sent)
+            if reply.verdict == Verdict.NEED_WHOLE:
+                whole = self._whole(standing, request)
+                if whole is None:
+                    # The state has moved on meanwhile; the next accept brings this replica the whole.
+                    standing.behind[node] = None
+                else:
+                    reply = await self._send_accept(node, whole)
+        except DhtError as error:
+            self._failed(error)
+            tally.vote(False)
+            return
+        standing.hear(reply.promise)
+        if reply.verdict == Verdict.ACCEPTED:
+            standing.behind.pop(node, None)
+        tally.vote(reply.verdict == Verdict.ACCEPTED)
+
+    async def _send_accept(self, node: NodeId, request: Accept) -> Accepted:
+        if node == self._context.node:
+            reply, number = self._acceptor.accept(request)
+            await self._acceptor.durable(number, request.key)
+            return reply
+        return expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), Accepted)
+
+    def _whole(self, standing: Standing, request: Accept) -> Accept | None:
+        """The same accept with all rows, if the coordinator still holds just that state."""
+        state = standing.state
+        if state is None or state.ballot != request.ballot:
+            return None
+        self._context.count("wholes_sent")
+        rows: dict[RowKey, bytes | None] = dict(state.rows)
+        return Accept(
+            request.key, request.ballot, request.next, request.base, True, rows, request.digest, request.deleted
+        )
+
+    # Confirm.
+
+    async def confirm(self, standing: Standing, replicas: TabletReplicas) -> bool:
+        """Whether a quorum stands at the cached state now, so that it is the newest chosen one."""
+        state = standing.state
+        assert state is not None
+        quorum, _ = quorums(len(replicas.nodes))
+        tally = Tally(len(replicas.nodes), quorum)
+        request = ReadReplica((ReadItem(standing.key, replicas.epoch, Wanted.BALLOT),))
+        for node in replicas.nodes:
+            self._context.spawn(self._confirm_at(node, request, state.ballot, tally))
+        return await tally.done
+
+    async def _confirm_at(self, node: NodeId, request: ReadReplica, ballot: Ballot, tally: Tally) -> None:
+        try:
+            if node == self._context.node:
+                reply, number = self._acceptor.read(request)
+                await self._acceptor.durable(number)
+            else:
+                reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ReadReplicaReply)
+            same = len(reply.items) == 1 and reply.items[0].serving and reply.items[0].accepted == ballot
+        except DhtError as error:
+            self._failed(error)
+            same = False
+        tally.vote(same)
+
+    def _failed(self, error: DhtError) -> None:
+        if isinstance(error, NotServing):
+            # Beside the round: its vote must not wait for the chain.
+            self._context.spawn(self._catch_up(error))
+
+    async def _catch_up(self, error: NotServing) -> None:
+        try:
+            await self._context.catch_up(error)
+        except DhtError:
+            self._context.count("refreshes_failed")
+
+    # Chosen marks.
+
+    def _mark(self, replicas: TabletReplicas, key: GroupKey, ballot: Ballot) -> None:
+        """Tell the replicas, soon and in batches, that the ballot is chosen."""
+        for node in replicas.nodes:
+            marks = self._marks.get(node)
+            if marks is None:
+                self._marks[node] = {key: ballot}
+                self._context.spawn(self._send_marks(node))
+            elif len(marks) < MARKS_GROUPS_MAX:
+                marks[key] = ballot
+
+    async def _send_marks(self, node: NodeId) -> None:
+        await self._context.clock.sleep(MARKS_DELAY_S)
+        marks = self._marks.pop(node)
+        message = Chosen(tuple(marks), tuple(marks.values()))
+        try:
+            if node == self._context.node:
+                self._acceptor.chosen(message)
+            else:
+                await self._context.network.call(node, message, PEER_TIMEOUT_S)
+        except DhtError:
+            self._context.count("marks_lost")
+
+
+def expect(answer: Struct, kind: type[T]) -> T:
+    """The answer as the type that the protocol says. Raises RemoteProtocolError."""
+    if not isinstance(answer, kind):
+        raise RemoteProtocolError(f"a peer answered with {type(answer).__name__} where {kind.__name__} was due")
+    return answer

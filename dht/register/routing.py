@@ -1,0 +1,152 @@
+"""The way of an operation to the coordinator of its group, and what comes of it (DESIGN section 6).
+
+The coordinator is the first live replica in the tablet's list. Whoever else has an operation forwards it; a receiver
+that is not the coordinator either passes it on, once; whoever gets it passed on does it, for any replica may propose.
+A forward of unknown outcome is tried at the next replica as the next attempt of the same transaction, which the group's
+window makes safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from dht.domain.roster import TabletReplicas
+from dht.errors import Conflict, DhtError, Indeterminate, NotServing, Unavailable
+from dht.model import GroupKey, NodeId
+from dht.register.context import Context
+from dht.register.coordinator import Coordinator
+from dht.register.messages import Coordinate, Coordinated, Kind, Operation
+from dht.register.operations import Blocked, Intent
+from dht.register.rounds import expect
+
+FORWARD_TIMEOUT_S = 3.0
+PREPARE_WAIT_S = 0.25
+"""How long a step of a transaction waits, with intents of its own elsewhere, before it gives way: two that wait for
+each other must not both wait for the intent timeout."""
+
+Unblock = Callable[[GroupKey, Intent, float], Awaitable[None]]
+
+
+class Router:
+    """Brings operations to coordinators. `unblock` waits for an intent or ends it; set where the node is composed."""
+
+    def __init__(self, context: Context, coordinator: Coordinator) -> None:
+        self._context = context
+        self._coordinator = coordinator
+        self.unblock: Unblock
+
+    async def submit(self, operation: Operation, attempt: int, deadline: float) -> Coordinated:
+        """Do the operation wherever it belongs.
+
+        Raises what refused it; Unavailable when it was certainly not applied, Indeterminate when it may have been.
+        """
+        context = self._context
+        key = operation.part.key
+        tried: dict[NodeId, None] = {}
+        elsewhere = uncertain = False
+        last: DhtError | None = None
+        while (left := context.remaining(deadline)) > 0:
+            target = self._target(context.replicas(key), tried)
+            try:
+                if target == context.node:
+                    return await self.execute(operation, attempt, not attempt and not elsewhere, deadline)
+                elsewhere = True
+                timeout_s = min(left, FORWARD_TIMEOUT_S)
+                context.count("forwards")
+                request = Coordinate(operation, attempt, False, int(timeout_s * 1000))
+                return expect(await context.network.call(target, request, timeout_s), Coordinated)
+            except NotServing as error:
+                last = error
+                await self._catch_up(error)
+            except Unavailable as error:
+                last = error
+            except Indeterminate as error:
+                if error.detail.get("forgotten"):
+                    raise  # the window's own answer; nobody will know more
+                last = error
+                uncertain = True
+                attempt += 1
+            tried[target] = None
+            if len(tried) >= len(context.replicas(key).nodes):
+                tried.clear()
+                await context.back_off()
+        why = last.message if last else "no time was left"
+        if uncertain:
+            raise Indeterminate(f"the outcome of a write to group {key.hex()} is not known: {why}", id=operation.id)
+        raise Unavailable(f"group {key.hex()} cannot be written now, nothing was applied: {why}")
+
+    def _target(self, replicas: TabletReplicas, tried: dict[NodeId, None]) -> NodeId:
+        """The first live replica that was not tried, else the first that was not tried, else the first."""
+        rest = [node for node in replicas.nodes if node not in tried]
+        for node in rest:
+            if node == self._context.node or self._context.network.alive(node):
+                return node
+        return rest[0] if rest else replicas.nodes[0]
+
+    async def serve(self, request: Coordinate) -> Coordinated:
+        """A peer's forward."""
+        context = self._context
+        operation = request.operation
+        deadline = context.clock.monotonic() + request.timeout_ms / 1000
+        replicas = context.replicas(operation.part.key)
+        target = self._target(replicas, {})
+        mine = context.node in replicas.nodes
+        if mine and (request.passed or target == context.node):
+            return await self.execute(operation, request.attempt, False, deadline)
+        if request.passed:
+            raise NotServing("this node is no replica of the group", roster_epoch=context.domain.roster.epoch)
+        context.count("passed_on")
+        onward = Coordinate(operation, request.attempt, True, request.timeout_ms)
+        try:
+            return expect(await context.network.call(target, onward, request.timeout_ms / 1000), Coordinated)
+        except NotServing:
+            raise
+        except Unavailable:
+            if not mine:
+                raise
+        return await self.execute(operation, request.attempt, False, deadline)
+
+    async def execute(self, operation: Operation, attempt: int, first: bool, deadline: float) -> Coordinated:
+        """Do it here, as coordinator, waiting for the intents of others."""
+        context = self._context
+        began = context.clock.monotonic()
+        patience = PREPARE_WAIT_S * (1 + context.chance.random())
+        sent = False
+        while True:
+            try:
+                return await self._coordinator.run(operation, attempt, first, deadline)
+            except Blocked as blocked:
+                context.count("blocked")
+                if blocked.sent:
+                    sent, first, attempt = True, False, max(1, attempt)
+                holds_others = operation.kind in (Kind.PREPARE, Kind.COMMIT_PRIMARY)
+                if holds_others and not sent and context.clock.monotonic() - began > patience:
+                    raise Conflict(
+                        "another transaction holds one of the groups; run the transaction again",
+                        part=operation.part_index,
+                        what="intent",
+                        index=0,
+                    ) from None
+                try:
+                    await self.unblock(operation.part.key, blocked.intent, deadline)
+                except (Unavailable, Indeterminate) as error:
+                    if context.remaining(deadline) <= 0:
+                        raise _undecided(operation, sent, error) from None
+                    await context.back_off()
+                if context.remaining(deadline) <= 0:
+                    raise _undecided(operation, sent, blocked) from None
+            except Unavailable as error:
+                if sent:
+                    raise _undecided(operation, sent, error) from None
+                raise
+
+    async def _catch_up(self, error: NotServing) -> None:
+        try:
+            await self._context.catch_up(error)
+        except DhtError:
+            self._context.count("refreshes_failed")
+
+
+def _undecided(operation: Operation, sent: bool, why: DhtError) -> DhtError:
+    text = f"group {operation.part.key.hex()} is held by another transaction: {why.message}"
+    return Indeterminate(text) if sent else Unavailable(text)

@@ -1,0 +1,53 @@
+"""The rules of the registers as switches. All on; the simulator turns single ones off.
+
+A rule whose breaking no test notices is not tested: each switch is a planted bug.
+"""
+
+from __future__ import annotations
+
+from dht.model import Struct
+
+
+class Rules(Struct, frozen=True):
+    """True: the rule holds.
+
+    promise_durable: a promise is on the disk before it is told. accept_durable: so is an accepted value.
+    refuse_lower_ballot: an acceptor keeps its promise. delta_base_checked: a delta goes on its base only, and gives the
+    digest that it names. boot_in_ballot: ballots of two starts of a node differ.
+    one_accept_in_flight: the next accept waits for the last. chosen_before_answer: a write is answered at its quorum.
+    drop_after_failed_accept: after an accept without quorum the state is fetched anew by a prepare.
+    promise_not_across_epochs: a cached promise ends with its tablet epoch. confirm_refusal: a refusal out of cached
+    state is confirmed by a quorum.
+    window, window_floor, refusal_recorded_at_retry: once only (dht.register.group).
+    read_same_ballot: a read's majority agrees on one ballot. read_writes_back: what no majority has yet is finished
+    before it is read. find_lists_unsettled, find_intents: a find reads by itself what may not be decided.
+    find_majority: a find waits for a majority of each tablet. reads_resolve_intents: a read asks the primary.
+    abort_before_touching_intent: a resolver ends the transaction at its primary first. decision_kept: the decision
+    record stays until every group has acknowledged. prepare_before_commit: the primary commits after all prepared.
+    """
+
+    promise_durable: bool = True
+    accept_durable: bool = True
+    refuse_lower_ballot: bool = True
+    delta_base_checked: bool = True
+    boot_in_ballot: bool = True
+    one_accept_in_flight: bool = True
+    chosen_before_answer: bool = True
+    drop_after_failed_accept: bool = True
+    promise_not_across_epochs: bool = True
+    confirm_refusal: bool = True
+    window: bool = True
+    window_floor: bool = True
+    refusal_recorded_at_retry: bool = True
+    read_same_ballot: bool = True
+    read_writes_back: bool = True
+    find_lists_unsettled: bool = True
+    find_intents: bool = True
+    find_majority: bool = True
+    reads_resolve_intents: bool = True
+    abort_before_touching_intent: bool = True
+    decision_kept: bool = True
+    prepare_before_commit: bool = True
+
+
+RULES = Rules()
