@@ -159,6 +159,10 @@ class RegisterFile:
         """
         return search(self._disk, self._indexes, query, None if tablets is None else frozenset(tablets), limit)
 
+    def pk_columns(self, database: str, table: int) -> tuple[int, ...]:
+        """The table's primary-key columns; empty while no spec has told them."""
+        return self._indexes.of(encode_value(database), table_prefix(table)).primary.columns
+
     def unsettled(self, database: str, table: int, tablets: Collection[int] | None) -> list[GroupKey]:
         """Groups of the tablets whose rows of the table may not be decided yet; possibly some more, never fewer."""
         groups = self._unsettled.get(encode_value(database))

@@ -275,3 +275,28 @@ def _range_test(constraint: Constraint) -> Callable[[Value], bool]:
         return (value > bound) == (sign[0] > 0)  # type: ignore[operator]
 
     return accepts
+
+
+def row_test(query: FindQuery, pk: tuple[int, ...]) -> Callable[[RowKey, bytes], bool]:
+    """Whether a row of the query's table, from wherever it was read, matches the query's constraints."""
+    tests = [_test(constraint) for constraint in query.constraints]
+    cut = len(table_prefix(query.table))
+
+    def matches(key: RowKey, data: bytes) -> bool:
+        row = with_key(decode_row(data), pk, key[cut:])
+        return all(accepts(row.get(column)) for column, accepts in tests)
+
+    return matches
+
+
+def row_order(query: FindQuery, pk: tuple[int, ...]) -> Callable[[Match], bytes]:
+    """A row's place in query order, as bytes that sort (descending queries reverse it)."""
+    columns = query.order.columns if query.order is not None else ()
+    cut = len(table_prefix(query.table))
+
+    def place(match: Match) -> bytes:
+        group, rowkey, data = match
+        row = with_key(decode_row(data), pk, rowkey[cut:]) if columns else {}
+        return b"".join([encode_value(row.get(column)) for column in columns]) + rowkey + group
+
+    return place
