@@ -59,7 +59,7 @@ class OsloChannel:
         except (oslo_messaging.MessagingTimeout, oslo_messaging.MessageDeliveryFailure, OSError) as error:
             raise db_exception.DBConnectionError(unreachable(method, error)) from error
         except oslo_messaging.MessagingException as error:
-            raise db_exception.DBConnectionError(unreachable(method, error)) from error
+            raise RemoteFailure(type(error).__name__, f"{method} through the RPC door: {error}") from error
         return answer
 
     def close(self) -> None:

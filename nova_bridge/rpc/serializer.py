@@ -51,7 +51,7 @@ def connection_of(context: Any) -> str | None:
     url = getattr(manager, "lucd_connection", None)
     if url is None:
         # Made before the door was opened: oslo.db keeps what it was configured with.
-        url = manager._factory._writer_cfg.get("connection")
+        url = manager._factory._url_cfg.get("connection")
     if not isinstance(url, str):
         raise Invalid(
             "the context is targeted at a cell whose database connection is not known; target it by its mapping"

@@ -125,5 +125,5 @@ class NovaDbEndpoint:
 def make_server(transport: Any, server: str, endpoint: NovaDbEndpoint, executor: str = "threading") -> Any:
     """The oslo.messaging server; start() it. `server` is the host's name."""
     target = oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=server)
-    policy = oslo_messaging.ExplicitRPCAccessPolicy()
+    policy = oslo_messaging.ExplicitRPCAccessPolicy
     return oslo_messaging.get_rpc_server(transport, target, [endpoint], executor=executor, access_policy=policy)
