@@ -234,6 +234,7 @@ class Overlay:
         *,
         enough: Callable[[Contact], bool] | None = None,
         answers: list[list[Hint]] | None = None,
+        count: int | None = None,
     ) -> list[Contact]:
         """Look the target up; with `answers`, look for its hints, add them there and end when a few nodes had any."""
         protocol = self._running()
@@ -253,7 +254,7 @@ class Overlay:
 
         ends = enough if answers is None else lambda _: len(answers) > HINT_ANSWERS
         start = protocol.router.nearest(target, self._settings.ksize)
-        crawl = Crawl(ask, target, start, self.node_id, self._settings.ksize, self._settings.parallel, ends)
+        crawl = Crawl(ask, target, start, self.node_id, count or self._settings.ksize, self._settings.parallel, ends)
         return await crawl.run()
 
     def _now(self) -> float:
@@ -341,7 +342,9 @@ class Overlay:
         await self._crawl(self.node_id)
         buckets = list(self._running().router.buckets)
         for bucket in buckets if everywhere else [random.choice(buckets)]:
-            await self._crawl(random.randint(*bucket.range).to_bytes(20, "big"))
+            # Deep buckets are mostly empty, because ids share their PoP's bits: a few nodes can tell.
+            count = self._settings.ksize if bucket.depth() <= 5 else self._settings.parallel
+            await self._crawl(random.randint(*bucket.range).to_bytes(20, "big"), count=count)
 
     async def _publish(self, key: bytes) -> int:
         protocol = self._running()
