@@ -34,6 +34,7 @@ def run_command(seed: int, scenario: str, trace: bool, off: tuple[str, ...], qui
     if trace or (verdict.violations and not quiet):
         click.echo("\n".join(verdict.trace))
     click.echo(_line(verdict))
+    click.echo("counters: " + " ".join(f"{name}={n}" for name, n in verdict.counters.items()))
     for violation in verdict.violations:
         click.echo(f"VIOLATION: {violation}")
     if verdict.violations:
@@ -53,6 +54,7 @@ def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tup
     work = [(names[seed % len(names)], off, seed) for seed in range(first, first + seeds)]
     started = time.monotonic()
     failed = undecided = done = operations = 0
+    counters: dict[str, int] = {}
     with ProcessPoolExecutor(jobs) as pool:
         queue = iter(work)
         waiting = [pool.submit(_run_one, *one) for one in islice(queue, jobs * 2)]
@@ -61,6 +63,8 @@ def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tup
             done += 1
             undecided += verdict.undecided
             operations += sum(verdict.counts.values())
+            for name, n in verdict.counters.items():
+                counters[name] = counters.get(name, 0) + n
             if verdict.violations:
                 failed += 1
                 _report(verdict, off)
@@ -69,6 +73,7 @@ def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tup
             waiting += [pool.submit(_run_one, *one) for one in islice(queue, 1)]
         for future in waiting:
             future.cancel()
+    click.echo("counters: " + " ".join(f"{name}={n}" for name, n in sorted(counters.items())))
     took_s = time.monotonic() - started
     click.echo(
         f"{done} runs, {operations} operations in {took_s:.0f} s: {failed} failed, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -45,6 +45,11 @@ class Node(Protocol):
 
     @property
     def store(self) -> Store: ...
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What the node counted, for the report of the run."""
+        ...
 
     @property
     def settled(self) -> bool:
@@ -105,6 +110,7 @@ class Cluster:
         self.pops = tuple(pops)
         self.machines: list[Machine] = []
         self.lines: list[str] = []
+        self.booted: list[Node] = []
         self.fabric = Fabric(self.chance("network"), self.say)
 
     def chance(self, purpose: str) -> random.Random:
@@ -151,6 +157,7 @@ class Cluster:
         self.say(f"{machine.name} boots ({machine.boots})")
         machine.paused = False
         node = machine.node = process.fresh_context().run(self.build, boot)
+        self.booted.append(node)
         await self._inside(machine, node.start(), "start")
 
     def crash(self, number: int) -> None:
@@ -207,6 +214,14 @@ class Cluster:
     def heal(self) -> None:
         self.fabric.heal()
         self.say("links are whole")
+
+    def counters(self) -> dict[str, int]:
+        """The sum over all boots of all nodes."""
+        total: dict[str, int] = {}
+        for node in self.booted:
+            for name, n in node.counters.items():
+                total[name] = total.get(name, 0) + n
+        return dict(sorted(total.items()))
 
     def numbers(self, *, answering: bool = True) -> list[int]:
         """Machines that run and are not paused (or those that do not); retired ones are left out."""

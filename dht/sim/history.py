@@ -56,9 +56,10 @@ class Find:
 
 @dataclass(slots=True)
 class Draw:
-    """`count` ids of a sequence, to exceed `above`; `first` is None when it failed."""
+    """`count` ids of a sequence, to exceed `above`, asked at a machine; `first` is None when it failed."""
 
     client: str
+    machine: int
     sequence: tuple[str, str]
     count: int
     above: int
@@ -72,6 +73,7 @@ class Raise:
     """A sequence was told to exceed `above`; `done` when that was acknowledged."""
 
     client: str
+    machine: int
     sequence: tuple[str, str]
     above: int
     call: int

@@ -291,7 +291,10 @@ def unique_entries(final: dict[GroupKey, Content], table: int, column: int, entr
 
 
 def sequences(history: History) -> list[str]:
-    """Ids never repeat, exceed what they were to exceed, and exceed every acknowledged raise before them."""
+    """Ids never repeat, exceed what they were to exceed, and exceed what was raised before at the same machine.
+
+    Blocks that other nodes hold when a sequence is raised are theirs: they are not recalled.
+    """
     out: list[str] = []
     for draw in history.draws:
         if draw.first is not None and draw.first <= draw.above:
@@ -305,7 +308,8 @@ def sequences(history: History) -> list[str]:
             continue
         for draw in history.draws:
             low = draw.first is not None and draw.first <= raised.above
-            if low and draw.sequence == raised.sequence and draw.call > raised.ret:
+            here = draw.sequence == raised.sequence and draw.machine == raised.machine
+            if low and here and draw.call > raised.ret:
                 out.append(f"{draw.client} drew {draw.first} after the sequence was raised above {raised.above}")
     return out
 

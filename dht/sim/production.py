@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -46,6 +46,10 @@ class ProductionNode:
     @property
     def store(self) -> Store:
         return self._store
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        return self._store.counters
 
     @property
     def settled(self) -> bool:

@@ -85,6 +85,7 @@ class Verdict:
     violations: list[str]
     undecided: int
     counts: dict[str, int]
+    counters: dict[str, int]
     trace: list[str] = field(repr=False)
 
     @property
@@ -142,7 +143,9 @@ def run(scenario: Scenario, seed: int, build: Build | None = None) -> Verdict:
     finally:
         logging.getLogger("dht").removeHandler(complaints)
     violations += complaints.lines
-    return Verdict(scenario.name, seed, violations, undecided, bench.history.counts(), cluster.lines)
+    return Verdict(
+        scenario.name, seed, violations, undecided, bench.history.counts(), cluster.counters(), cluster.lines
+    )
 
 
 class _Complaints(logging.Handler):
@@ -260,7 +263,7 @@ def _lasts_s(now: Run) -> float:
 async def _crash_one(now: Run) -> None:
     cluster = now.cluster
     down = cluster.numbers(answering=False)
-    if len(down) >= now.scenario.faults.down_at_once:
+    if len(down) >= now.scenario.faults.down_at_once or not cluster.numbers():
         return
     victim = now.chance.choice(cluster.numbers())
     lasts_s = _lasts_s(now)
@@ -364,7 +367,7 @@ async def _join(now: Run) -> None:
 
 async def _drain(now: Run) -> None:
     """A machine's tablets move to the others, and it leaves. Goes on after the faults end."""
-    if now.drains < now.scenario.faults.drains:
+    if now.drains < now.scenario.faults.drains and now.cluster.numbers():
         now.drains += 1
         victim = now.chance.choice(now.cluster.numbers())
         now.cluster.say(f"n{victim} is asked to leave")

@@ -358,7 +358,7 @@ class Client:
         timeout_s = self.bench.timeout_s
         highest = max((d.first or 0 for d in history.draws), default=0)
         if self.chance.random() < 0.2:
-            raised = Raise(self.name, sequence, highest + self.chance.randrange(300), history.tick())
+            raised = Raise(self.name, self.machine, sequence, highest + self.chance.randrange(300), history.tick())
             history.raises.append(raised)
             try:
                 await cluster.ask(
@@ -370,7 +370,7 @@ class Client:
             raised.ret = history.tick()
             return
         above = highest if self.chance.random() < 0.3 else 0
-        record = Draw(self.name, sequence, self.chance.choice((1, 1, 5, 120)), above, history.tick())
+        record = Draw(self.name, self.machine, sequence, self.chance.choice((1, 1, 5, 120)), above, history.tick())
         history.draws.append(record)
         try:
             record.first = await cluster.ask(

@@ -6,7 +6,7 @@ It lets the simulator's own parts (clients, faults, oracles) be tested apart fro
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dht.codec import Message, message
 from dht.errors import Indeterminate, Invalid, Unavailable
@@ -38,6 +38,7 @@ class ToyNode:
 
     settled = True
     left = True
+    counters: Mapping[str, int] = {}
 
     async def leave(self, node: bytes) -> None:
         pass
