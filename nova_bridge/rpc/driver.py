@@ -22,7 +22,7 @@ import oslo_messaging
 from oslo_messaging._drivers import base, common
 from oslo_serialization import jsonutils
 
-from dht.errors import DhtError, Indeterminate
+from dht.errors import DhtError, Indeterminate, Invalid
 from dht.wire.blocking import BlockingClient, Channel, Lost
 from dht.wire.frames import timeout_ms
 from nova_bridge.rpc.bus_messages import (
@@ -96,7 +96,14 @@ class LucdIncoming(base.RpcIncomingMessage):
         if not self._delivery.call:
             return
         content = {"failure": common.serialize_remote_exception(failure)} if failure else {"result": reply}
-        self._tell(Reply(self._delivery.call, jsonutils.dump_as_bytes(content)))
+        try:
+            self._listener.client.call(Reply(self._delivery.call, jsonutils.dump_as_bytes(content)), SHORT_TIMEOUT_S)
+        except Invalid as error:
+            # Too large to be sent: the caller shall hear why instead of waiting for nothing.
+            content = {"failure": common.serialize_remote_exception((Invalid, error, None))}
+            self._tell(Reply(self._delivery.call, jsonutils.dump_as_bytes(content)))
+        except DhtError as error:
+            LOG.warning("the reply to message %s was not sent: %s", self.msg_id, error)
 
     def heartbeat(self) -> None:
         if self._delivery.call:
@@ -125,7 +132,7 @@ class LucdListener(base.PollStyleListener):
         self._stopped = False
         self._lost_said = False
         # The queues exist before the first poll: what is sent from now on is kept.
-        self._connected(time.monotonic() + SHORT_TIMEOUT_S)
+        self._connected(time.monotonic() + SHORT_TIMEOUT_S, wait_s=SHORT_TIMEOUT_S)
 
     def poll(
         self, timeout: float | None = None, batch_size: int = 1, batch_timeout: float | None = None
@@ -171,13 +178,23 @@ class LucdListener(base.PollStyleListener):
                 time.sleep(RECONNECT_PAUSE_S)
             return []
         self._lost_said = False
-        return [LucdIncoming(self, delivery) for delivery in taken.deliveries] if isinstance(taken, Taken) else []
+        deliveries = taken.deliveries if isinstance(taken, Taken) else ()
+        return [message for message in map(self._incoming, deliveries) if message is not None]
 
-    def _connected(self, deadline: float) -> Channel:
+    def _incoming(self, delivery: Delivery) -> LucdIncoming | None:
+        try:
+            return LucdIncoming(self, delivery)
+        except (ValueError, TypeError, KeyError) as error:
+            LOG.warning(
+                "a message of %d bytes that is not oslo.messaging's was left out: %s", len(delivery.body), error
+            )
+            return None
+
+    def _connected(self, deadline: float, wait_s: float = 0.0) -> Channel:
         channel = self._channel
         if channel is not None and channel.pid == os.getpid():
             return channel
-        channel = self.client.connect(deadline, wait_s=0.0)
+        channel = self.client.connect(deadline, wait_s)
         try:
             reply = channel.call(Subscribe(self.addresses, self.fanout, self.acknowledges), deadline)
         except BaseException:

@@ -241,6 +241,15 @@ def test_no_daemon_is_a_delivery_failure(transport, daemon):
     daemon.start()
 
 
+def test_reply_that_is_too_large_is_told_to_the_caller(transport):
+    class Large(Endpoint):
+        def echo(self, ctxt, **args):
+            return "x" * (25 * 1024 * 1024)
+
+    with serving(transport, endpoint=Large()), pytest.raises(oslo_messaging.RemoteError, match="larger than a frame"):
+        client(transport).call({}, "echo")
+
+
 def test_thousand_calls_from_twenty_threads(transport):
     with serving(transport, name="one") as one, serving(transport, "host2", name="two") as two:
         asked = client(transport)
