@@ -82,8 +82,7 @@ class Acceptor:
             rows = self._file.rows(key)
         if not self._context.rules.promise_durable:
             number = 0
-        chosen = header.chosen == header.accepted
-        return Prepared(ok, header.promise, header.accepted, chosen, rows), number
+        return Prepared(ok, header.promise, header.accepted, rows), number
 
     def accept(self, request: Accept) -> tuple[Accepted, int]:
         """The answer, and the batch that must be durable before it leaves."""

@@ -28,7 +28,6 @@ class Prepared(Message, frozen=True, tag=2):
     ok: bool
     promise: Ballot
     accepted: Ballot
-    chosen: bool
     rows: dict[RowKey, bytes] | None
 
 

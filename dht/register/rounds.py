@@ -122,7 +122,8 @@ class Rounds:
         standing.promised = ballot
         standing.behind.clear()
         same = [reply for reply in replies.values() if reply.accepted == best.accepted]
-        standing.settled = len(same) >= accept_quorum or any(reply.chosen for reply in same)
+        # A chosen mark would prove as much, but a reader needs a majority that stands there.
+        standing.settled = len(same) >= accept_quorum
         return True
 
     def _own_rows(self, key: GroupKey, accepted: Ballot) -> dict[RowKey, bytes] | None:

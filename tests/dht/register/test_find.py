@@ -1,0 +1,182 @@
+"""Finds over all replicas: coverage, unsettled groups, order and limit."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from register_cluster import Cluster, eventually
+
+from dht.errors import SchemaChanged, Unavailable
+from dht.model import (
+    Change,
+    Comparison,
+    Constraint,
+    FindQuery,
+    IndexSpec,
+    Op,
+    Order,
+    Part,
+    TableSpec,
+    Transaction,
+)
+from dht.rows import decode_row, group_key
+
+ids = iter(range(1, 10**9))
+
+
+def key(name) -> bytes:
+    return group_key("db", "f", (name,))
+
+
+def transaction(*parts: Part, version: int = 1) -> Transaction:
+    return Transaction(next(ids).to_bytes(16, "big"), "db", version, parts)
+
+
+def insert(name, columns) -> Part:
+    return Part(key(name), changes=(Change(Op.INSERT, 1, (name,), {0: name, **columns}),))
+
+
+def update(name, columns) -> Part:
+    return Part(key(name), changes=(Change(Op.UPDATE, 1, (name,), columns),))
+
+
+def catalog(version, *indexes: IndexSpec, op=Op.INSERT) -> Part:
+    spec = msgspec.msgpack.encode(TableSpec(1, (0,), indexes))
+    return Part(
+        group_key("db", "catalog", ()),
+        changes=(Change(op, 0, (0,), {0: version}), Change(op, 0, (1,), {0: spec})),
+    )
+
+
+def equal(value, **more) -> FindQuery:
+    return FindQuery("db", 1, 1, (Constraint(1, Comparison.EQ, (value,)),), **more)
+
+
+async def found(store, query) -> list:
+    return [decode_row(row.row)[0] for row in (await store.find(query)).rows]
+
+
+@pytest.fixture(params=[(3, 3), (4, 3), (2, 2), (1, 1)])
+async def cluster(request):
+    cluster = Cluster(*request.param)
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1, IndexSpec(1, (1,)))))
+    yield cluster
+    await cluster.stop()
+
+
+async def test_rows_are_found_from_every_node_at_once(cluster):
+    for n in range(20):
+        await cluster[n % len(cluster.ids)].commit(transaction(insert(n, {1: n % 4})))
+    for store in cluster.wire.nodes.values():
+        assert await found(store, equal(2)) == [2, 6, 10, 14, 18]
+
+
+async def test_row_that_moved_out_of_the_condition_is_no_longer_found(cluster):
+    for n in range(4):
+        await cluster[0].commit(transaction(insert(n, {1: 1})))
+    for n in range(4):
+        await cluster[0].commit(transaction(update(n, {1: 2})))
+        assert await found(cluster[0], equal(1)) == list(range(n + 1, 4))
+        assert await found(cluster[0], equal(2)) == list(range(n + 1))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+async def test_order_and_limit_give_the_first_rows(cluster, descending):
+    for n in range(40):
+        await cluster[0].commit(transaction(insert(n, {1: n % 2})))
+    everything = await found(cluster[0], equal(1, order=Order((0,), descending)))
+    assert everything == sorted(range(1, 40, 2), reverse=descending)
+    for limit in (0, 1, 5, 100):
+        query = equal(1, order=Order((0,), descending), limit=limit)
+        assert await found(cluster[0], query) == everything[:limit]
+
+
+async def test_whole_groups_come_at_the_ballots_of_their_rows(cluster):
+    for n in range(6):
+        await cluster[0].commit(transaction(insert(n, {1: n % 2, 2: "x" * n})))
+    result = await cluster[0].find(equal(1, whole_groups=True))
+    assert [group.key for group in result.groups] == [row.group for row in result.rows]
+    for row, group in zip(result.rows, result.groups, strict=True):
+        assert (row.ballot, group.rows[row.key]) == (group.ballot, row.row)
+
+
+async def test_rows_of_a_transaction_are_found_though_its_intents_are_not_finished(cluster, monkeypatch):
+    async def dead(*args) -> None:
+        return None
+
+    monkeypatch.setattr(cluster[0]._resolver, "finish", dead)
+    await cluster[0].commit(transaction(insert(1, {1: 1}), insert(2, {1: 1})))
+    for store in cluster.wire.nodes.values():
+        assert await found(store, equal(1)) == [1, 2]
+
+
+async def test_older_catalog_is_told_to_reload_and_new_index_is_used(cluster):
+    await cluster[0].commit(transaction(insert(1, {1: 1, 2: "a"})))
+    await cluster[0].commit(transaction(catalog(2, IndexSpec(1, (1,)), IndexSpec(2, (2,)), op=Op.UPDATE)))
+    with pytest.raises(SchemaChanged):
+        await found(cluster[0], equal(1))
+    query = FindQuery("db", 1, 2, (Constraint(2, Comparison.EQ, ("a",)),))
+    for store in cluster.wire.nodes.values():
+        assert await found(store, query) == [1]
+
+
+async def test_find_is_right_with_one_replica_behind_and_with_one_down():
+    cluster = Cluster(3)
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1, IndexSpec(1, (1,)))))
+    for n in range(6):
+        await cluster[0].commit(transaction(insert(n, {1: 1})))
+    await eventually(lambda: all(f.header(key(5)).settled for f in cluster.files.values()))
+    for index in range(3):
+        gone = cluster.ids[index]
+        await cluster.crash(gone)
+        rest = next(iter(cluster.wire.nodes.values()))
+        await rest.commit(transaction(update(index, {1: 2})))
+        await rest.commit(transaction(insert(10 + index, {1: 1})))
+        expected = list(range(index + 1, 6)) + [10 + i for i in range(index + 1)]
+        assert await found(rest, equal(1)) == expected
+        back = cluster.start(gone)
+        assert await found(back, equal(1)) == expected
+        assert await found(back, equal(1, order=Order((0,)), limit=3)) == expected[:3]
+    await cluster.stop()
+
+
+async def test_find_without_a_majority_is_unavailable():
+    cluster = Cluster(3)
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1)))
+    await cluster.crash(cluster.ids[1])
+    await cluster.crash(cluster.ids[2])
+    with pytest.raises(Unavailable):
+        await cluster[0].find(equal(1), timeout_s=0.1)
+    await cluster.stop()
+
+
+async def test_sequences_give_each_id_once_and_above_what_is_asked():
+    cluster = Cluster(3)
+    await cluster[0].create_database("db")
+    given = []
+    for n in range(250):
+        given.append(await cluster[n % 3].reserve_ids("db", "s", 1))
+    assert len(set(given)) == len(given)
+    assert await cluster[0].reserve_ids("db", "s", 3, above=5000) > 5000
+    await cluster[1].raise_sequence("db", "s", 9000)
+    assert await cluster[1].reserve_ids("db", "s", 1) > 9000
+    await cluster.stop()
+
+
+async def test_database_is_created_once_and_dropped_with_its_groups():
+    cluster = Cluster(3)
+    assert await cluster[0].create_database("db")
+    assert not await cluster[1].create_database("db")
+    await cluster[0].commit(transaction(catalog(7)))
+    await cluster[0].commit(transaction(insert(1, {1: 1}), version=7))
+    assert await cluster[1].drop_database("db")
+    assert not await cluster[2].drop_database("db")
+    assert await cluster[2].list_databases() == ()
+    assert await cluster[0].create_database("db")
+    assert (await cluster[2].read([key(1)]))[0].rows == {}
+    await eventually(lambda: cluster[0].commit(transaction(catalog(1))))
+    assert await found(cluster[2], equal(1)) == []
+    await cluster.stop()
