@@ -21,9 +21,9 @@ from nova_bridge.sql.cursor import Cursor
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.ddl import Ddl
 from nova_bridge.sql.errors import from_sqlite, from_store
-from nova_bridge.sql.schema import Record, Schema
+from nova_bridge.sql.schema import Schema
 from nova_bridge.sql.transaction import Place, Transaction
-from nova_bridge.sql.vtab import Module
+from nova_bridge.sql.vtab import Module, Sight
 from nova_bridge.sql.writes import Writer
 
 
@@ -52,7 +52,8 @@ class Connection:
         self.writer = Writer(self.tx)
         self.writer.foreign_keys = foreign_keys
         self.open_tables: dict[str, dict[int, int]] = {}
-        self.handles: dict[tuple[int, int], tuple[Record, int]] = {}
+        self.handles: dict[tuple[int, int], Sight] = {}
+        self.changing = False
         self.numbers: dict[Place, int] = {}
         self.take_in_lists = True
         self._functions: list[tuple[str, int, Callable[..., Any], bool]] = []

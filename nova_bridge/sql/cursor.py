@@ -112,7 +112,11 @@ class Cursor:
         if not connection.in_transaction and connection.isolation_level is not None:
             connection.begin()
         connection.writer.named_columns = statements.inserted_columns(sql)
-        engine = self._with_reloads(sql, parameters)
+        connection.changing = word in {"UPDATE", "DELETE"}
+        try:
+            engine = self._with_reloads(sql, parameters)
+        finally:
+            connection.changing = False
         self.rowcount = engine.changes()
         connection.total_changes += self.rowcount
         if word in {"INSERT", "REPLACE"}:

@@ -96,6 +96,7 @@ class LucdDialect(_Dialect):
     """A database in the cluster, through the daemon of this host."""
 
     driver = "lucd"
+    supports_statement_cache = True
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[pool.Pool]:
@@ -125,6 +126,7 @@ class LucdMemoryDialect(_Dialect):
     """A database in this process; without a name, one per connection, as SQLite's :memory:."""
 
     driver = "memory"
+    supports_statement_cache = True
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[pool.Pool]:

@@ -18,14 +18,27 @@ from nova_bridge.sql.values import DECLARED
 from nova_bridge.sql.writes import Writer
 
 
+class Sight:
+    """A row as a statement that changes rows saw it. `mask`: the columns that its WHERE and SET looked at.
+
+    SQLite says of an UPDATE of a virtual table that it uses all columns, so they are counted as it asks for them.
+    """
+
+    __slots__ = ("mask", "record")
+
+    def __init__(self, record: Record, mask: int) -> None:
+        self.record, self.mask = record, mask
+
+
 class Session(Protocol):
     """What the callbacks need of their connection."""
 
     tx: Transaction
     writer: Writer
     open_tables: dict[str, dict[int, int]]
-    handles: dict[tuple[int, int], tuple[Record, int]]
+    handles: dict[tuple[int, int], Sight]
     numbers: dict[Place, int]
+    changing: bool
 
     def in_lists(self) -> bool:
         """Whether IN lists may be taken at once."""
@@ -57,11 +70,11 @@ class VirtualTable:
         self.planner = Planner(table, session.in_lists)
         self.BestIndexObject = self.planner.best_index
 
-    def Open(self) -> Cursor:
+    def Open(self) -> Cursor | ChangingCursor:
         """Count who is open: a find of a family whose other tables are joined brings the groups along."""
         counts = self.session.open_tables.setdefault(self.table.family, {})
         counts[self.table.number] = counts.get(self.table.number, 0) + 1
-        return Cursor(self)
+        return ChangingCursor(self) if self.session.changing else Cursor(self)
 
     def closed(self) -> None:
         """One cursor less."""
@@ -85,47 +98,43 @@ class VirtualTable:
 
     def UpdateChangeRow(self, rowid: int, new_rowid: int, fields: Sequence[Any]) -> None:
         """UPDATE of a row that a cursor of this statement showed."""
-        record, mask = self.session.handles[self.table.number, rowid]
+        sight = self.session.handles[self.table.number, rowid]
         if new_rowid != rowid and self.table.integer_key is not None:
             fields = list(fields)
             fields[self.table.integer_key] = new_rowid
-        self.session.writer.update(self.table, record, fields, mask)
+        self.session.writer.update(self.table, sight.record, fields, sight.mask)
 
     def UpdateDeleteRow(self, rowid: int) -> None:
         """DELETE."""
-        record, mask = self.session.handles[self.table.number, rowid]
-        self.session.writer.delete(self.table, record, mask)
+        sight = self.session.handles[self.table.number, rowid]
+        self.session.writer.delete(self.table, sight.record, sight.mask)
 
 
 class Cursor:
     """The rows of one xFilter, all in memory."""
 
-    __slots__ = ("Column", "_at", "_mask", "_rows", "_table", "row")
+    __slots__ = ("Column", "_at", "_rows", "_table", "row")
 
     def __init__(self, table: VirtualTable) -> None:
         self._table = table
         self._rows: list[Record] = []
-        self._at, self._mask = 0, 0
+        self._at = 0
         self.row: Record | None = None
         self.Column: Any = None
 
     def Filter(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         """Fetch the rows of a plan."""
         table = self._table
-        tx = table.session.tx
-        planner = table.planner
+        tx, planner = table.session.tx, table.planner
         rows = planner.run(tx, number, arguments, table.joined())
+        tx.mark_read(rows, planner.plans[number].mask)
         self._rows, self._at = rows, 0
-        if rows:
-            self._mask = planner.plans[number].mask
-            tx.mark_read(rows, self._mask)
-            self._show(rows[0])
-        else:
-            self.row = None
+        self._show(rows[0] if rows else None)
 
-    def _show(self, row: Record) -> None:
+    def _show(self, row: Record | None) -> None:
         self.row = row
-        self.Column = row.values.__getitem__
+        if row is not None:
+            self.Column = row.values.__getitem__
 
     def Eof(self) -> bool:
         """No row left."""
@@ -141,23 +150,75 @@ class Cursor:
             self.row = None
 
     def Rowid(self) -> int:
-        """The number by which this row is changed."""
+        """A number that is the row's own while the statement runs."""
         record, table = self.row, self._table.table
         if record is None:
             raise ValueError("the cursor shows no row")
-        session = self._table.session
         if table.integer_key is not None:
-            rowid: int = record.values[table.integer_key]
-        elif table.rowid_key:
-            rowid = record.values[table.width]
-        else:
-            rowid = session.numbers.setdefault((record.group, record.key), len(session.numbers) + 1)
-        session.handles[table.number, rowid] = (record, self._mask)
-        return rowid
+            number: int = record.values[table.integer_key]
+            return number
+        if table.rowid_key:
+            number = record.values[table.width]
+            return number
+        numbers = self._table.session.numbers
+        return numbers.setdefault((record.group, record.key), len(numbers) + 1)
+
+    def Close(self) -> None:
+        """The statement is done."""
+        self._rows = []
+        self._table.closed()
+
+
+class ChangingCursor:
+    """The rows that an UPDATE or DELETE goes through; remembers what it looked at."""
+
+    def __init__(self, table: VirtualTable) -> None:
+        self._table = table
+        self._rows: list[Record] = []
+        self._at = self._mask = 0
+        self._sight: Sight | None = None
+        self._plain = Cursor(table)
+
+    def Filter(self, number: int, name: str, arguments: Sequence[Any]) -> None:
+        """Fetch the rows of a plan; its own conditions were looked at already."""
+        table = self._table
+        self._rows = table.planner.run(table.session.tx, number, arguments, table.joined())
+        self._mask = 0
+        for term in table.planner.plans[number].terms:
+            self._mask |= 1 << term.position
+        self._at = -1
+        self.Next()
+
+    def Eof(self) -> bool:
+        """No row left."""
+        return self._sight is None
+
+    def Next(self) -> None:
+        """The following row."""
+        self._at += 1
+        self._sight = Sight(self._rows[self._at], self._mask) if self._at < len(self._rows) else None
+
+    def Column(self, number: int) -> Any:
+        """A column that WHERE or SET looks at."""
+        sight = self._sight
+        if sight is None:
+            raise ValueError("the cursor shows no row")
+        if number >= 0:
+            sight.mask |= 1 << number
+        return sight.record.values[number]
 
     def ColumnNoChange(self, number: int) -> Any:
-        """Asked for columns that the UPDATE does not set."""
+        """A column that the UPDATE leaves alone."""
         return apsw.no_change
+
+    def Rowid(self) -> int:
+        """The number by which the row is changed."""
+        if self._sight is None:
+            raise ValueError("the cursor shows no row")
+        self._plain.row = self._sight.record
+        rowid = self._plain.Rowid()
+        self._table.session.handles[self._table.table.number, rowid] = self._sight
+        return rowid
 
     def Close(self) -> None:
         """The statement is done."""

@@ -13,6 +13,7 @@ class SqliteByLucd(LucdMemoryDialect):
     """Answers `sqlite://`; the driver's name stays, Nova's fixtures ask for it."""
 
     driver = "pysqlite"
+    supports_statement_cache = True
 
 
 def install() -> None:

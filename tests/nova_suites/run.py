@@ -68,7 +68,9 @@ class SuiteRun:
         self.seconds = time.monotonic() - self._started
         if code or not self.results:
             self._errors.seek(0)
-            raise RuntimeError(f"the run on {self.store} broke off with exit code {code}:\n{self._errors.read()[-2000:]}")
+            raise RuntimeError(
+                f"the run on {self.store} broke off with exit code {code}:\n{self._errors.read()[-2000:]}"
+            )
 
     def summary(self) -> str:
         """One line."""

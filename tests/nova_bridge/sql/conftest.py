@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from sqlalchemy.dialects import registry
 
 from dht.register.memory import MemoryStore
 from nova_bridge.sql.connection import Connection
@@ -43,3 +44,7 @@ def connect(store: CountingStore) -> Iterator[Callable[..., Connection]]:
     yield make
     for connection in opened:
         connection.close()
+
+
+registry.register("lucd", "nova_bridge.sql.dialect", "LucdDialect")
+registry.register("lucd.memory", "nova_bridge.sql.dialect", "LucdMemoryDialect")

@@ -86,7 +86,10 @@ class Generator:
                 values = [self.value(c) for c in chosen]
                 if table in KEYS:
                     self._next += 1
-                    chosen, values = ["id", *chosen], [chance.choice([self._next, self._next, self.value("id")]), *values]
+                    chosen, values = (
+                        ["id", *chosen],
+                        [chance.choice([self._next, self._next, self.value("id")]), *values],
+                    )
                 return f"INSERT INTO {table} ({', '.join(chosen)}) VALUES ({', '.join('?' * len(chosen))})", values
             case 3 | 4:
                 column = chance.choice([c for c in columns if c != "id"])

@@ -1,0 +1,140 @@
+"""DDL through the door, with data: columns, renames, indexes, alembic's batch mode, other processes."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+
+from nova_bridge.sql.connection import Connection
+
+Connect = Callable[..., Connection]
+
+
+def rows(connection: Connection, sql: str) -> list[object]:
+    return connection.execute(sql).fetchall()
+
+
+@pytest.fixture
+def door(connect: Connect) -> Connection:
+    connection = connect(isolation_level=None)
+    connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, a TEXT, b INTEGER)")
+    connection.execute("INSERT INTO t (a, b) VALUES ('x', 1), ('y', 2), ('z', 2)")
+    return connection
+
+
+def test_added_column_old_rows_have_default(door: Connection) -> None:
+    door.execute("ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'd'")
+    door.execute("INSERT INTO t (a, c) VALUES ('w', NULL)")
+    assert rows(door, "SELECT a, c FROM t ORDER BY id") == [("x", "d"), ("y", "d"), ("z", "d"), ("w", None)]
+    assert rows(door, "SELECT a FROM t WHERE c = 'd' AND b = 2 ORDER BY id") == [("y",), ("z",)]
+
+
+def test_renamed_table_and_column_keep_data(door: Connection, connect: Connect) -> None:
+    door.execute("ALTER TABLE t RENAME COLUMN a TO name")
+    door.execute('ALTER TABLE "t" RENAME TO "u"')
+    assert rows(connect(), "SELECT name FROM u WHERE b = 1") == [("x",)]
+    with pytest.raises(sqlite3.OperationalError, match="no such table: t"):
+        door.execute("SELECT * FROM t")
+
+
+def test_dropped_and_created_again_is_empty(door: Connection) -> None:
+    door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    door.execute("DROP TABLE t")
+    door.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, a TEXT UNIQUE)")
+    assert rows(door, "SELECT * FROM t") == []
+    door.execute("INSERT INTO t (a) VALUES ('x')")
+
+
+def test_unique_index_over_rows_reserves_their_values(door: Connection, connect: Connect) -> None:
+    door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    other = connect()
+    assert rows(other, "SELECT b FROM t WHERE a = 'y'") == [(2,)]
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
+        other.execute("INSERT INTO t (a) VALUES ('z')")
+    door.execute("DROP INDEX ua")
+    door.execute("INSERT INTO t (a) VALUES ('z')")
+
+
+def test_unique_index_over_duplicates_refused(door: Connection) -> None:
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.b"):
+        door.execute("CREATE UNIQUE INDEX ub ON t (b)")
+    door.execute("INSERT INTO t (b) VALUES (2)")
+
+
+def test_failed_ddl_changes_nothing(door: Connection) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="already exists"):
+        door.execute("CREATE TABLE t (id INTEGER)")
+    with pytest.raises(sqlite3.OperationalError, match="incomplete input"):
+        door.execute("CREATE TABLE u (")
+    assert len(rows(door, "SELECT * FROM t")) == 3
+
+
+@pytest.mark.parametrize(
+    "sql",
+    ["CREATE VIEW v AS SELECT 1", "CREATE TEMP TABLE x (a)", "CREATE TABLE x AS SELECT 1 AS a"],
+)
+def test_what_is_not_supported_says_so(door: Connection, sql: str) -> None:
+    with pytest.raises(sqlite3.NotSupportedError, match="not supported"):
+        door.execute(sql)
+
+
+def test_other_process_meets_new_table_and_column(door: Connection, connect: Connect) -> None:
+    other = connect()
+    assert len(rows(other, "SELECT * FROM t")) == 3
+    door.execute("ALTER TABLE t ADD COLUMN c INTEGER")
+    door.execute("CREATE TABLE later (id INTEGER PRIMARY KEY)")
+    assert rows(other, "SELECT c FROM t WHERE id = 1") == [(None,)]
+    assert rows(other, "SELECT * FROM later") == []
+
+
+def test_database_that_does_not_exist_is_named(connect: Connect) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="there is no database 'cell'"):
+        connect().execute("SELECT * FROM t")
+
+
+def test_dump_restores_elsewhere(door: Connection) -> None:
+    from nova_bridge.sql import dbapi
+
+    door.execute("CREATE INDEX ib ON t (b)")
+    script = "".join(door.iterdump())
+    for _ in range(2):
+        copy = dbapi.connect_memory()
+        copy.executescript(script)
+        assert rows(copy, "SELECT id, a, b FROM t ORDER BY id") == rows(door, "SELECT id, a, b FROM t ORDER BY id")
+        copy.execute("INSERT INTO t (a) VALUES ('new')")
+        copy.commit()
+        copy.close()
+
+
+def test_schema_queries_answered(door: Connection) -> None:
+    door.execute("CREATE INDEX ib ON t (b)")
+    assert rows(door, "SELECT name FROM sqlite_master WHERE type = 'table'") == [("t",)]
+    assert [r[1] for r in rows(door, "PRAGMA table_info('t')")] == ["id", "a", "b"]  # type: ignore[index]
+    assert [r[1] for r in rows(door, 'PRAGMA main.index_list("t")')] == ["ib"]  # type: ignore[index]
+
+
+def test_alembic_batch_keeps_rows() -> None:
+    engine = sa.create_engine("lucd+memory://", poolclass=sa.pool.StaticPool)
+    with engine.begin() as connection:
+        operations = Operations(MigrationContext.configure(connection))
+        operations.create_table(
+            "services",
+            sa.Column("id", sa.Integer, primary_key=True),
+            sa.Column("host", sa.String(255)),
+            sa.Column("uuid", sa.String(36)),
+        )
+        connection.execute(sa.text("INSERT INTO services (host, uuid) VALUES ('a', 'u1'), ('b', 'u2')"))
+        with operations.batch_alter_table("services") as batch:
+            batch.alter_column("host", type_=sa.String(100), nullable=False)
+            batch.add_column(sa.Column("zone", sa.String(10), server_default="z"))
+            batch.create_unique_constraint("uq_host", ["host"])
+    with engine.connect() as connection:
+        found = connection.execute(sa.text("SELECT id, host, uuid, zone FROM services ORDER BY id")).fetchall()
+        assert [tuple(r) for r in found] == [(1, "a", "u1", "z"), (2, "b", "u2", "z")]
+        assert sa.inspect(connection).get_unique_constraints("services")[0]["column_names"] == ["host"]
+    engine.dispose()
