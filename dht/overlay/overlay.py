@@ -48,6 +48,7 @@ LOST_MAX: Final = 64
 PUBLISHED_MAX: Final = 100_000
 HINT_REPLICAS: Final = 5
 HINT_ANSWERS: Final = 3
+WILDCARDS: Final = ("", "0.0.0.0", "::")
 _ID_BITS: Final = 160
 
 
@@ -70,7 +71,7 @@ class OverlaySettings:
 
 
 class Overlay:
-    """A Kademlia node. `address`: where other nodes reach this one (host "" = where its datagrams come from).
+    """A Kademlia node. `address`: where other nodes reach this one (a wildcard: where its datagrams come from).
 
     `boot`: raised durably at each start, or peers refuse this node's datagrams. `on_contact` is called for each contact
     that answered, whenever its address is confirmed or new. Belongs to one loop; `stop` is final.
@@ -115,7 +116,9 @@ class Overlay:
         """
         loop = asyncio.get_running_loop()
         own_host, own_port = self._address
-        if own_host:
+        if own_host in WILDCARDS:
+            own_host = ""
+        else:
             own_host = await _resolve(own_host, own_port, ":" in host)
         # The port is known before the first datagram can be sent: the protocol reads the frame when it sends.
         opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)

@@ -131,6 +131,18 @@ async def test_node_that_restarts_on_another_port_is_found_there() -> None:
         await again.stop()
 
 
+async def test_node_with_a_wildcard_address_is_known_by_where_its_datagrams_come_from() -> None:
+    async with cluster("a", "a") as overlays:
+        member = Member("a")
+        open_to_all = Overlay(
+            member.node_id, member.private_key, "a", CLUSTER_KEY, ("0.0.0.0", 0), boot=1, settings=QUICK
+        )
+        await open_to_all.start("0.0.0.0", 0, [("localhost", overlays[0].port)])
+        expected = Contact(member.node_id, "127.0.0.1", open_to_all.port, "a")
+        await until(lambda: all(expected in overlay.contacts() for overlay in overlays))
+        await open_to_all.stop()
+
+
 async def test_node_finds_the_others_again_from_its_saved_contacts(tmp_path: Path) -> None:
     async with cluster("a", "a", "a") as overlays:
         member = Member("a", tmp_path / "contacts")
