@@ -78,6 +78,11 @@ class Link:
         """Whether the peer was heard within ALIVE_S."""
         return not self.closed and self._loop.time() - self.heard_s < ALIVE_S
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for something on this link."""
+        return bool(self._waiting or self._serving or self._queue)
+
     async def call(self, message: Struct, timeout_s: float) -> Message:
         """As `dht.world.Network.call`, on this link."""
         self._next_id += 1
@@ -115,6 +120,10 @@ class Link:
         except RemoteProtocolError as error:
             self._counters["garbage"] += 1
             log.debug("link to %s closed: %s", self.peer.node_id.hex(), error)
+        except (OSError, RuntimeError) as error:
+            log.debug("link to %s lost: %s", self.peer.node_id.hex(), error)
+        except Exception:
+            log.exception("the link to %s failed unexpectedly", self.peer.node_id.hex())
         except asyncio.CancelledError:
             if not self.closed or self._reader is None:
                 raise

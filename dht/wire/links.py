@@ -39,6 +39,8 @@ REDIAL_MIN_S = 0.05
 REDIAL_MAX_S = 2.0
 TICK_S = 0.05
 RETIRED_WAIT_S = 1.0
+RETIRED_ROUNDS_MAX = 30
+ANY_HOST = ("0.0.0.0", "::", "")
 
 log = logging.getLogger(__name__)
 _http_log = logging.getLogger(__name__ + ".http")
@@ -215,10 +217,13 @@ class LinkNetwork:
         return await link.call(message, max(0.001, deadline - asyncio.get_running_loop().time()))
 
     async def greet(self, host: str, port: int, timeout_s: float = DIAL_TIMEOUT_S) -> PeerIdentity:
-        """Dial an address whose node is not known yet (a bootstrap peer), and keep the link.
+        """Dial an address whose node is not known yet (a bootstrap peer), and keep the link; one that is there will do.
 
         Raises Unavailable when nobody answers and RemoteProtocolError when one refuses the other.
         """
+        for peer in self._peers.values():
+            if peer.address == (host, port) and peer.link is not None and peer.link.alive:
+                return peer.link.peer
         link = await self._connect((host, port), None, timeout_s)
         self._peers[link.peer.node_id].address = (host, port)
         return link.peer
@@ -399,11 +404,15 @@ class LinkNetwork:
         peer.proven = link.peer
         if peer.address is None or not link.dialed:
             with contextlib.suppress(Invalid):
-                peer.address = parse_address(link.peer.address)
+                host, port = parse_address(link.peer.address)
+                peer.address = (host, port) if host not in ANY_HOST else peer.address
         self._count_links()
         if old is None:
             for callback in list(self.on_link):
-                callback(link.peer)
+                try:
+                    callback(link.peer)
+                except Exception:
+                    log.exception("a callback for a new link failed")
         return link
 
     def _replaces(self, new: Link, old: Link) -> bool:
@@ -412,9 +421,16 @@ class LinkNetwork:
             return True
         return new.dialed == (self.identity.node_id < new.peer.node_id)
 
-    def _retire(self, link: Link) -> None:
+    def _retire(self, link: Link, rounds: int = RETIRED_ROUNDS_MAX) -> None:
+        """Close the link when nobody waits for anything on it any more; both nodes retire it at about the same time."""
         self._retired[link] = None
-        asyncio.get_running_loop().call_later(RETIRED_WAIT_S, link.close)
+        asyncio.get_running_loop().call_later(RETIRED_WAIT_S, self._close_retired, link, rounds)
+
+    def _close_retired(self, link: Link, rounds: int) -> None:
+        if link.busy and rounds and not link.closed:
+            self._retire(link, rounds - 1)
+        else:
+            link.close()
 
     def _closed(self, link: Link) -> None:
         self._retired.pop(link, None)

@@ -89,6 +89,7 @@ class _Listener:
         self.copies: deque[_Envelope] = deque()
         """What was fanned out to this listener alone."""
         self.waiter: asyncio.Future[None] | None = None
+        self.stopped = False
         self.outstanding: dict[int, tuple[_Queue | None, _Envelope]] = {}
         """Deliveries to be acknowledged, and the queues that they came from."""
         self.calls: dict[int, _Waiting] = {}
@@ -133,8 +134,10 @@ class Bus:
                 return self._subscribe(connection, message)
             case Take():
                 return await self._take(connection, message)
-            case StopTaking(listener):
-                self._listener(listener).wake()
+            case StopTaking(number):
+                listener = self._listener(number)
+                listener.stopped = True
+                listener.wake()
                 return Done()
             case Acknowledge(listener, delivery):
                 return Done(self._settle(listener, delivery, again=False))
@@ -320,7 +323,7 @@ class Bus:
         count = max(1, min(message.count, TAKEN_MESSAGES_MAX))
         deliveries = self._deliveries(listener, count)
         wait_s = min(message.wait_ms / 1000, time_left_s())
-        if not deliveries and wait_s > 0:
+        if not deliveries and wait_s > 0 and not listener.stopped:
             listener.waiter = asyncio.get_running_loop().create_future()
             try:
                 with contextlib.suppress(TimeoutError):

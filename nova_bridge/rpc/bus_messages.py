@@ -89,7 +89,7 @@ class Taken(Message, frozen=True, tag=156):
 
 @message
 class StopTaking(Message, frozen=True, tag=157):
-    """End the listener's wait, from any connection. Reply: Done."""
+    """End the listener's wait and let no later Take wait, from any connection. Reply: Done."""
 
     listener: int
 

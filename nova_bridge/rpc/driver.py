@@ -168,6 +168,9 @@ class LucdListener(base.PollStyleListener):
         deadline = time.monotonic() + wait_s + TAKE_SLACK_S
         try:
             channel = self._connected(deadline)
+            if self._stopped:
+                # stop() may have told the daemon of the listener that this one replaces.
+                return []
             taken = channel.call(Take(self.number, count, timeout_ms(wait_s)), deadline)
         except (Lost, OSError, DhtError) as error:
             self._disconnect()

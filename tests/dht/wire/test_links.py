@@ -13,7 +13,7 @@ import pytest
 from dht.codec import Message, message
 from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotServing, RemoteProtocolError, Unavailable
 from dht.requests import Done, ListDatabases, ListDatabasesReply, ReadGroups
-from dht.wire import frames, link
+from dht.wire import frames, link, links
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.links import LinkNetwork
 
@@ -197,6 +197,28 @@ async def test_greet_learns_who_listens():
         assert (peer.node_id, peer.pop) == (b.id, "lyon")
         assert await a.network.call(b.id, Ask("x"), 1.0)
         assert b.network.addresses()[a.id] == ("127.0.0.1", a.network.port)
+
+
+async def test_greet_again_keeps_the_link():
+    async with nodes(2) as (a, b):
+        await a.network.greet("127.0.0.1", b.network.port)
+        old = a.network._peers[b.id].link
+        await a.network.greet("127.0.0.1", b.network.port)
+        assert a.network._peers[b.id].link is old
+        assert a.network.counters["dials"] == 1
+
+
+async def test_retired_link_waits_for_its_last_reply(monkeypatch):
+    monkeypatch.setattr(links, "RETIRED_WAIT_S", 0.05)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        slow = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 0.5), 5.0))
+        await until(lambda: b.served)
+        await a.network._connect(("127.0.0.1", b.network.port), b.id, 1.0)
+        assert await a.network.call(b.id, Ask("on the new link"), 1.0)
+        assert await slow
+        await until(lambda: not a.network._retired and not b.network._retired)
+        assert len(a.network.peers()) == 1
 
 
 async def test_greet_of_nobody_or_of_itself_is_refused():

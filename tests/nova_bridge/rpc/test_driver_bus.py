@@ -144,6 +144,8 @@ async def test_stop_ends_the_wait():
         await here.client().call(StopTaking(listener))
         async with asyncio.timeout(1):
             assert await wait == []
+            # A Take that was on its way when the stop came does not wait either.
+            assert await bodies(client, listener, wait_ms=9000) == []
 
 
 async def test_call_is_answered_once():
