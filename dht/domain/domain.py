@@ -45,7 +45,7 @@ from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
 from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
 from dht.limits import PEER_TIMEOUT_S, REMOVE_AFTER_S, TABLETS_PER_DOMAIN
-from dht.model import ZERO, Ballot, NodeId, Struct
+from dht.model import Ballot, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk, Network
 
@@ -233,7 +233,7 @@ class Domain:
             raise Invalid(f"domain {self.name} exists already; this node holds its link {self.chain.epoch}")
         batch = Batch()
         for tablet in range(tablets):
-            self.tablets.initialise(batch, tablet, rosters.FIRST_EPOCH, 0, ZERO)
+            self.tablets.found(batch, tablet, rosters.FIRST_EPOCH)
         self.tablets.submit(batch)
         self.chain.append(rosters.found(self.name, self.local.member(), tablets))
         await self.chain.durable()
@@ -436,7 +436,8 @@ class Domain:
         views = []
         for tablet in range(len(newest.tablets)):
             replicas = newest.replicas(tablet)
-            before = self.chain.link(replicas.epoch - 1).replicas(tablet) if replicas.epoch > 1 else None
+            old = replicas.epoch > rosters.FIRST_EPOCH and self._rules.serve_only_initialised
+            before = self.chain.link(replicas.epoch - 1).replicas(tablet) if old else None
             views.append(self.watch.in_use(tablet, replicas, before))
         same = tuple(views) == self._views
         self._views = tuple(views)

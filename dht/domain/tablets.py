@@ -105,6 +105,10 @@ class Tablets:
         state = self.state(tablet)
         return not self._rules.refuse_stale_init or (state.sealed < epoch and state.current < epoch)
 
+    def found(self, batch: Batch, tablet: int, epoch: int) -> None:
+        """Into the founder's batch: initialised and empty."""
+        self._put(batch, tablet, TabletState(initialised=(epoch,)))
+
     def initialise(self, batch: Batch, tablet: int, epoch: int, before: int, floor: Ballot) -> None:
         """Into the batch that makes the content the tablet's: initialised at `epoch`, sealed at the one before."""
         state = self.state(tablet)
