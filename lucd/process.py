@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import logging
 import signal
 import sys
@@ -40,6 +41,7 @@ async def _run(settings: Settings, opened: directory.OpenDirectory) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, _log_tasks)
     daemon = Daemon(settings, opened)
     try:
         await daemon.start()
@@ -56,6 +58,14 @@ async def _run(settings: Settings, opened: directory.OpenDirectory) -> None:
     finally:
         await daemon.stop()
     log.info("stopped")
+
+
+def _log_tasks() -> None:
+    """On SIGUSR1: where every running task waits, for whoever looks for one that hangs."""
+    for task in asyncio.all_tasks():
+        text = io.StringIO()
+        task.print_stack(limit=12, file=text)
+        log.info("%s", text.getvalue().rstrip())
 
 
 async def _first_of(ready: Coroutine[Any, Any, None], asked_to_stop: Coroutine[Any, Any, Any]) -> bool:

@@ -30,6 +30,7 @@ class ComputeRole:
         from nova import config as nova_config
         from nova import context, objects
         from nova.conductor import rpcapi
+        from nova.network import model
         from nova.objects import base
         from oslo_log import log
 
@@ -39,6 +40,7 @@ class ComputeRole:
         nova.db.main.api.DISABLE_DB_ACCESS = True
         base.NovaObject.indirection_api = rpcapi.ConductorAPI()
         self._objects = objects
+        self._no_network = model.NetworkInfo()
         self._calls = calls
         self._context = context.get_admin_context()
         self._context.project_id, self._context.user_id = PROJECT, USER
@@ -57,13 +59,15 @@ class ComputeRole:
         service.host, service.binary, service.topic, service.report_count = COMPUTE_HOST, "nova-compute", "compute", 0
         self._timed("service create", service.create)
         node = self._objects.ComputeNode(self._context)
-        node.update({
+        values: dict[str, object] = {
             "host": COMPUTE_HOST, "hypervisor_hostname": COMPUTE_HOST, "uuid": str(uuid.uuid4()), "vcpus": 64,
             "memory_mb": 262144, "local_gb": 4096, "vcpus_used": 0, "memory_mb_used": 0, "local_gb_used": 0,
             "hypervisor_type": "fake", "hypervisor_version": 1, "cpu_info": "{}", "disk_available_least": 4096,
             "free_ram_mb": 262144, "free_disk_gb": 4096, "current_workload": 0, "running_vms": 0,
             "cpu_allocation_ratio": 16.0, "ram_allocation_ratio": 1.5, "disk_allocation_ratio": 1.0,
-        })  # fmt: skip
+        }  # fmt: skip
+        for name, value in values.items():
+            setattr(node, name, value)
         node.service_id = service.id
         self._timed("compute node create", node.create)
         self.service, self.node = service, node
@@ -84,7 +88,7 @@ class ComputeRole:
         instance.instance_type_id, instance.image_ref = 1, str(uuid.uuid4())
         instance.metadata, instance.system_metadata = {"number": str(number)}, {"image_os": "linux"}
         instance.info_cache = self._objects.InstanceInfoCache(instance_uuid=instance.uuid)
-        instance.info_cache.network_info = None
+        instance.info_cache.network_info = self._no_network
         self._timed("instance create", instance.create)
         return str(instance.uuid)
 
@@ -118,7 +122,7 @@ class ComputeRole:
         try:
             instance.save(expected_task_state="scheduling")
         except exception.UnexpectedTaskStateError as refused:
-            return type(refused).__name__
+            return type(refused).__name__.removesuffix("_Remote")
         return ""
 
     def by_host(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dht.errors import Unavailable
 from dht.wire.blocking import BlockingClient, SocketStore
@@ -117,6 +119,12 @@ class LocalNode:
         finally:
             connection.close()
 
+    def status(self) -> dict[str, Any]:
+        """/status as it is now; empty while nothing answers."""
+        code, text = self.get("/status")
+        found: dict[str, Any] = json.loads(text) if code == 200 else {}
+        return found
+
     @property
     def pid(self) -> int:
         """The running process; 0 if there is none."""
@@ -190,10 +198,29 @@ class Daemons:
         return node
 
     def start(self) -> None:
-        """Start all that do not run, in order, and wait until each is ready."""
+        """Start all that do not run, in order, and wait until every tablet has all its replicas."""
         for node in self.nodes:
             if not node.pid:
                 node.start()
+        self.wait_whole()
+
+    def wait_whole(self, timeout_s: float = START_WAIT_S) -> None:
+        """Return when every running node sees as many members as run, and no tablet that misses a replica."""
+        deadline = time.monotonic() + timeout_s
+        running = [node for node in self.nodes if node.pid]
+        for node in running:
+            while True:
+                status = node.status()
+                tablets = status.get("tablets", {})
+                if (
+                    status.get("reachable", 0) >= len(running)
+                    and tablets
+                    and not (tablets["degraded"] or tablets["unavailable"] or status["to_copy"])
+                ):
+                    break
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"daemon {node.number} sees {tablets} after {timeout_s:.0f} s: {node.log_tail()}")
+                time.sleep(0.05)
 
     def start_together(self) -> None:
         """Start all that do not run at once, then wait for all: after a power cut."""
@@ -202,6 +229,7 @@ class Daemons:
                 node.start(wait_ready=False)
         for node in self.nodes:
             node.wait_ready()
+        self.wait_whole()
 
     def stop(self) -> None:
         """SIGTERM to all at once, then wait."""

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from dht.errors import Unavailable
-from lucd.demo.daemons import Daemons
+from lucd.demo.daemons import HOST, Daemons
 
 CELL, API = "nova_cell1", "nova_api"
 COMPUTE_HOST = "compute-1"
@@ -41,7 +41,9 @@ class NovaSite:
         self.conductor_conf = self._write(
             "conductor.conf",
             f"[DEFAULT]\nhost = {CONDUCTOR_HOST}\nlog_file = {self.path}/conductor.log\n{common}"
-            "[conductor]\nworkers = 1\n[upgrade_levels]\ncompute = auto\n",
+            "[conductor]\nworkers = 1\n"
+            # The demo boots nothing through Placement; the conductor wants to know where it would be.
+            f"[placement]\nauth_type = none\nendpoint_override = http://{HOST}:9/placement\n",
         )
         self.compute_conf = self._write(
             "compute.conf", f"[DEFAULT]\nhost = {COMPUTE_HOST}\nlog_file = {self.path}/compute.log\n{common}"
