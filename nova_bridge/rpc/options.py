@@ -1,4 +1,4 @@
-"""The options of the group [lucd] in nova.conf, for Nova's processes and for the workers beside the daemon."""
+"""The options of the group [lucd] in nova.conf: how a process of Nova's finds the RPC door."""
 
 from __future__ import annotations
 
@@ -34,20 +34,6 @@ OPTIONS = [
         default=60,
         min=1,
         help="Seconds that a database call may take. Past it the caller gets DBConnectionError.",
-    ),
-    cfg.IntOpt(
-        "workers",
-        default=2,
-        min=1,
-        max=64,
-        help="Number of worker processes beside the daemon that run database calls.",
-    ),
-    cfg.IntOpt(
-        "worker_threads",
-        default=8,
-        min=1,
-        max=256,
-        help="Database calls that one worker process runs at the same time.",
     ),
 ]
 

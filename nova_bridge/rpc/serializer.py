@@ -33,6 +33,7 @@ from nova_bridge.rpc.models import empty_model, fill_model, flatten_model
 
 TAG = "$"
 DEPTH_LIMIT = 100
+ORIGINAL = "_orig_"
 FACTORIES: dict[str, Callable[[], Any]] = {f.__name__: f for f in (int, list, str, dict, set, float, tuple, bool)}
 CONDITIONS = {c.__name__: c for c in (api.Constraint, api.EqualityCondition, api.InequalityCondition)}
 # Of no use to database code, long, and secret.
@@ -142,7 +143,10 @@ class Encoder:
         return sent
 
     def flatten_object(self, value: Any, encode: Callable[[Any], Any]) -> dict[str, Any]:
-        return {"v": encode(value.obj_to_primitive()), "x": encode(value._context)}
+        flat = {"v": encode(value.obj_to_primitive()), "x": encode(value._context)}
+        # What some objects compare with to know their changes; Nova's own primitive leaves it out.
+        originals = {name: encode(found) for name, found in vars(value).items() if name.startswith(ORIGINAL)}
+        return {**flat, "o": originals} if originals else flat
 
     def _flatten_context(self, value: Any, encode: Callable[[Any], Any]) -> dict[str, Any]:
         # to_dict drops the targeted cell.
@@ -207,7 +211,11 @@ class Decoder:
 
     def rebuild_object(self, value: dict[str, Any]) -> Any:
         context = self.decode(value["x"])
-        return objects_base.NovaObject.obj_from_primitive(self.decode(value["v"]), context=context)
+        found = objects_base.NovaObject.obj_from_primitive(self.decode(value["v"]), context=context)
+        for name, original in value.get("o", {}).items():
+            if name.startswith(ORIGINAL):
+                setattr(found, name, self.decode(original))
+        return found
 
     def _object(self, value: dict[str, Any]) -> Any:
         found = self._numbered[value["i"]] = self.shared[value["i"]] = self.rebuild_object(value)

@@ -70,9 +70,7 @@ def configure(settings: argparse.Namespace) -> Any:
     from nova_bridge.rpc.plugin import without_plugin
 
     conf = nova.conf.CONF
-    config.parse_args(
-        ["lucd-nova-db-worker"], default_config_files=settings.config_file, configure_db=False, init_rpc=False
-    )
+    config.parse_args(["lucd-nova-db-worker"], default_config_files=settings.config_file, configure_db=False)
     options.register_opts(conf)
     log.setup(conf, "nova")
     objects.register_all()

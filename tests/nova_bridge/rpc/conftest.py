@@ -37,10 +37,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def nova_conf():
-    """Nova's configuration without any file; both databases are given by the tests."""
+def nova_conf(tmp_path_factory):
+    """Nova's configuration; both databases are given by the tests. Notifications of its objects go nowhere."""
     conf = nova.conf.CONF
-    config.parse_args(["tests"], default_config_files=[], configure_db=False, init_rpc=False)
+    file = tmp_path_factory.mktemp("conf") / "nova.conf"
+    file.write_text("[DEFAULT]\ntransport_url = fake://\n")
+    config.parse_args(["tests"], default_config_files=[str(file)], configure_db=False)
     return conf
 
 
