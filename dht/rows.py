@@ -12,6 +12,7 @@ gives SQLite's order of values: NULL, then numbers by value whatever their type,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import struct
@@ -150,6 +151,7 @@ def decode_row(data: bytes) -> Row:
         raise Invalid(f"not a row: {error}") from None
 
 
+@functools.lru_cache(maxsize=16_384)
 def tablet_of(group: GroupKey, tablets: int) -> int:
     """The tablet that a group falls into: uniform by hash, fixed for the domain's life."""
     return int.from_bytes(hashlib.blake2b(group, digest_size=8).digest(), "big") % tablets

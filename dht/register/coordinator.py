@@ -36,7 +36,6 @@ from dht.register.operations import Blocked
 from dht.register.rounds import Rounds, Standing
 
 CACHE_BYTES_MAX = 64 * 1024 * 1024
-BATCH_BYTES_MAX = 4 * 1024 * 1024
 _GROUP_OVERHEAD_BYTES = 2_000
 
 
@@ -136,30 +135,28 @@ class Coordinator:
 
     async def _work(self, held: _Group) -> None:
         """Serve the queue until it is empty; the only place that proposes for the group."""
+        batch: list[_Waiting] = []
         try:
-            batch: list[_Waiting] = []
-            while True:
-                batch = [waiting for waiting in batch + held.queue if not waiting.future.done()]
+            while batch := [waiting for waiting in batch + held.queue if not waiting.future.done()]:
                 held.queue = []
-                if not batch:
-                    break
                 self._groups.move_to_end(held.standing.key)
                 if not await self._round(held.standing, batch):
                     await self._context.back_off()
         except DhtError as error:
             self._fail(held, batch, error)
+        except BaseException:
+            # A bug here, or the end of the node: what was decided and not accepted must not stay in the state.
+            self._fail(held, batch, Unavailable("it failed or was stopped in the middle"))
+            raise
         finally:
+            held.queue = []
             held.running = False
-            if held.queue:
-                held.running = True
-                self._context.spawn(self._work(held))
-            else:
-                self._account(held)
+            self._account(held)
 
     def _fail(self, held: _Group, batch: list[_Waiting], error: DhtError) -> None:
         """The own disk failed, or the tablet is not ours: this node can decide nothing here."""
         held.standing.drop()
-        for waiting in batch:
+        for waiting in {id(waiting): waiting for waiting in batch + held.queue}.values():
             if not waiting.future.done():
                 kind = Indeterminate if waiting.sent else Unavailable
                 waiting.future.set_exception(kind(f"this node cannot coordinate the group: {error.message}"))

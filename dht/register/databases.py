@@ -24,6 +24,7 @@ from dht.world import Batch
 
 NAMES_KEPT_S = 2.0
 _LIST_GROUPS_MAX = 1_000
+_EMPTIED_AT_ONCE = 64
 
 
 class Databases:
@@ -76,11 +77,15 @@ class Databases:
         if not await self._register(catalog.database_removed(name), name, deadline):
             return False
         for tablet in range(len(self._context.domain.roster.tablets)):
-            for key in await self._groups(name, tablet):
-                operation = Operation(Kind.EMPTY, self._context.chance.randbytes(16), Part(key))
-                await self._router.submit(operation, 0, deadline)
+            keys = await self._groups(name, tablet)
+            for at in range(0, len(keys), _EMPTIED_AT_ONCE):
+                await asyncio.gather(*(self._empty(key, deadline) for key in keys[at : at + _EMPTIED_AT_ONCE]))
         await self.announce(name)
         return True
+
+    async def _empty(self, key: GroupKey, deadline: float) -> None:
+        operation = Operation(Kind.EMPTY, self._context.chance.randbytes(16), Part(key))
+        await self._router.submit(operation, 0, deadline)
 
     async def _register(self, part: Part, name: str, deadline: float) -> bool:
         self._names_until = 0.0

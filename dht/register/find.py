@@ -31,7 +31,7 @@ from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.messages import FindReplica, FindReplicaReply, Wanted
 from dht.register.reader import Reader
-from dht.register.rounds import expect
+from dht.register.rounds import Rounds, expect
 from dht.rows import table_prefix
 from dht.storage.search import row_order, row_test
 
@@ -151,17 +151,16 @@ class _Collected:
 class Finder:
     """Finds for whoever asks at this node."""
 
-    def __init__(self, context: Context, server: FindServer, reader: Reader) -> None:
+    def __init__(self, context: Context, server: FindServer, reader: Reader, rounds: Rounds) -> None:
         self._context = context
         self._server = server
+        self._rounds = rounds
         self._reader = reader
 
     async def find(self, query: FindQuery, deadline: float) -> FindResult:
         """Raises Unavailable when some tablet has no majority in time, Invalid when there are too many rows."""
         context = self._context
         context.count("finds")
-        if query.limit is not None and query.limit < 0:
-            raise Invalid(f"a limit of {query.limit} rows makes no sense")
         limit = FIND_ROWS_MAX
         if query.order is not None and query.limit is not None:
             limit = min(query.limit + LIMIT_SLACK_ROWS, FIND_ROWS_MAX)
@@ -294,6 +293,8 @@ class Finder:
         for at in range(0, len(keys), READ_GROUPS_MAX):
             for group in await self._reader.read(keys[at : at + READ_GROUPS_MAX], None, deadline):
                 out[group.key] = group
+                # Marks may have been lost; the next find need not read this group by itself again.
+                self._rounds.mark(self._context.replicas(group.key), group.key, group.ballot)
         return out
 
     @staticmethod

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Invalid, rebuild
-from dht.limits import GROUP_BYTES_MAX, TRANSACTION_BYTES_MAX, WINDOW_TRANSACTIONS
+from dht.limits import GROUP_BYTES_MAX, WINDOW_TRANSACTIONS
 from dht.model import (
     SYSTEM_DECISION,
     SYSTEM_INTENT,
@@ -42,11 +42,9 @@ from dht.model import (
     Part,
     Row,
     RowKey,
-    Transaction,
     TransactionId,
 )
 from dht.rows import (
-    check_value,
     decode_row,
     encode_row,
     encode_value,
@@ -69,7 +67,7 @@ _DIGEST_MODULUS = 1 << 128
 _WINDOW_PREFIX = table_prefix(SYSTEM_WINDOW)
 _INTENT_PREFIX = table_prefix(SYSTEM_INTENT)
 _DECISION_PREFIX = table_prefix(SYSTEM_DECISION)
-_FLOOR_KEY = row_key(SYSTEM_META, ())
+FLOOR_KEY = row_key(SYSTEM_META, ())
 _ballot_encoder = msgspec.msgpack.Encoder()
 _ballot_decoder = msgspec.msgpack.Decoder(Ballot)
 
@@ -145,7 +143,7 @@ class GroupState:
             _keep(self.intents, key, row, sign)
         elif key.startswith(_DECISION_PREFIX):
             _keep(self.decisions, key, row, sign)
-        elif key == _FLOOR_KEY:
+        elif key == FLOOR_KEY:
             self.floor = unpack_ballot(decode_row(row)[0]) if sign > 0 else ZERO
 
     @property
@@ -249,7 +247,7 @@ def remember(
     for old_id, _ in oldest:
         delta[window_key(old_id)] = None
     floor = max(state.floor, oldest[-1][1])
-    delta[_FLOOR_KEY] = encode_row({0: pack_ballot(floor)})
+    delta[FLOOR_KEY] = encode_row({0: pack_ballot(floor)})
 
 
 # Guards and changes.
@@ -365,68 +363,3 @@ def _check_guard(draft: _Draft, guard: Guard, part_index: int, index: int) -> No
     text = f"row {guard.pk} of table {guard.table} {wanted}"
     detail = {"part": part_index, "what": "guard", "index": index, "fails_as": guard.fails_as}
     raise (Duplicate if guard.fails_as == "duplicate" else Conflict)(text, **detail)
-
-
-# What may enter the store at all.
-
-
-def check_transaction(transaction: Transaction) -> None:
-    """Raise Invalid if the transaction is not well formed: types, sizes, names. Done once, where it enters."""
-    if len(transaction.id) != 16:
-        raise Invalid(f"a transaction's id has 16 bytes, not {len(transaction.id)}")
-    if not transaction.database:
-        raise Invalid("a transaction names its database")
-    if not transaction.parts:
-        raise Invalid("a transaction has at least one part")
-    prefix = encode_value(transaction.database)
-    keys = {part.key for part in transaction.parts}
-    if len(keys) != len(transaction.parts):
-        raise Invalid("a transaction names each group once; merge the parts of the same group")
-    size = 0
-    for part in transaction.parts:
-        if not part.key.startswith(prefix):
-            raise Invalid(f"group {part.key.hex()} is not of database {transaction.database!r}")
-        size += len(part.key) + _check_part(part)
-    if size > TRANSACTION_BYTES_MAX:
-        raise Invalid(
-            f"the transaction has {size} bytes, at most {TRANSACTION_BYTES_MAX} are allowed; commit it in pieces"
-        )
-
-
-_FAILURES = ("conflict", "duplicate", "foreign_key")
-
-
-def _check_part(part: Part) -> int:
-    size = 0
-    for change in part.changes:
-        if change.table < 0:
-            raise Invalid(f"table {change.table} is the store's own")
-        if change.op == Op.INSERT and change.guards:
-            raise Invalid("an INSERT has no column guards, its row is absent")
-        size += _check_values(change.pk) + _check_columns(change.columns) + _check_columns(change.guards)
-    for guard in part.guards:
-        if guard.table < 0:
-            raise Invalid(f"table {guard.table} is the store's own")
-        if guard.fails_as not in _FAILURES:
-            raise Invalid(f"a guard fails as one of {', '.join(_FAILURES)}, not as {guard.fails_as!r}")
-        size += _check_values(guard.pk) + _check_columns(guard.columns)
-    return size
-
-
-def _check_columns(columns: Columns) -> int:
-    return 3 * len(columns) + _check_values(columns.values())
-
-
-def _check_values(values: Iterable[object]) -> int:
-    """Bytes of the values, about; raises Invalid for what is not a value."""
-    size = 0
-    for value in values:
-        check_value(value)
-        if isinstance(value, str):
-            # ASCII is the common case and free to recognise; other text needs its encoded length.
-            size += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
-        elif isinstance(value, bytes):
-            size += len(value)
-        else:
-            size += 9
-    return size

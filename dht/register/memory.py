@@ -24,6 +24,7 @@ from dht.model import (
     TransactionId,
 )
 from dht.register import catalog, group
+from dht.register.admission import check_query, check_transaction
 from dht.register.group import APPLIED, REFUSED, Delta, GroupState
 from dht.rows import split_group_key
 from dht.storage.memory import MemoryDisk
@@ -67,6 +68,7 @@ class MemoryStore:
             return tuple(out)
 
     def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        check_query(query)
         with self._lock:
             self._check_catalog(query.database, query.catalog_version)
             matches, _ = self._file.find_local(query, None, FIND_ROWS_MAX)
@@ -77,7 +79,7 @@ class MemoryStore:
             return FindResult(rows, groups)
 
     def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
-        group.check_transaction(transaction)
+        check_transaction(transaction)
         with self._lock:
             self._check_catalog(transaction.database, transaction.catalog_version)
             return self._commit(transaction, attempt)

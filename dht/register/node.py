@@ -25,11 +25,12 @@ from dht.model import (
 )
 from dht.register import catalog, operations
 from dht.register.acceptor import Acceptor
+from dht.register.admission import check_query, check_transaction
 from dht.register.context import Context, Identity, Tablets
 from dht.register.coordinator import Coordinator
 from dht.register.databases import Databases
 from dht.register.find import Finder, FindServer
-from dht.register.group import APPLIED, UNDECIDED, check_transaction, intent_key
+from dht.register.group import APPLIED, UNDECIDED, intent_key
 from dht.register.messages import (
     Accept,
     Chosen,
@@ -87,7 +88,7 @@ class StoreNode:
         self._databases = Databases(context, acceptor, self._router, self._reader, self._transactions)
         self._sequences = Sequences(context, self._reader, self._transactions)
         self._find_server = FindServer(context, acceptor, self._databases.learn_soon)
-        self._finder = Finder(context, self._find_server, self._reader)
+        self._finder = Finder(context, self._find_server, self._reader, rounds)
         self._answers: dict[type[Struct], Callable[[Any], Awaitable[Message]]] = {
             Prepare: self._prepare,
             Accept: self._accept,
@@ -166,6 +167,7 @@ class StoreNode:
         return await self._reader.read(keys, known, self._deadline(timeout_s))
 
     async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        check_query(query)
         deadline = self._deadline(timeout_s)
         await self._databases.check(query.database, query.catalog_version, deadline)
         return await self._finder.find(query, deadline)

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from dht.errors import DhtError
 from dht.limits import INTENT_TIMEOUT_S, REQUEST_TIMEOUT_S
-from dht.model import SYSTEM_META, Ballot, GroupKey, Part, RowKey, TransactionId
+from dht.model import Ballot, GroupKey, Part, RowKey, TransactionId
 from dht.register import operations
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
-from dht.register.group import ABORTED, APPLIED, unpack_ballot
+from dht.register.group import ABORTED, APPLIED, FLOOR_KEY, unpack_ballot
 from dht.register.messages import Kind, Operation
 from dht.register.operations import Intent
 from dht.register.reader import Reader
 from dht.register.routing import Router
-from dht.rows import decode_row, row_key
+from dht.rows import decode_row
 
 GRACE_S = 0.004
 """Most transactions finish by themselves within this; asking sooner only adds messages."""
 _SEEN_MAX = 10_000
-_FLOOR_KEY = row_key(SYSTEM_META, ())
 
 
 class Resolver:
@@ -138,5 +137,5 @@ class Resolver:
 
 def below_floor(rows: dict[RowKey, bytes], seen: Ballot | None) -> bool:
     """Whether a transaction that first saw the group at that ballot may be forgotten there."""
-    floor = rows.get(_FLOOR_KEY)
+    floor = rows.get(FLOOR_KEY)
     return floor is not None and seen is not None and seen < unpack_ballot(decode_row(floor)[0])

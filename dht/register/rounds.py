@@ -181,7 +181,7 @@ class Rounds:
             context.spawn(self._accept_at(standing, node, request, tally))
         accepted = await tally.done
         if accepted:
-            self._mark(replicas, standing.key, request.ballot)
+            self.mark(replicas, standing.key, request.ballot)
         return accepted
 
     async def _accept_at(self, standing: Standing, node: NodeId, request: Accept, tally: Tally) -> None:
@@ -263,7 +263,7 @@ class Rounds:
 
     # Chosen marks.
 
-    def _mark(self, replicas: TabletReplicas, key: GroupKey, ballot: Ballot) -> None:
+    def mark(self, replicas: TabletReplicas, key: GroupKey, ballot: Ballot) -> None:
         """Tell the replicas, soon and in batches, that the ballot is chosen."""
         for node in replicas.nodes:
             marks = self._marks.get(node)

@@ -75,6 +75,10 @@ class Router:
             raise Indeterminate(f"the outcome of a write to group {key.hex()} is not known: {why}", id=operation.id)
         raise Unavailable(f"group {key.hex()} cannot be written now, nothing was applied: {why}")
 
+    def coordinates(self, key: GroupKey) -> bool:
+        """Whether this node is the coordinator of the group, as far as it knows."""
+        return self._target(self._context.replicas(key), {}) == self._context.node
+
     def _target(self, replicas: TabletReplicas, tried: dict[NodeId, None]) -> NodeId:
         """The first live replica that was not tried, else the first that was not tried, else the first."""
         rest = [node for node in replicas.nodes if node not in tried]

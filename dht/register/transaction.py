@@ -13,7 +13,7 @@ from __future__ import annotations
 from dht.errors import Conflict, DhtError, Indeterminate, NotServing, Unavailable
 from dht.model import Applied, Ballot, Part, Transaction
 from dht.register.context import Context
-from dht.register.group import APPLIED
+from dht.register.group import APPLIED, FLOOR_KEY
 from dht.register.messages import Kind, Operation
 from dht.register.reader import Reader
 from dht.register.resolver import Resolver
@@ -46,6 +46,14 @@ class Transactions:
 
     async def _commit_one(self, transaction: Transaction, attempt: int, deadline: float) -> Ballot:
         part = transaction.parts[0]
+        if (
+            part.seen is None
+            and not attempt
+            and not self._router.coordinates(part.key)
+            and self._context.file.row(part.key, FLOOR_KEY) is not None
+        ):
+            # The coordinator would refuse it: the group has forgotten transactions (see below).
+            (part,) = await self._pinned((part,), deadline)
         try:
             operation = Operation(Kind.COMMIT, transaction.id, part)
             return (await self._router.submit(operation, attempt, deadline)).ballot

@@ -8,6 +8,7 @@ from dht.errors import Conflict, Duplicate, Indeterminate, Invalid
 from dht.limits import GROUP_BYTES_MAX, WINDOW_TRANSACTIONS
 from dht.model import ZERO, Ballot, Change, Guard, GuardKind, Op, Part, Transaction
 from dht.register import group
+from dht.register.admission import check_transaction
 from dht.register.group import APPLIED, REFUSED, GroupState
 from dht.rows import decode_row, encode_row, group_key, row_digest, row_key
 
@@ -205,4 +206,4 @@ def transaction(*parts: Part, id: bytes = b"i" * 16, database: str = "db") -> Tr
 )
 def test_malformed_transaction_is_invalid(wrong):
     with pytest.raises(Invalid):
-        group.check_transaction(wrong)
+        check_transaction(wrong)
