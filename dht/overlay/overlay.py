@@ -112,14 +112,21 @@ class Overlay:
     async def start(self, host: str, port: int, bootstrap: Sequence[Address] = ()) -> None:
         """Listen, and keep looking for the bootstrap peers and the contacts of the last run until somebody answers.
 
-        Returns when the socket is open; raises OSError if it cannot be. Port 0 takes a free one.
+        Returns when the socket is open; raises OSError if it cannot be, Invalid if this node's own address does not
+        resolve. Port 0 takes a free one.
         """
         loop = asyncio.get_running_loop()
         own_host, own_port = self._address
         if own_host in WILDCARDS:
             own_host = ""
         else:
-            own_host = await _resolve(own_host, own_port, ":" in host)
+            try:
+                own_host = await _resolve(own_host, own_port, ":" in host)
+            except OSError as error:
+                raise Invalid(
+                    f"other nodes cannot be told to reach this one at {own_host}: {error.strerror}; give an address, "
+                    "or a name that resolves here"
+                ) from None
         # The port is known before the first datagram can be sent: the protocol reads the frame when it sends.
         opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
         try:
@@ -137,6 +144,8 @@ class Overlay:
         work = [self._keep_calling(address) for address in bootstrap]
         work += [self._keep_found(), self._keep_alive(), self._keep_fresh(), self._keep_published(), self._keep_saved()]
         self._tasks = [loop.create_task(one) for one in work]
+        for task in self._tasks:
+            task.add_done_callback(_report)
 
     async def stop(self) -> None:
         """Stop, and save the contacts for the next start."""
@@ -383,6 +392,12 @@ class Overlay:
         contacts = self.contacts()
         if self._state_path is not None and contacts:
             save_contacts(self._state_path, contacts)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A background task ends only when it is cancelled; anything else is a bug, and somebody must hear of it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("overlay: background work ended: %r", error, exc_info=error)
 
 
 async def _resolve(host: str, port: int, ipv6: bool) -> str:
