@@ -1,4 +1,4 @@
-"""A transaction's buffered rows as one transaction of the store, and its refusals in SQLite's words (DESIGN section 7)."""
+"""A transaction's buffered rows as one transaction of the store, its refusals in SQLite's words (DESIGN section 7)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Step(NamedTuple):
 
 
 def commit(tx: Transaction, foreign_keys: bool) -> None:
-    """Send the transaction. Raises an exception of DB-API; then nothing was applied, unless it is IndeterminateError."""
+    """Send the transaction. When it raises, nothing was applied, unless it is IndeterminateError."""
     drafts = _collect(tx, foreign_keys)
     parts = tuple(
         Part(key, tx.seen.get(key), tuple(c for c, _ in draft.changes), tuple(g for g, _ in draft.guards))

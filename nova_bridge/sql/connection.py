@@ -1,7 +1,7 @@
 """A DB-API connection: one transaction at a time, SQLite's engine over virtual tables, savepoints as journal marks.
 
-It behaves as the `sqlite3` module's (legacy isolation levels): `isolation_level` None leaves BEGIN to the caller, anything
-else begins before the first INSERT, UPDATE or DELETE. DDL commits what is pending first.
+It behaves as the `sqlite3` module's (legacy isolation levels): `isolation_level` None leaves BEGIN to the caller,
+anything else begins before the first INSERT, UPDATE or DELETE. DDL commits what is pending first.
 """
 
 from __future__ import annotations

@@ -150,6 +150,16 @@ class Database:
         self._preview = (before, ddl, result)
         return result
 
+    def publish(self, content: Schema) -> None:
+        """Give an empty database the tables of another."""
+        with self._lock:
+            self._ensure_created()
+            before = self.reload()
+            if before.version:
+                raise SchemaChanged(f"the database {self.name} has tables already")
+            schema = self._catalog.replace(before, content.definitions, content.next_table)
+            self._schema = schema
+
     def mark_used(self, table: str) -> Schema:
         """Every row has its entries now: look-ups may rely on them."""
         with self._lock:

@@ -1,40 +1,69 @@
-"""Scripts that fill an empty in-process database are run once per process; afterwards their result is cloned.
+"""Scripts that fill an empty database are run once per process; afterwards their result is restored as a whole.
 
-Nova's database fixture restores the same schema dump for each of its tests.
+Nova's database fixture restores the same schema dump for each of its tests. In-process stores are cloned; elsewhere
+the catalog and the rows are written by two transactions.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dht.register.memory import MemoryStore
 from nova_bridge.sql.catalog import Catalog
+from nova_bridge.sql.commit import commit
 from nova_bridge.sql.database import Database
+from nova_bridge.sql.schema import Schema
+from nova_bridge.sql.transaction import Transaction
+from nova_bridge.sql.writes import Writer
 
 KEPT_MAX = 16
+ROWS_MAX = 1000
+"""A script that leaves more rows than this is run each time."""
 
 
-class _Kept(NamedTuple):
+class _Clone(NamedTuple):
     store: MemoryStore
     catalog: Catalog
 
 
-_kept: dict[bytes, _Kept] = {}
+class _Content(NamedTuple):
+    schema: Schema
+    rows: list[tuple[int, tuple[Any, ...]]]
+
+
+_kept: dict[bytes, _Clone | _Content] = {}
 
 
 def restore(database: Database, digest: bytes) -> bool:
     """Give an empty database the content that the script made before. Returns whether that was possible."""
-    kept = _kept.get(digest)
-    if kept is None or not isinstance(database.store, MemoryStore) or database.schema.version:
-        return False
-    database.replace_store(kept.store.clone(), kept.catalog)
-    return True
+    match _kept.get(digest):
+        case _Clone(store, catalog) if isinstance(database.store, MemoryStore) and not database.schema.version:
+            database.replace_store(store.clone(), catalog)
+            return True
+        case _Content(schema, rows) if not isinstance(database.store, MemoryStore) and not database.schema.version:
+            database.publish(schema)
+            _insert(database, rows)
+            return True
+    return False
+
+
+def _insert(database: Database, rows: list[tuple[int, tuple[Any, ...]]]) -> None:
+    tx = Transaction(database)
+    writer = Writer(tx)
+    for number, values in rows:
+        writer.insert(tx.schema.by_number[number], None, values)
+    commit(tx, foreign_keys=False)
 
 
 def keep(database: Database, digest: bytes) -> None:
     """Remember the content that the script made of an empty database."""
+    if len(_kept) >= KEPT_MAX:
+        _kept.clear()
     if isinstance(database.store, MemoryStore):
-        if len(_kept) >= KEPT_MAX:
-            _kept.clear()
         store = database.store.clone()
-        _kept[digest] = _Kept(store, database.catalog_for(store))
+        _kept[digest] = _Clone(store, database.catalog_for(store))
+        return
+    tx = Transaction(database)
+    rows = [(t.number, r.values[: t.width]) for t in tx.schema.tables.values() for r in tx.find(t, ())]
+    if len(rows) <= ROWS_MAX:
+        _kept[digest] = _Content(database.schema, rows)

@@ -68,7 +68,6 @@ class Planner:
 
     def best_index(self, info: apsw.IndexInfo) -> bool:
         """Answer xBestIndex."""
-        table = self.table
         usable: dict[int, list[tuple[int, int]]] = {}
         for i in range(info.nConstraint):
             op = info.get_aConstraint_op(i)

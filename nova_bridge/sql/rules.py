@@ -1,4 +1,4 @@
-"""Unique and foreign keys, checked at the statement; what must still hold at commit becomes guards (DESIGN section 7)."""
+"""Unique and foreign keys, checked at the statement; what must hold at commit becomes guards (DESIGN section 7)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What one transaction has read and what it will write (DESIGN section 11).
 
 It reads each group once and at one ballot. Changes are buffered as `Pending` rows laid over what was read, with a
-journal, so that savepoints and failed statements are marks to go back to. `commit.py` makes a store transaction of them.
+journal, so that savepoints and failed statements are marks to go back to. `commit.py` makes a store transaction of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SQLite's virtual-table callbacks: thin, because they run once per row and column (DESIGN section 11).
 
-Each table is an eponymous-only module, so it is there without CREATE VIRTUAL TABLE. Rows are found by a rowid that is the
-integer key, or a number given out per statement where there is none.
+Each table is an eponymous-only module, so it is there without CREATE VIRTUAL TABLE. Rows are found by a rowid that is
+the integer key, or a number given out per statement where there is none.
 """
 
 from __future__ import annotations

@@ -1,12 +1,28 @@
-"""Puts the SQL door in SQLite's place, so that Nova's own suites, unedited, run on it."""
+"""Puts the SQL door in SQLite's place, so that Nova's own suites, unedited, run on it.
+
+On the in-process store, or, when LUCD_SUITE_SOCKET names a daemon's socket, on its cluster: then each database that a
+test opens is one of its own there, dropped when its last connection is closed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
+import weakref
+from typing import Any
 
 from sqlalchemy.dialects import registry, sqlite
 
+from dht.limits import REQUEST_TIMEOUT_S
+from dht.wire.blocking import BlockingClient, SocketStore
+from nova_bridge.sql import dbapi
+from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.database import Database
 from nova_bridge.sql.dialect import LucdMemoryDialect
+
+SOCKET = os.environ.get("LUCD_SUITE_SOCKET", "")
+_named: dict[str, Database] = {}
 
 
 class SqliteByLucd(LucdMemoryDialect):
@@ -15,11 +31,30 @@ class SqliteByLucd(LucdMemoryDialect):
     driver = "pysqlite"
     supports_statement_cache = True
 
+    def connect(self, *args: Any, **kwargs: Any) -> Connection:
+        """In process, or in a database of the cluster that exists for this connection or this file name."""
+        if not SOCKET:
+            return dbapi.connect_memory(*args, **kwargs)
+        path = str(args[0]) if args else ":memory:"
+        if path in {"", ":memory:"}:
+            database = _make(os.urandom(8).hex())
+            connection = Connection(database, "", foreign_keys=False)
+            weakref.finalize(connection, database.store.drop_database, database.name)
+            return connection
+        if path not in _named:
+            _named[path] = _make(hashlib.sha256(f"{os.getpid()} {path}".encode()).hexdigest()[:16])
+        return Connection(_named[path], "", foreign_keys=False)
+
+
+def _make(name: str) -> Database:
+    database = Database(SocketStore(BlockingClient(SOCKET, REQUEST_TIMEOUT_S)), f"suite_{name}", REQUEST_TIMEOUT_S)
+    database.store.create_database(database.name)
+    return database
+
 
 def install() -> None:
     """Every `sqlite` URL of this process opens a database of the door from now on."""
-    module = sys.modules[__name__]
-    sys.modules["lucd_suite_door"] = module
+    sys.modules["lucd_suite_door"] = sys.modules[__name__]
     registry.register("sqlite", "lucd_suite_door", "SqliteByLucd")
     registry.register("sqlite.pysqlite", "lucd_suite_door", "SqliteByLucd")
     sqlite.dialect = SqliteByLucd

@@ -1,11 +1,11 @@
 """Runs a suite of Nova's, unedited, on stock SQLite and on the SQL door, and compares the outcome of every test.
 
-    python tests/nova_suites/run.py                                   # nova.tests.unit.db.main.test_api, in-process store
+    python tests/nova_suites/run.py                    # nova.tests.unit.db.main.test_api, in-process store
     python tests/nova_suites/run.py --store socket --socket /run/lucd/lucd.sock
     python tests/nova_suites/run.py --suite nova.tests.functional.db
 
-Exit code 0 when every test had the same outcome on both. unittest in processes of its own: pytest's plugins and testtools
-do not get along.
+Exit code 0 when every test had the same outcome on both. unittest in processes of its own: pytest and testtools do not
+get along.
 """
 
 from __future__ import annotations
@@ -37,9 +37,14 @@ class SuiteRun:
         self.store = store
         self.results: Results = {}
         self.seconds = 0.0
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "LUCD_SUITE_SOCKET": socket, "OS_NOVA_CONFIG_FILES": ""}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "LUCD_SUITE_SOCKET": socket if store == "socket" else "",
+            "OS_NOVA_CONFIG_FILES": "",
+        }
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), store, *suites],

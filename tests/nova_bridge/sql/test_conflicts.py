@@ -1,4 +1,4 @@
-"""Two processes on one store: guards by column, duplicates at the statement and at COMMIT, retries, counters of calls."""
+"""Two processes on one store: guards by column, duplicates at the statement and at COMMIT, unknown outcomes."""
 
 from __future__ import annotations
 
