@@ -15,10 +15,17 @@ from pathlib import Path
 import oslo_messaging
 import pytest
 from bus_doors import BusDoor
+from futurist._thread import ThreadWorker
 from oslo_config import cfg
 from oslo_messaging import Target
 
 from nova_bridge.rpc.driver import DEFAULT_SOCKET, LucdDriver, socket_of
+
+
+@pytest.fixture(autouse=True)
+def _quick_worker_threads(monkeypatch):
+    """A server's wait() lasts until its idle worker threads look up, by default after a second."""
+    monkeypatch.setattr(ThreadWorker, "MAX_IDLE_FOR", 0.05)
 
 
 @pytest.fixture
