@@ -5,6 +5,7 @@ Both are SQLAlchemy's SQLite dialect under its own name, so that the SQLite bran
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
@@ -87,9 +88,24 @@ class _Dialect(SQLiteDialect_pysqlite):
         """The daemon is away; the next connection may find it."""
         return isinstance(e, UnavailableError)
 
-    def on_connect(self) -> None:
-        """REGEXP for SQLAlchemy's own operators is registered by the connection's user."""
-        return
+    def do_begin(self, dbapi_connection: Any) -> None:
+        """Reads are part of the transaction too, from its first statement on; oslo.db does that for `sqlite` URLs only."""
+        if not dbapi_connection.in_transaction:
+            dbapi_connection.begin()
+
+    def on_connect(self) -> Any:
+        """REGEXP, as oslo.db and SQLAlchemy give it to SQLite."""
+
+        def add_regexp(connection: Any) -> None:
+            connection.create_function("regexp", 2, _regexp, deterministic=True)
+
+        return add_regexp
+
+
+def _regexp(pattern: Any, value: Any) -> bool | None:
+    if pattern is None or value is None:
+        return None
+    return re.search(str(pattern), str(value)) is not None
 
 
 class LucdDialect(_Dialect):
