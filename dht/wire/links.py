@@ -34,6 +34,8 @@ LINK_PATH = "/link"
 DIAL_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 2.0
 HANDSHAKES_MAX = 64
+STRANGER_S = 3.0
+"""How long a connection to the port may last without a proven peer."""
 ADDRESSES_MAX = 10_000
 REDIAL_MIN_S = 0.05
 REDIAL_MAX_S = 2.0
@@ -97,6 +99,10 @@ class LinkNetwork:
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._retired: dict[Link, None] = {}
         self._handshakes = 0
+        self._proven: dict[object, None] = {}
+        """Accepted connections that carry a link."""
+        self._strangers: dict[object, float] = {}
+        """All others, and when they were first seen."""
         self._runner: web.AppRunner | None = None
         self._session: aiohttp.ClientSession | None = None
         self._ticking: asyncio.TimerHandle | None = None
@@ -344,11 +350,12 @@ class LinkNetwork:
         if self._session is None:
             return ws
         link = Link(ws, peer, False, self._serve, self.counters, self._closed)
+        self._proven[request.protocol] = None
         self._register(link)
-        task = asyncio.current_task()
-        if task is not None:
-            self._tasks[task] = None
-        await link.run()
+        try:
+            await link.run()
+        finally:
+            self._proven.pop(request.protocol, None)
         return ws
 
     async def _shake(self, ws: WebSocket, role: Role, expected: NodeId | None) -> PeerIdentity:
@@ -459,8 +466,19 @@ class LinkNetwork:
                     # This process stood still, so it could not hear anybody.
                     peer.link.heard_s += own_pause_s
                 peer.link.tick(now_s)
+        self._turn_out_strangers(now_s)
         self._ticked_s = now_s
         self._ticking = loop.call_later(TICK_S, self._tick)
+
+    def _turn_out_strangers(self, now_s: float) -> None:
+        """Close connections that did not prove themselves in time, whatever they say or do not say."""
+        server = self._runner.server if self._runner is not None else None
+        accepted = server.connections if server is not None else []
+        self._strangers = {c: self._strangers.get(c, now_s) for c in accepted if c not in self._proven}
+        for connection in accepted:
+            if now_s - self._strangers.get(connection, now_s) > STRANGER_S:
+                self.counters["refused"] += 1
+                connection.force_close()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

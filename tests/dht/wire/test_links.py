@@ -325,6 +325,19 @@ async def test_garbage_on_the_port_is_counted_and_nothing_else(chance, caplog):
         assert not caplog.records
 
 
+async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
+    monkeypatch.setattr(links, "STRANGER_S", 0.2)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 1.0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
+        async with asyncio.timeout(2):
+            assert await reader.read() == b""
+        writer.close()
+        assert b.network.counters["refused"] == 1
+        assert a.network.alive(b.id), "a link stays as long as it likes"
+
+
 async def test_garbage_instead_of_a_handshake_is_counted(chance, caplog):
     async with nodes(1) as (a,), aiohttp.ClientSession() as session:
         for n in range(200):
