@@ -61,6 +61,7 @@ class LocalNode:
         self.bootstrap = list(bootstrap)
         self.options = options
         self._process: subprocess.Popen[bytes] | None = None
+        self._clients: dict[float, BlockingClient] = {}
         path.mkdir(parents=True)
         self.write_config()
 
@@ -159,10 +160,17 @@ class LocalNode:
         os.kill(self.pid, signal.SIGCONT)
 
     def client(self, timeout_s: float = 10.0) -> BlockingClient:
-        return BlockingClient(self.socket, timeout_s)
+        """A client of the daemon, one for each timeout; closed by `close_clients`."""
+        if timeout_s not in self._clients:
+            self._clients[timeout_s] = BlockingClient(self.socket, timeout_s)
+        return self._clients[timeout_s]
 
     def store(self, timeout_s: float = 10.0) -> SocketStore:
         return SocketStore(self.client(timeout_s))
+
+    def close_clients(self) -> None:
+        while self._clients:
+            self._clients.popitem()[1].close()
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -184,6 +192,7 @@ class Daemons:
         self.nodes: list[LocalNode] = []
         self._pop = pop
         self._options = options
+        self._made = 0
         for _ in range(nodes):
             self.add()
 
@@ -191,7 +200,8 @@ class Daemons:
         """One more node with its directory made, not started."""
         if bootstrap is None:
             bootstrap = [self.nodes[0].address] if self.nodes else []
-        number = len(self.nodes) + 1
+        self._made += 1
+        number = self._made
         node = LocalNode(number, self.path / f"n{number}", bootstrap, pop or self._pop, self._options + options)
         self.cluster = node.make_directory(self.cluster)
         self.nodes.append(node)
@@ -238,6 +248,7 @@ class Daemons:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(node.pid, signal.SIGTERM)
         for node in self.nodes:
+            node.close_clients()
             node.stop()
 
     def url(self, database: str, node: int = 0, scheme: str = "lucd") -> str:

@@ -1,0 +1,210 @@
+"""Three real daemons: joining, replication, kill -9 of one and of all, and who is kept out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dht.errors import Conflict, DhtError
+from lucd import directory, messages
+from lucd.demo.daemons import LocalNode, free_port
+from tests.cluster import Cluster
+from tests.lucd.test_one_daemon import inserted, text_of, updated
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("three"), nodes=3) as started:
+        started.nodes[0].store().create_database("d")
+        yield started
+
+
+def eventually(what: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Return when it is the case."""
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, "it never was the case"
+        time.sleep(0.05)
+
+
+class Load:
+    """Threads that write through some of the daemons until told to stop; remembers what was acknowledged."""
+
+    def __init__(self, nodes: list[LocalNode], first: int) -> None:
+        self.acknowledged: dict[int, str] = {}
+        self.errors: list[str] = []
+        self.longest_s = 0.0
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._write, args=(node, first + 1000 * number))
+            for number, node in enumerate(nodes)
+        ]
+
+    def _write(self, node: LocalNode, number: int) -> None:
+        store = node.store()
+        while not self._stop.is_set():
+            began_s = time.monotonic()
+            try:
+                store.commit(inserted(number, "new"))
+                store.commit(updated(number, "new", "old"))
+                self.acknowledged[number] = "old"
+            except DhtError as error:
+                self.errors.append(f"{type(error).__name__}: {error.message}")
+            self.longest_s = max(self.longest_s, time.monotonic() - began_s)
+            number += 1
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def missing(self, node: LocalNode) -> list[int]:
+        """What was acknowledged and is not read through the node."""
+        return [number for number, text in self.acknowledged.items() if text_of(node.store(), number) != text]
+
+
+def test_joined_nodes_are_voters_and_hold_every_tablet(cluster: Cluster) -> None:
+    for node in cluster.nodes:
+        reply = node.client().call(messages.AskDomain())
+        assert isinstance(reply, messages.DomainReply)
+        assert {line.role for line in reply.members} == {"voter"}
+        assert all(len(tablet.replicas) == 3 and tablet.serving for tablet in reply.tablets)
+        assert reply.survivable == ("node", "failure_domain")
+    status = cluster.nodes[0].status()
+    assert status["warnings"] == []
+
+
+def test_write_on_one_is_read_on_all(cluster: Cluster) -> None:
+    for number, node in enumerate(cluster.nodes):
+        node.store().commit(inserted(number, "x"))
+        assert [text_of(other.store(), number) for other in cluster.nodes] == ["x"] * 3
+
+
+def test_guard_holds_across_daemons(cluster: Cluster) -> None:
+    first, second, _ = cluster.nodes
+    first.store().commit(inserted(50, "a"))
+    second.store().commit(updated(50, "a", "b"))
+    with pytest.raises(Conflict):
+        first.store().commit(updated(50, "a", "c"))
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_kill_of_one_loses_nothing_and_the_others_go_on(cluster: Cluster, victim: int) -> None:
+    others = [node for number, node in enumerate(cluster.nodes) if number != victim]
+    with Load(others, 10_000 * (victim + 1)) as load:
+        time.sleep(0.5)
+        cluster.nodes[victim].kill()
+        time.sleep(2.0)
+        before = len(load.acknowledged)
+        cluster.nodes[victim].start()
+        time.sleep(1.0)
+    assert load.errors == []
+    assert len(load.acknowledged) > before > 20
+    assert load.longest_s < 3.0
+    cluster.wait_whole()
+    for node in cluster.nodes:
+        assert load.missing(node) == []
+
+
+def test_restarted_node_alone_with_one_other_serves_what_it_missed(cluster: Cluster) -> None:
+    first, second, third = cluster.nodes
+    third.kill()
+    for number in range(500, 520):
+        first.store().commit(inserted(number, "while you were away"))
+    third.start()
+    cluster.wait_whole()
+    first.kill()
+    assert [text_of(third.store(), number) for number in range(500, 520)] == ["while you were away"] * 20
+    second.store().commit(inserted(530, "two of three"))
+    first.start()
+    cluster.wait_whole()
+
+
+def test_kill_of_all_at_once_loses_nothing_acknowledged(cluster: Cluster) -> None:
+    with Load(cluster.nodes, 100_000) as load:
+        time.sleep(1.0)
+        for node in cluster.nodes:
+            node.kill()
+        load._stop.set()
+    assert len(load.acknowledged) > 20
+    cluster.start_together()
+    for node in cluster.nodes:
+        assert load.missing(node) == []
+
+
+def test_majority_gone_reads_and_writes_are_refused_not_wrong(cluster: Cluster) -> None:
+    first, second, third = cluster.nodes
+    second.kill()
+    third.kill()
+    with pytest.raises(DhtError) as caught:
+        first.store(2.0).commit(inserted(700, "alone"), timeout_s=2.0)
+    assert caught.value.code in ("unavailable", "indeterminate")
+    eventually(lambda: first.get("/readyz")[0] == 503)
+    assert first.get("/livez")[0] == 200
+    cluster.start_together()
+    assert text_of(first.store(), 700) in (None, "alone")
+
+
+def test_wrong_cluster_key_is_kept_out_and_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    stranger = cluster.add()
+    cluster.nodes.remove(stranger)
+    key = stranger.data_dir / "cluster.key"
+    own = directory.ClusterKey.parse(key.read_text(), "key")
+    key.write_text(directory.ClusterKey(own.cluster_id, bytes(32)).text() + "\n")
+    try:
+        stranger.start(wait_ready=False)
+        eventually(lambda: "does not hold the cluster's key" in stranger.log_text())
+        assert stranger.get("/readyz")[0] == 503
+        assert cluster.nodes[0].status()["members"] == 3
+        assert "Traceback" not in stranger.log_text()
+    finally:
+        stranger.stop()
+
+
+def test_other_cluster_is_kept_out_and_says_so(cluster: Cluster) -> None:
+    stranger = LocalNode(9, cluster.path / "other", [cluster.nodes[0].address], "pop1")
+    cluster_key = directory.found(cluster.path / "elsewhere")
+    stranger.make_directory(cluster_key)
+    try:
+        stranger.start(wait_ready=False)
+        eventually(lambda: "belongs to cluster" in stranger.log_text())
+        assert stranger.get("/readyz")[0] == 503
+    finally:
+        stranger.stop()
+
+
+def test_unreachable_bootstrap_keeps_trying_says_so_once_and_joins(cluster: Cluster) -> None:
+    port = free_port()
+    late = cluster.add(bootstrap=[f"127.0.0.1:{port}"], options="[limits]\nbootstrap_retry_s = 0.2\n")
+    cluster.nodes.remove(late)
+    try:
+        late.start(wait_ready=False)
+        eventually(lambda: "cannot join yet" in late.log_text())
+        time.sleep(1.5)
+        assert late.log_text().count("cannot join yet") == 1
+        state = late.get("/readyz")
+        assert state[0] == 503
+        assert "joining" in state[1]
+        assert late.stop() == 0
+        late.bootstrap = [f"127.0.0.1:{port}", cluster.nodes[1].address]
+        late.write_config()
+        late.start()
+        assert late.status()["members"] == 4
+        drained = cluster.nodes[0].client(30.0).call(messages.DrainNode(late.status()["node_id"]))
+        assert drained is not None
+        eventually(lambda: cluster.nodes[0].status()["members"] == 3, 40.0)
+    finally:
+        late.close_clients()
+        late.stop()
+    cluster.wait_whole()
