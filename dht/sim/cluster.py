@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 from dht.errors import DhtError, Indeterminate, Unavailable
@@ -158,7 +159,7 @@ class Cluster:
         machine.paused = False
         node = machine.node = process.fresh_context().run(self.build, boot)
         self.booted.append(node)
-        await self._inside(machine, node.start(), "start")
+        await self._inside(machine, node.start, "start")
 
     def crash(self, number: int) -> None:
         """Power off: nothing of the node runs any more, and its disk forgets what it had not flushed."""
@@ -241,7 +242,7 @@ class Cluster:
                 assert through.node is not None
                 try:
                     async with asyncio.timeout(5.0):
-                        await self._inside(through, through.node.leave(leaving.node_id), "drain")
+                        await self._inside(through, partial(through.node.leave, leaving.node_id), "drain")
                 except (DhtError, TimeoutError) as error:
                     self.say(f"{leaving.name} does not leave yet: {error}")
             await asyncio.sleep(1.0)
@@ -257,11 +258,11 @@ class Cluster:
         store = machine.node.store
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._inside(machine, request(store), "ask")
+                return await self._inside(machine, partial(request, store), "ask")
         except TimeoutError:
             raise Indeterminate(f"{machine.name} gave no answer within {timeout_s} s") from None
 
-    async def _inside(self, machine: Machine, work: Awaitable[T], name: str) -> T:
+    async def _inside(self, machine: Machine, work: Callable[[], Awaitable[T]], name: str) -> T:
         """Run in the machine's process; raises Indeterminate if it dies meanwhile."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[T] = loop.create_future()
@@ -269,7 +270,7 @@ class Cluster:
 
         async def attend() -> None:
             try:
-                result = await work
+                result = await work()
             except DhtError as error:
                 if not outcome.done():
                     outcome.set_exception(error)
