@@ -25,6 +25,8 @@ from dht.model import (
     Constraint,
     FindQuery,
     GroupKey,
+    Guard,
+    GuardKind,
     IndexSpec,
     Op,
     Order,
@@ -141,6 +143,7 @@ class Client:
         self.chance = chance
         self.machine = 0
         self.serial = 0
+        self.cache: dict[GroupKey, tuple[Content, Ballot]] = {}
 
     async def run(self) -> None:
         """Until the bench stops."""
@@ -170,22 +173,27 @@ class Client:
     # Requests, recorded.
 
     async def read(self, keys: Sequence[GroupKey]) -> list[tuple[Content, Ballot]] | None:
-        """The groups' content and ballots, None if that failed."""
+        """The groups' content and ballots, None if that failed. What is cached is named by its ballot, sometimes."""
         history, cluster = self.bench.history, self.bench.cluster
+        cached = [self.cache.get(key) if self.chance.random() < 0.5 else None for key in keys]
+        known = [None if one is None else one[1] for one in cached]
         call = history.tick()
         records = [Read(self.name, key, call) for key in keys]
         history.reads += records
         timeout_s = self.bench.timeout_s
         try:
-            groups = await cluster.ask(self.machine, lambda s: s.read(keys, timeout_s=timeout_s), timeout_s + 1)
+            groups = await cluster.ask(self.machine, lambda s: s.read(keys, known, timeout_s), timeout_s + 1)
         except DhtError as error:
             self.failed("read", error, (Unavailable, Indeterminate))
             return None
         out = []
-        for record, group in zip(records, groups, strict=True):
+        for record, group, one in zip(records, groups, cached, strict=True):
             record.ret = history.tick()
-            record.content = content_of(group.rows or {})
-            out.append((record.content, group.ballot))
+            if group.rows is None and (one is None or one[1] != group.ballot):
+                self.bench.errors.append(f"{self.name} read {group_name(record.key)}: no rows, and the ballot is new")
+            record.content = one[0] if group.rows is None and one is not None else content_of(group.rows or {})
+            self.cache[record.key] = record.content, group.ballot
+            out.append(self.cache[record.key])
         return out
 
     def failed(self, what: str, error: DhtError, allowed: tuple[type[DhtError], ...]) -> None:
@@ -207,6 +215,8 @@ class Client:
             attempt += 1
             self.choose_machine()
             await cluster.machines[0].clock.sleep(self.chance.choice((0.0, 0.01, self.bench.mix.retry_after_s)))
+        if outcome == UNKNOWN and self.chance.random() < 0.7:
+            outcome = await self.ask_outcome(transaction)
         record.outcome = outcome
         record.ret = history.tick()
         cluster.say(f"{self.name}@{self.machine} {show_commit(record)}")
@@ -233,6 +243,19 @@ class Client:
             return UNKNOWN
         return APPLIED
 
+    async def ask_outcome(self, transaction: Transaction) -> str:
+        """What the store itself says of a transaction whose answer was lost; final, if it says anything."""
+        part = transaction.parts[0]
+        timeout_s = self.bench.timeout_s
+        try:
+            answer = await self.bench.cluster.ask(
+                self.machine, lambda s: s.outcome(transaction.id, part.key, part.seen, timeout_s), timeout_s + 1
+            )
+        except DhtError as error:
+            self.failed("outcome", error, (Unavailable, Indeterminate))
+            return UNKNOWN
+        return {"applied": APPLIED, "not_applied": NOTHING}.get(answer, UNKNOWN)
+
     # What clients do.
 
     def element(self) -> str:
@@ -255,8 +278,15 @@ class Client:
         """Append to two or three lists, all or none."""
         count = min(self.bench.mix.lists, self.chance.choice((2, 2, 3)))
         keys = [list_group(i) for i in self.chance.sample(range(self.bench.mix.lists), count)]
-        if got := await self.read(keys):
-            await self.commit([self.append_part(key, *one) for key, one in zip(keys, got, strict=True)])
+        got = await self.read(keys)
+        if not got:
+            return
+        parts = [self.append_part(key, *one) for key, one in zip(keys, got, strict=True)]
+        last = parts[-1]
+        if self.chance.random() < 0.2 and last.changes[0].op == Op.UPDATE:
+            # The last list stays as it is, and only has to be what was read.
+            parts[-1] = Part(last.key, last.seen, (), (Guard(GuardKind.HAS, LIST, (0,), last.changes[0].guards),))
+        await self.commit(parts)
 
     async def read_any(self) -> None:
         groups = all_groups(self.bench.mix)
@@ -296,7 +326,10 @@ class Client:
             change = Change(Op.DELETE, BAG, pk, {}, {1: here[1]})
         else:
             change = Change(Op.UPDATE, BAG, pk, {0: colour, 1: label})
-        await self.commit([Part(key, seen, (change,))])
+        guards: tuple[Guard, ...] = ()
+        if colour is not None and change.op != Op.DELETE and self.chance.random() < 0.3:
+            guards = (Guard(GuardKind.UNIQUE, BAG, pk, {0: colour}, "duplicate"),)
+        await self.commit([Part(key, seen, (change,), guards)])
 
     async def owner(self) -> None:
         """Take, swap or give back a unique name: the row's group and one or two entries' groups."""
@@ -350,6 +383,10 @@ class Client:
         except DhtError as error:
             self.failed("find", error, (Unavailable, Indeterminate))
         record.ret = history.tick()
+        for group in record.result.groups if record.result is not None else ():
+            history.reads.append(
+                Read(f"{self.name} find", group.key, record.call, record.ret, content_of(group.rows or {}))
+            )
 
     async def draw(self) -> None:
         """Take ids, or raise the sequence above an explicit one."""
