@@ -256,7 +256,9 @@ class LinkNetwork:
             if not dialing.cancelled():
                 raise
             error: Exception = Unavailable("this node is stopping")
-        except (DhtError, TimeoutError) as failure:
+        except TimeoutError:
+            error = Unavailable(f"none within {timeout_s:.3f} s")
+        except DhtError as failure:
             error = failure
         where = format_address(*peer.address)
         raise Unavailable(f"{name} was not sent: no link to node {to.hex()} at {where}: {error}", sent=False) from None

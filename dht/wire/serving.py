@@ -14,17 +14,40 @@ from dht.wire import frames
 log = logging.getLogger(__name__)
 
 
+class _Alarm:
+    """Cancels a task. What asyncio.timeout does too, at a quarter of its price, which every request would pay."""
+
+    __slots__ = ("rang", "task")
+
+    def __init__(self, task: asyncio.Task[object] | None) -> None:
+        self.task = task
+        self.rang = False
+
+    def ring(self) -> None:
+        self.rang = True
+        if self.task is not None:
+            self.task.cancel()
+
+
 async def answer_in_time(serving: Awaitable[Struct], message: Struct, timeout_s: float) -> Struct:
-    """The reply, or the Failure that stands for whatever went wrong. Cancels the serving when the time is over."""
+    """The reply, or the Failure that stands for whatever went wrong. Cancels the serving when the time is over.
+
+    To be run as a task of its own.
+    """
     frames.set_time_left(timeout_s)
+    alarm = _Alarm(asyncio.current_task())
+    timer = asyncio.get_running_loop().call_later(timeout_s, alarm.ring)
     try:
-        async with asyncio.timeout(timeout_s):
-            return await serving
+        return await serving
     except DhtError as error:
         return frames.failure_of(error)
-    except TimeoutError:
+    except asyncio.CancelledError:
+        if not alarm.rang or (alarm.task is not None and alarm.task.uncancel() > 0):
+            raise
         text = f"{type(message).__name__} was not answered in {timeout_s:.3f} s: it may or may not have taken effect"
         return frames.failure_of(Indeterminate(text))
     except Exception as error:
         log.exception("%s failed unexpectedly", type(message).__name__)
         return Failure("error", f"{type(message).__name__} failed: {type(error).__name__}: {error}; see the log")
+    finally:
+        timer.cancel()

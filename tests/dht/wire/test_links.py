@@ -85,9 +85,9 @@ async def until(condition, timeout_s=5.0):
 async def test_call_returns_the_peers_reply():
     async with nodes(2) as (a, b):
         a.knows(b)
-        assert await a.network.call(b.id, Ask("hello"), 1.0) == Told("hello to " + a.id.hex())
+        assert await a.network.call(b.id, Ask("hello"), 3.0) == Told("hello to " + a.id.hex())
         # The link serves both directions.
-        assert await b.network.call(a.id, Ask("and back"), 1.0) == Told("and back to " + b.id.hex())
+        assert await b.network.call(a.id, Ask("and back"), 3.0) == Told("and back to " + b.id.hex())
         assert a.network.alive(b.id)
         assert b.network.alive(a.id)
         assert a.network.counters["links"] == b.network.counters["links"] == 1
@@ -97,7 +97,7 @@ async def test_peers_error_comes_back_as_its_class():
     async with nodes(2) as (a, b):
         a.knows(b)
         with pytest.raises(NotServing) as caught:
-            await a.network.call(b.id, Ask("not serving"), 1.0)
+            await a.network.call(b.id, Ask("not serving"), 3.0)
         assert caught.value.detail == {"domain": "lyon", "tablet": 3, "roster_epoch": 4}
 
 
@@ -105,7 +105,7 @@ async def test_unexpected_exception_is_logged_and_told(caplog):
     async with nodes(2) as (a, b):
         a.knows(b)
         with pytest.raises(Exception, match="ZeroDivisionError: bug") as caught:
-            await a.network.call(b.id, Ask("bug"), 1.0)
+            await a.network.call(b.id, Ask("bug"), 3.0)
         assert caught.value.code == "error"
         assert [record.exc_info is not None for record in caplog.records] == [True]
 
@@ -113,7 +113,7 @@ async def test_unexpected_exception_is_logged_and_told(caplog):
 async def test_call_without_address_is_not_sent():
     async with nodes(1) as (a,):
         with pytest.raises(Unavailable) as caught:
-            await a.network.call(bytes(20), Ask("x"), 1.0)
+            await a.network.call(bytes(20), Ask("x"), 3.0)
         assert caught.value.detail["sent"] is False
 
 
@@ -124,7 +124,7 @@ async def test_call_to_nobody_is_not_sent():
             a.network.set_address(bytes(20), "127.0.0.1", free.getsockname()[1])
         begin = time.monotonic()
         with pytest.raises(Unavailable) as caught:
-            await a.network.call(bytes(20), Ask("x"), 1.0)
+            await a.network.call(bytes(20), Ask("x"), 3.0)
         assert caught.value.detail["sent"] is False
         assert time.monotonic() - begin < 0.9
         assert not a.network.alive(bytes(20))
@@ -133,11 +133,12 @@ async def test_call_to_nobody_is_not_sent():
 async def test_call_without_reply_in_time_is_indeterminate():
     async with nodes(2) as (a, b):
         a.knows(b)
+        await a.network.call(b.id, Ask("first"), 5.0)
         begin = time.monotonic()
         with pytest.raises(Indeterminate):
             await a.network.call(b.id, Ask("slow", 2.0), 0.2)
         assert 0.15 < time.monotonic() - begin < 1.0
-        assert await a.network.call(b.id, Ask("next"), 1.0)
+        assert await a.network.call(b.id, Ask("next"), 3.0)
 
 
 async def test_lost_link_makes_calls_indeterminate_and_is_replaced():
@@ -150,20 +151,20 @@ async def test_lost_link_makes_calls_indeterminate_and_is_replaced():
         with pytest.raises(Indeterminate):
             await call
         assert time.monotonic() - begin < 0.5
-        assert await a.network.call(b.id, Ask("again"), 1.0)
+        assert await a.network.call(b.id, Ask("again"), 3.0)
 
 
 async def test_link_comes_back_after_the_peer_restarted():
     async with nodes(2) as (a, b):
         a.knows(b)
-        await a.network.call(b.id, Ask("x"), 1.0)
+        await a.network.call(b.id, Ask("x"), 3.0)
         port = b.network.port
         await b.network.stop()
         await until(lambda: not a.network.alive(b.id), 1.0)
         again = await Node(identity=b.identity.next_boot()).start(port)
         try:
             await until(lambda: a.network.alive(b.id))
-            assert await a.network.call(b.id, Ask("x"), 1.0)
+            assert await a.network.call(b.id, Ask("x"), 3.0)
         finally:
             await again.network.stop()
 
@@ -171,14 +172,15 @@ async def test_link_comes_back_after_the_peer_restarted():
 async def test_silent_peer_is_not_alive_within_half_a_second():
     async with nodes(2) as (a, b):
         a.knows(b)
-        await a.network.call(b.id, Ask("x"), 1.0)
+        await a.network.call(b.id, Ask("x"), 3.0)
         await asyncio.sleep(0.8)
         assert a.network.alive(b.id), "an idle link stays alive by its signs of life"
         b.network._ticking.cancel()
         await until(lambda: not a.network.alive(b.id), 0.6)
 
 
-async def test_two_nodes_that_dial_at_once_keep_one_link():
+async def test_two_nodes_that_dial_at_once_keep_one_link(monkeypatch):
+    monkeypatch.setattr(links, "RETIRED_WAIT_S", 0.2)
     for _ in range(3):
         async with nodes(2) as (a, b):
             a.knows(b)
@@ -188,14 +190,14 @@ async def test_two_nodes_that_dial_at_once_keep_one_link():
             await until(lambda a=a, b=b: not a.network._retired and not b.network._retired)
             assert a.network.counters["links"] == b.network.counters["links"] == 1
             assert a.network._peers[b.id].link.dialed != b.network._peers[a.id].link.dialed
-            assert await a.network.call(b.id, Ask("x"), 1.0)
+            assert await a.network.call(b.id, Ask("x"), 3.0)
 
 
 async def test_greet_learns_who_listens():
     async with nodes(2) as (a, b):
         peer = await a.network.greet("127.0.0.1", b.network.port)
         assert (peer.node_id, peer.pop) == (b.id, "lyon")
-        assert await a.network.call(b.id, Ask("x"), 1.0)
+        assert await a.network.call(b.id, Ask("x"), 3.0)
         assert b.network.addresses()[a.id] == ("127.0.0.1", a.network.port)
 
 
@@ -214,8 +216,8 @@ async def test_retired_link_waits_for_its_last_reply(monkeypatch):
         a.knows(b)
         slow = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 0.5), 5.0))
         await until(lambda: b.served)
-        await a.network._connect(("127.0.0.1", b.network.port), b.id, 1.0)
-        assert await a.network.call(b.id, Ask("on the new link"), 1.0)
+        await a.network._connect(("127.0.0.1", b.network.port), b.id, 3.0)
+        assert await a.network.call(b.id, Ask("on the new link"), 3.0)
         assert await slow
         await until(lambda: not a.network._retired and not b.network._retired)
         assert len(a.network.peers()) == 1
@@ -279,7 +281,7 @@ async def test_full_queue_refuses_before_sending(monkeypatch):
     monkeypatch.setattr(link, "QUEUE_BYTES_MAX", 100_000)
     async with nodes(2) as (a, b):
         a.knows(b)
-        await a.network.call(b.id, Ask("x"), 1.0)
+        await a.network.call(b.id, Ask("x"), 3.0)
         calls = [a.network.call(b.id, Ask("y" * 10_000), 2.0) for _ in range(30)]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         refused = [o for o in outcomes if isinstance(o, Unavailable)]
@@ -301,13 +303,13 @@ async def test_frame_over_the_limit_is_invalid(monkeypatch):
     async with nodes(2) as (a, b):
         a.knows(b)
         with pytest.raises(Invalid, match="larger than a frame may be"):
-            await a.network.call(b.id, Ask("x" * 1000), 1.0)
+            await a.network.call(b.id, Ask("x" * 1000), 3.0)
 
 
 async def test_garbage_on_the_port_is_counted_and_nothing_else(chance, caplog):
     async with nodes(2) as (a, b):
         a.knows(b)
-        await a.network.call(b.id, Ask("x"), 1.0)
+        await a.network.call(b.id, Ask("x"), 3.0)
         for _ in range(100):
             reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
             with contextlib.suppress(ConnectionError):
@@ -321,7 +323,7 @@ async def test_garbage_on_the_port_is_counted_and_nothing_else(chance, caplog):
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
         assert b.network.counters["garbage"] == 100
-        assert await a.network.call(b.id, Ask("still"), 1.0)
+        assert await a.network.call(b.id, Ask("still"), 3.0)
         assert not caplog.records
 
 
@@ -329,7 +331,7 @@ async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
     monkeypatch.setattr(links, "STRANGER_S", 0.2)
     async with nodes(2) as (a, b):
         a.knows(b)
-        await a.network.call(b.id, Ask("x"), 1.0)
+        await a.network.call(b.id, Ask("x"), 3.0)
         reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
         async with asyncio.timeout(2):
             assert await reader.read() == b""
@@ -354,7 +356,7 @@ async def test_garbage_of_a_proven_peer_costs_it_the_link(chance):
     async with nodes(2) as (a, b):
         a.knows(b)
         for n in range(20):
-            await a.network.call(b.id, Ask("x"), 1.0)
+            await a.network.call(b.id, Ask("x"), 3.0)
             old = a.network._peers[b.id].link
             await old._socket.send_bytes(chance.randbytes(5 + n))
             await until(lambda old=old: old.closed)
@@ -364,7 +366,7 @@ async def test_garbage_of_a_proven_peer_costs_it_the_link(chance):
 async def test_forgotten_node_loses_its_link():
     async with nodes(2) as (a, b):
         a.knows(b)
-        await a.network.call(b.id, Ask("x"), 1.0)
+        await a.network.call(b.id, Ask("x"), 3.0)
         a.network.forget(b.id)
         await until(lambda: not b.network.peers())
         with pytest.raises(Unavailable):
@@ -373,9 +375,9 @@ async def test_forgotten_node_loses_its_link():
 
 async def test_call_to_itself_is_served():
     async with nodes(1) as (a,):
-        assert await a.network.call(a.id, Ask("self"), 1.0) == Told("self to " + a.id.hex())
+        assert await a.network.call(a.id, Ask("self"), 3.0) == Told("self to " + a.id.hex())
         with pytest.raises(NotServing):
-            await a.network.call(a.id, Ask("not serving"), 1.0)
+            await a.network.call(a.id, Ask("not serving"), 3.0)
 
 
 def test_random_frames_are_frames_or_protocol_errors(chance):
