@@ -145,6 +145,7 @@ class Cursor:
         engine = connection.engine()
         journal = connection.tx.journal
         mark = len(journal)
+        connection.tx.statement += 1
         connection.handles.clear()
         connection.numbers.clear()
         try:

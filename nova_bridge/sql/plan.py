@@ -33,6 +33,7 @@ COMPARISONS = {
     apsw.SQLITE_INDEX_CONSTRAINT_ISNULL: Comparison.IS_NULL,
     apsw.SQLITE_INDEX_CONSTRAINT_ISNOTNULL: Comparison.NOT_NULL,
 }
+LIMITS = (apsw.SQLITE_INDEX_CONSTRAINT_LIMIT, apsw.SQLITE_INDEX_CONSTRAINT_OFFSET)
 ROWS_GUESSED = 1000
 PRODUCT_MAX = 10_000
 """Combinations of IN lists looked up one by one; beyond that a find takes the lists as they are."""
@@ -47,7 +48,10 @@ class Term(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`terms` in the order of the arguments. `mask`: the columns that the statement uses of this table."""
+    """`terms` in the order of the arguments. `mask`: the columns that the statement uses of this table.
+
+    `cut`: the arguments that hold LIMIT and OFFSET, where the store may cut because it judges all conditions.
+    """
 
     kind: str
     terms: tuple[Term, ...]
@@ -55,6 +59,7 @@ class Plan(NamedTuple):
     unique: Unique | None
     mask: int
     order: Order | None
+    cut: tuple[int, ...] = ()
 
 
 class Planner:
@@ -69,8 +74,12 @@ class Planner:
     def best_index(self, info: apsw.IndexInfo) -> bool:
         """Answer xBestIndex."""
         usable: dict[int, list[tuple[int, int]]] = {}
+        limits = []
         for i in range(info.nConstraint):
             op = info.get_aConstraint_op(i)
+            if op in LIMITS:
+                limits.append((op, i))
+                continue
             if op not in COMPARISONS or not info.get_aConstraint_usable(i):
                 continue
             column = info.get_aConstraint_iColumn(i)
@@ -91,14 +100,22 @@ class Planner:
                 if self._in_lists():
                     info.set_aConstraintUsage_in(i, True)
             terms.append(Term(column, comparison, op == IS))
-        order = self._order(info) if kind in {"find", "scan"} else None
-        plan = Plan(kind, tuple(terms), key, unique, self._mask(info), order)
+        order = self._order(info) if kind in {"find", "scan"} and (not lists or self._in_lists()) else None
+        consumed = order is not None
+        cut: tuple[int, ...] = ()
+        judged = len(terms) + len(limits) == info.nConstraint and all(info.get_aConstraint_usable(i) for _, i in limits)
+        if limits and judged and kind in {"find", "scan"} and (consumed or not info.nOrderBy):
+            cut = tuple(range(len(terms), len(terms) + len(limits)))
+            for argument, (_, i) in zip(cut, sorted(limits), strict=True):
+                info.set_aConstraintUsage_argvIndex(i, argument + 1)
+            order = order or Order(tuple(self.table.number_of(p) for p in self.table.primary))
+        plan = Plan(kind, tuple(terms), key, unique, self._mask(info), order, cut)
         number = self._numbers.get(plan)
         if number is None:
             number = self._numbers[plan] = len(self.plans)
             self.plans.append(plan)
         info.idxNum = number
-        info.orderByConsumed = order is not None and lists == 0
+        info.orderByConsumed = consumed
         self._estimate(info, kind, equal, lists)
         return True
 
@@ -203,7 +220,7 @@ class Planner:
         constraints = self._constraints(plan, arguments)
         if constraints is None:
             return []
-        return tx.find(table, constraints, plan.order, None, whole_groups)
+        return tx.find(table, constraints, plan.order, _limit(plan, arguments), whole_groups)
 
     def _by_keys(self, tx: Transaction, plan: Plan, keys: list[tuple[Any, ...]]) -> list[Record]:
         table = self.table
@@ -240,7 +257,7 @@ class Planner:
     def _constraints(self, plan: Plan, arguments: Sequence[Any]) -> tuple[Constraint, ...] | None:
         """None where a NULL makes a condition that no row can meet."""
         result = []
-        for term, value in zip(plan.terms, arguments, strict=True):
+        for term, value in zip(plan.terms, arguments, strict=False):
             number = self.table.number_of(term.position)
             if term.comparison in (Comparison.IS_NULL, Comparison.NOT_NULL):
                 result.append(Constraint(number, term.comparison))
@@ -254,6 +271,14 @@ class Planner:
                 coerced = coerce(self.table.affinities[term.position], value)
                 result.append(Constraint(number, term.comparison, (coerced,)))
         return tuple(result)
+
+
+def _limit(plan: Plan, arguments: Sequence[Any]) -> int | None:
+    """How many rows suffice: SQLite itself skips and counts among them."""
+    numbers = [arguments[i] for i in plan.cut]
+    if not numbers or not all(isinstance(n, int) for n in numbers) or numbers[0] < 0:
+        return None
+    return sum(max(0, n) for n in numbers)
 
 
 def _equality(terms: list[tuple[int, int]]) -> tuple[int, int] | None:

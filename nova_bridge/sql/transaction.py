@@ -70,8 +70,9 @@ class Transaction:
         self._reads: dict[Record, int] = {}
         self._stale: dict[Place, dict[int, Any]] = {}
         self._finds: dict[Any, list[Record]] = {}
-        self._siblings: dict[GroupKey, list[GroupKey]] = {}
+        self._siblings: dict[GroupKey, tuple[int, list[GroupKey]]] = {}
         self._missed = 0
+        self.statement = 0
 
     @property
     def schema(self) -> Schema:
@@ -88,7 +89,10 @@ class Transaction:
     # Groups.
 
     def view(self, key: GroupKey) -> GroupView:
-        """The group, read on first use, together with the groups of rows that were found beside it."""
+        """The group, read on first use, together with the groups of rows that were found beside it.
+
+        A statement that goes on from found rows to their groups gets all of them at once; otherwise one is read first.
+        """
         view = self._views.get(key)
         if view is None:
             self.ensure(self._wanted_with(key))
@@ -96,11 +100,11 @@ class Transaction:
         return view
 
     def _wanted_with(self, key: GroupKey) -> list[GroupKey]:
-        siblings = self._siblings.get(key)
+        statement, siblings = self._siblings.get(key, (0, None))
         if siblings is None:
             return [key]
         self._missed += 1
-        if self._missed == 1:
+        if self._missed == 1 and statement != self.statement:
             return [key]
         missing = [k for k in siblings if k not in self._views and k != key]
         return [key, *missing[: SIBLINGS_PER_READ_MAX - 1]]
@@ -279,7 +283,7 @@ class Transaction:
         records = [self._take(table, row) for row in result.rows]
         if len(records) > 1 and table.family_key:
             groups = list(dict.fromkeys([r.group for r in records]))
-            self._siblings.update(dict.fromkeys(groups, groups))
+            self._siblings.update(dict.fromkeys(groups, (self.statement, groups)))
             self._missed = 0
         return records
 

@@ -1,0 +1,126 @@
+"""URLs, oslo.db's exceptions, the rewritten join, calls per statement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+from oslo_db import exception
+from oslo_db.sqlalchemy import engines
+from sqlalchemy import orm
+
+from nova_bridge.sql import dbapi
+from nova_bridge.sql.errors import ConflictError, IndeterminateError, UnavailableError
+
+Base = orm.declarative_base()
+
+
+class Group(Base):
+    __tablename__ = "groups"
+    id = sa.Column(sa.Integer, primary_key=True)
+    name = sa.Column(sa.String(20), unique=True, nullable=False)
+
+
+class Member(Base):
+    __tablename__ = "members"
+    id = sa.Column(sa.Integer, primary_key=True)
+    owner = sa.Column(sa.String(20))
+    group_id = sa.Column(sa.Integer, sa.ForeignKey("groups.id"))
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[sa.Engine]:
+    name = request.node.name
+    engine = engines.create_engine(f"lucd+memory:///{name}")
+    Base.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+    dbapi.forget_memory(name)
+
+
+def test_oslo_duplicate_has_columns(engine: sa.Engine) -> None:
+    with orm.Session(engine) as session, session.begin():
+        session.add(Group(name="a"))
+    with orm.Session(engine) as session, pytest.raises(exception.DBDuplicateEntry) as caught:
+        session.add(Group(name="a"))
+        session.flush()
+    assert caught.value.columns == ["name"]
+
+
+def test_oslo_reference_error_has_names(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(sa.text("PRAGMA foreign_keys=ON"))
+        connection.connection.dbapi_connection.writer.foreign_keys = True
+        with pytest.raises(exception.DBReferenceError) as caught:
+            connection.execute(sa.insert(Member).values(group_id=77))
+    assert (caught.value.table, caught.value.key, caught.value.key_table) == ("members", "group_id", "groups")
+    assert caught.value.constraint
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ConflictError("transaction conflict: lost"), exception.DBDeadlock),
+        (UnavailableError("store unavailable: no quorum"), exception.DBConnectionError),
+        (IndeterminateError("outcome unknown: no reply"), exception.DBError),
+    ],
+)
+def test_oslo_exception_of_a_failed_commit(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception]
+) -> None:
+    def fail(self: object) -> None:
+        raise raised
+
+    session = orm.Session(engine)
+    session.add(Group(name="x"))
+    session.flush()
+    monkeypatch.setattr(dbapi.Connection, "commit", fail)
+    with pytest.raises(exception.DBError) as caught:
+        session.commit()
+    assert type(caught.value) is expected
+    monkeypatch.undo()
+    session.close()
+
+
+def test_nested_outer_join_same_rows_as_without(engine: sa.Engine) -> None:
+    with orm.Session(engine) as session, session.begin():
+        session.add_all([Group(id=1, name="a"), Member(owner="o", group_id=1), Member(owner="p", group_id=None)])
+        session.flush()
+        right = sa.join(Member, Group, Member.group_id == Group.id)
+        anchor = sa.select(sa.literal("o").label("owner")).union_all(sa.select(sa.literal("p"))).subquery()
+        query = sa.select(anchor.c.owner, Group.name).select_from(
+            sa.outerjoin(anchor, right, Member.owner == anchor.c.owner)
+        )
+        assert "EXISTS" in str(query.compile(engine))
+        assert sorted(session.execute(query).fetchall(), key=str) == [("o", "a"), ("p", None)]
+
+
+def test_savepoints_of_the_orm(engine: sa.Engine) -> None:
+    with orm.Session(engine) as session, session.begin():
+        session.add(Group(name="kept"))
+        with pytest.raises(exception.DBDuplicateEntry), session.begin_nested():
+            session.add(Group(name="kept"))
+            session.flush()
+        session.add(Group(name="other"))
+    with orm.Session(engine) as session:
+        assert sorted(g.name for g in session.query(Group)) == ["kept", "other"]
+
+
+def test_regexp_works(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Group).values([{"name": "node-1"}, {"name": "edge"}]))
+        found = connection.execute(sa.select(Group.name).where(Group.name.op("REGEXP")("^node-[0-9]"))).fetchall()
+    assert found == [("node-1",)]
+
+
+@pytest.mark.parametrize("url", ["lucd:///?socket=/x", "lucd:///cell?port=5", "lucd:///cell?timeout=soon"])
+def test_wrong_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"names no database|unknown option|could not convert"):
+        sa.create_engine(url).connect()
+
+
+def test_no_daemon_is_a_connection_error() -> None:
+    engine = sa.create_engine("lucd:///cell?socket=/nonexistent/s&timeout=0.2")
+    with pytest.raises(sa.exc.OperationalError, match="store unavailable"):
+        engine.connect()

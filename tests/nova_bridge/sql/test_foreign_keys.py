@@ -1,0 +1,123 @@
+"""Foreign keys inside a group, across groups, at the statement and at COMMIT."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+
+import pytest
+
+from nova_bridge.sql.connection import Connection
+
+Connect = Callable[..., Connection]
+FAILED = "^FOREIGN KEY constraint failed$"
+
+SCHEMA = [
+    "CREATE TABLE instances (id INTEGER NOT NULL PRIMARY KEY, uuid VARCHAR(36) NOT NULL, UNIQUE (uuid))",
+    # the same group as its instance
+    "CREATE TABLE instance_extra (id INTEGER NOT NULL PRIMARY KEY, instance_uuid VARCHAR(36) NOT NULL,"
+    " FOREIGN KEY (instance_uuid) REFERENCES instances (uuid))",
+    # another group than its instance
+    "CREATE TABLE migrations (id INTEGER NOT NULL PRIMARY KEY, instance_uuid VARCHAR(36),"
+    " FOREIGN KEY (instance_uuid) REFERENCES instances (uuid))",
+    "CREATE TABLE tree (id INTEGER NOT NULL PRIMARY KEY, parent INTEGER REFERENCES tree (id))",
+    "CREATE TABLE boxes (id INTEGER NOT NULL PRIMARY KEY)",
+    "CREATE TABLE things (id INTEGER NOT NULL PRIMARY KEY, box INTEGER REFERENCES boxes ON DELETE CASCADE)",
+    "CREATE TABLE notes (id INTEGER NOT NULL PRIMARY KEY, box INTEGER REFERENCES boxes ON DELETE SET NULL)",
+]
+
+
+@pytest.fixture
+def two(connect: Connect) -> tuple[Connection, Connection]:
+    first = connect()
+    for sql in SCHEMA:
+        first.execute(sql)
+    first.execute("INSERT INTO instances (uuid) VALUES ('u1')")
+    first.commit()
+    return first, connect()
+
+
+@pytest.mark.parametrize("table", ["instance_extra", "migrations"])
+def test_child_without_parent_refused_at_statement(two: tuple[Connection, Connection], table: str) -> None:
+    a, _ = two
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        a.execute(f"INSERT INTO {table} (instance_uuid) VALUES ('nobody')")
+    a.execute(f"INSERT INTO {table} (instance_uuid) VALUES ('u1')")
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        a.execute(f"UPDATE {table} SET instance_uuid = 'nobody'")
+    a.commit()
+    assert a.execute(f"SELECT instance_uuid FROM {table}").fetchall() == [("u1",)]
+
+
+@pytest.mark.parametrize("table", ["instance_extra", "migrations"])
+def test_parent_with_child_not_deleted(two: tuple[Connection, Connection], table: str) -> None:
+    a, b = two
+    a.execute(f"INSERT INTO {table} (instance_uuid) VALUES ('u1')")
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        b.execute("DELETE FROM instances")
+    b.execute(f"DELETE FROM {table}")
+    b.execute("DELETE FROM instances")
+    b.commit()
+
+
+def test_parent_deleted_meanwhile_refused_at_commit(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    b.execute("INSERT INTO instance_extra (instance_uuid) VALUES ('u1')")
+    a.execute("DELETE FROM instances")
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        b.commit()
+
+
+def test_child_added_meanwhile_parent_refused_at_commit(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    b.execute("DELETE FROM instances")
+    a.execute("INSERT INTO instance_extra (instance_uuid) VALUES ('u1')")
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        b.commit()
+
+
+def test_parent_and_child_in_one_transaction(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    a.execute("INSERT INTO instances (uuid) VALUES ('u2')")
+    a.execute("INSERT INTO instance_extra (instance_uuid) VALUES ('u2')")
+    a.execute("INSERT INTO migrations (instance_uuid) VALUES ('u2')")
+    a.commit()
+    assert b.execute("SELECT count(*) FROM instance_extra").fetchall() == [(1,)]
+    for table in ("migrations", "instance_extra", "instances"):
+        b.execute(f"DELETE FROM {table}")
+    b.commit()
+
+
+def test_tree_removed_by_one_statement(two: tuple[Connection, Connection]) -> None:
+    a, _ = two
+    a.execute("INSERT INTO tree VALUES (1, 1), (2, 1), (3, 2)")
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        a.execute("DELETE FROM tree WHERE id = 2")
+    assert a.execute("DELETE FROM tree").rowcount == 3
+    a.commit()
+
+
+def test_on_delete_actions(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    a.execute("INSERT INTO boxes VALUES (1), (2)")
+    a.execute("INSERT INTO things VALUES (1, 1), (2, 2)")
+    a.execute("INSERT INTO notes VALUES (1, 1)")
+    a.execute("DELETE FROM boxes WHERE id = 1")
+    a.commit()
+    assert b.execute("SELECT id FROM things").fetchall() == [(2,)]
+    assert b.execute("SELECT box FROM notes").fetchall() == [(None,)]
+
+
+def test_pragma_turns_checks_off_and_on(connect: Connect) -> None:
+    connection = connect(foreign_keys=False, isolation_level=None)
+    for sql in SCHEMA:
+        connection.execute(sql)
+    connection.execute("INSERT INTO migrations (instance_uuid) VALUES ('nobody')")
+    connection.execute("PRAGMA foreign_keys=ON")
+    assert connection.execute("PRAGMA foreign_keys").fetchall() == [(1,)]
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        connection.execute("INSERT INTO migrations (instance_uuid) VALUES ('nobody')")
