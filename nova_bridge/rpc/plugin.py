@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy.engine import CreateEnginePlugin, Engine
+from sqlalchemy.engine import URL, CreateEnginePlugin, Engine
 
 
 class RpcDoorPlugin(CreateEnginePlugin):
+    def update_url(self, url: URL) -> URL:
+        """The URL as it is; SQLAlchemy itself has taken the plugin's name out."""
+        return url
+
     def engine_created(self, engine: Engine) -> None:
         from nova_bridge.rpc.client import install
 

@@ -2,22 +2,19 @@
 
 import collections
 import os
-import subprocess
-import tempfile
 from pathlib import Path
 
-import nova.conf
 import nova.context
 import pytest
-from bus_doors import BusDoor
-from conftest import HERE, copy_of, url_of, use_databases
+from conftest import copy_of, url_of, use_databases
 from nova import exception, objects, quota
 from nova.compute import api as compute_api
 from nova.db.main import api as main_db
 from nova.objects import aggregate, flavor, instance_mapping, keypair, quotas, virtual_interface
 from oslo_utils.fixture import uuidsentinel as uuids
+from workers import bus, running_worker
 
-from nova_bridge.rpc import client, worker
+from nova_bridge.rpc import client
 from nova_bridge.rpc.methods import LOCAL, Kind, public_functions
 
 SERVER = "this-host"
@@ -27,25 +24,9 @@ SERVER = "this-host"
 def door(template, tmp_path_factory, nova_conf):
     """A worker on a fresh database, reached through the bus of a daemon; this process knows no database."""
     folder = copy_of(template, tmp_path_factory.mktemp("worker") / "there")
-    with tempfile.TemporaryDirectory(prefix="lucd") as short:
-        bus = BusDoor(str(Path(short) / "s"))
-        bus.start()
-        argv = worker.command(
-            transport_url=f"lucd://{bus.path}",
-            connection=url_of(folder, "main"),
-            api_connection=url_of(folder, "api"),
-            server=SERVER,
-        )
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "PYTHONWARNINGS": "ignore"}
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout.readline().strip() == worker.READY
+    with bus() as socket, running_worker(socket, SERVER, url_of(folder, "main"), url_of(folder, "api")):
         use_databases(nova_conf, Path("/no/such/folder"))
-        yield f"lucd://{bus.path}", folder
-        process.terminate()
-        status = process.wait(30)
-        process.stdout.close()
-        bus.close()
-        assert status == 0
+        yield f"lucd://{socket}", folder
 
 
 class Recorder:
