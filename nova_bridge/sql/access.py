@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dht.model import Comparison, Constraint, GroupKey, Value
+from dht.model import Columns, Comparison, Constraint, GroupKey, Value
 from dht.rows import decode_row, group_key, table_prefix
 from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Record, Table, Unique
 from nova_bridge.sql.transaction import Place, Transaction
@@ -33,6 +33,11 @@ def entry_owner(tx: Transaction, entry: GroupKey) -> Place | None:
         row = decode_row(data)
         return bytes(row[OWNER_GROUP]), bytes(row[OWNER_ROW])  # type: ignore[arg-type]
     return None
+
+
+def owner_columns(place: Place) -> Columns:
+    """An entry's row that names its owner."""
+    return {OWNER_GROUP: place[0], OWNER_ROW: place[1]}
 
 
 def by_entry(tx: Transaction, table: Table, unique: Unique, keys: Sequence[tuple[Value, ...]]) -> list[Record]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, SchemaChanged
 from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Part
 from dht.model import Transaction as StoreTransaction
-from nova_bridge.sql.access import OWNER_GROUP, OWNER_ROW
+from nova_bridge.sql.access import owner_columns
 from nova_bridge.sql.errors import ConflictError, ForeignKeyError, IndeterminateError, from_store, unique_failed
 from nova_bridge.sql.rules import parent_of
 from nova_bridge.sql.schema import ENTRY_TABLE, Table, Unique
@@ -182,8 +182,8 @@ def _add_step(table: Table, unique: Unique, place: Place, pending: Pending, step
 
 
 def _entry_change(step: _Step) -> Change | None:
-    owner = None if step.after is None else {OWNER_GROUP: step.after[0], OWNER_ROW: step.after[1]}
-    expected = {} if step.before is None else {OWNER_GROUP: step.before[0], OWNER_ROW: step.before[1]}
+    owner: Columns | None = None if step.after is None else owner_columns(step.after)
+    expected: Columns = {} if step.before is None else owner_columns(step.before)
     if owner is None:
         return Change(Op.DELETE, ENTRY_TABLE, ENTRY_ROW, {}, expected) if expected else None
     if not expected:

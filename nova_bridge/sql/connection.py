@@ -307,7 +307,12 @@ class Connection:
         def run(connection: apsw.Connection) -> None:
             cursor = connection.cursor()
             described: list[Any] = []
-            cursor.exec_trace = lambda c, s, b: described.append(c.get_description()) or True
+
+            def trace(traced: apsw.Cursor, text: str, bindings: Any) -> bool:
+                described.append(traced.get_description())
+                return True
+
+            cursor.exec_trace = trace
             rows = cursor.execute(sql, parameters).fetchall()
             keep(described[0] if described else (), rows)
 

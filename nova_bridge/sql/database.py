@@ -191,7 +191,7 @@ class Database:
     def read_groups(self, keys: Sequence[GroupKey], version: int) -> list[GroupView]:
         """The groups now, each at one ballot, in one call."""
         known = [self.groups.get(key, version) for key in keys]
-        reads = self.store.read(keys, [view and view.ballot for view in known], self.timeout_s)
+        reads = self.store.read(keys, [None if view is None else view.ballot for view in known], self.timeout_s)
         return [self.groups.take(read, view, version) for read, view in zip(reads, known, strict=True)]
 
     def next_id(self, table: Table, above: int) -> int:

@@ -16,7 +16,7 @@ import apsw
 from dht.errors import Conflict
 from dht.model import Change, Guard, GuardKind, Op, Part
 from dht.model import Transaction as StoreTransaction
-from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW
+from nova_bridge.sql.access import ENTRY_PREFIX, owner_columns
 from nova_bridge.sql.commit import ENTRY_ROW, commit
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.errors import ConflictError, unique_failed
@@ -148,11 +148,10 @@ def _build_entries(database: Database, name: str, unique: Unique) -> None:
 
 
 def _reserve(database: Database, table: Table, unique: Unique, record: Record, entry: bytes) -> None:
-    owner = {OWNER_GROUP: record.group, OWNER_ROW: record.key}
     columns = {table.number_of(p): record.values[p] for p in unique.columns}
     parts = (
         Part(record.group, None, (), (Guard(GuardKind.HAS, table.number, record.pk, columns),)),
-        Part(entry, None, (Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, owner),)),
+        Part(entry, None, (Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, owner_columns((record.group, record.key))),)),
     )
     transaction = StoreTransaction(os.urandom(16), database.name, 0, parts)
     try:

@@ -89,7 +89,7 @@ class _Dialect(SQLiteDialect_pysqlite):
         return isinstance(e, UnavailableError)
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        """Reads are part of the transaction too, from its first statement on; oslo.db does that for `sqlite` URLs only."""
+        """Reads are part of the transaction too, from the first on; oslo.db does that for `sqlite` URLs only."""
         if not dbapi_connection.in_transaction:
             dbapi_connection.begin()
 

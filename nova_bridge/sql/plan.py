@@ -275,8 +275,8 @@ class Planner:
 
 def _limit(plan: Plan, arguments: Sequence[Any]) -> int | None:
     """How many rows suffice: SQLite itself skips and counts among them."""
-    numbers = [arguments[i] for i in plan.cut]
-    if not numbers or not all(isinstance(n, int) for n in numbers) or numbers[0] < 0:
+    numbers = [n for i in plan.cut if isinstance(n := arguments[i], int)]
+    if not numbers or len(numbers) < len(plan.cut) or numbers[0] < 0:
         return None
     return sum(max(0, n) for n in numbers)
 
