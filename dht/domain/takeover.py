@@ -152,8 +152,9 @@ class Takeover:
         """In pages; a crash in between leaves registers that nobody reads, and the next start goes on."""
         try:
             while keys := self._registers.keys(tablet, limit=ERASE_KEYS):
-                if self._tablets.state(tablet).initialised:
-                    return
+                newest = self._chain.newest
+                if newest is None or self._node in newest.replicas(tablet).nodes:
+                    return  # a replica again: what is here may be of use, and the transfer erases the rest
                 batch = Batch()
                 for key in keys:
                     self._registers.erase(batch, key)

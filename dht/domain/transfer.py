@@ -9,7 +9,9 @@
     flip         one batch: content, seal of the epoch before, initialised epoch
 
 A replica that stays in the set goes the same way; its own registers are the copy. Everything before the flip may be
-lost and done again. Key in Space.STAGED: tablet (2 bytes), epoch (8 bytes), group key; value: the copy.
+lost and done again. A tablet that was never initialised here is copied to its final place at once, so that the flip
+stays small; nobody sees its registers before. Key in Space.STAGED: tablet (2 bytes), epoch (8 bytes), group key; value:
+the copy.
 """
 
 from __future__ import annotations
@@ -266,11 +268,24 @@ class Transfer:
             copies = _expect(await self._ask(source, request), Registers).copies
             if not copies or [c.key for c in copies] != keys[: len(copies)]:
                 raise RemoteProtocolError(f"a page of tablet {tablet} does not hold the registers asked for")
-            await self._disk.durable(staging.keep(copies))
+            await self._disk.durable(self._keep(tablet, copies, staging))
             if not sealed:
                 await self._clock.sleep(sum(c.header.size_bytes for c in copies) / COPY_BYTES_PER_S)
             keys = keys[len(copies) :]
         self.remaining[tablet] = 0
+
+    def _keep(self, tablet: int, copies: Sequence[RegisterCopy], staging: Staging) -> int:
+        """Staged while older content of the tablet may still be asked of this node; else in their final place at once.
+
+        Nobody sees registers of a tablet that was never initialised here, so the flip need not move them: it stays
+        small however large the tablet is.
+        """
+        if self._tablets.state(tablet).initialised:
+            return staging.keep(copies)
+        batch = Batch()
+        for copy in copies:
+            self._registers.replace(batch, copy.key, copy.header, copy.rows)
+        return self._disk.submit(batch)
 
     # ---- seal
 
@@ -354,9 +369,9 @@ class Transfer:
             self._check(tablet, target)
             await self._copy(tablet, contributors[source], source, keys, staging, sealed=self._rules.seal_before_init)
             for key in keys:
-                accepted = staging.accepted(key)
+                accepted = staging.accepted(key) or self._registers.header(key).accepted
                 mark, _ = best.marks[key]
-                if accepted is None or accepted < mark.accepted:
+                if accepted < mark.accepted:
                     raise Unavailable(f"a register of tablet {tablet} was collected meanwhile; the survey is repeated")
                 best.marks[key] = (msgspec.structs.replace(mark, accepted=accepted), source)
 
