@@ -1,0 +1,70 @@
+"""The files in config/ and the Dockerfile say what the program does."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from dht.errors import BY_CODE
+from lucd.admin import StatusCollector
+from lucd.conf.settings import load
+from tests.lucd.test_cli import STATUS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_service_unit_starts_what_exists_and_gives_up_on_hopeless_errors() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[method-assign, assignment]
+    unit.read(ROOT / "config" / "lucd.service")
+    service = unit["Service"]
+    assert service["Type"] == "notify"
+    assert service["ExecStart"].endswith("lucd run --config /etc/lucd/lucd.conf")
+    hopeless = {int(code) for code in service["RestartPreventExitStatus"].split()}
+    assert hopeless <= {error.exit_code for error in BY_CODE.values()}
+    settings = load(None)
+    assert settings.socket.parent == Path("/run") / service["RuntimeDirectory"]
+    assert settings.data_dir == Path("/var/lib") / service["StateDirectory"]
+
+
+def test_dockerfile_uses_the_default_ports_and_no_root() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    settings = load(None)
+    assert f"EXPOSE {settings.listen.port}/tcp {settings.listen.port}/udp" in text
+    assert f"http://127.0.0.1:{settings.admin.port}/readyz" in text
+    assert text.index("USER lucd") < text.index("ENTRYPOINT")
+
+
+def test_alerts_and_dashboard_ask_only_for_metrics_that_exist() -> None:
+    counters = {
+        "links": dict.fromkeys(("refused", "bytes_in", "bytes_out"), 1),
+        "door": dict.fromkeys(("commit", "readgroups", "find"), 1),
+        "disk": dict.fromkeys(("commits", "commit_s"), 1),
+    }
+    status = msgspec.structs.replace(STATUS, counters=counters)
+    known = set()
+    for family in StatusCollector(lambda: status).collect():
+        known.update(sample.name for sample in family.samples)
+    alerts = yaml.safe_load((ROOT / "config" / "prometheus" / "alerts.yml").read_text())
+    asked = [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    dashboard = json.loads((ROOT / "config" / "grafana" / "lucd.json").read_text())
+    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for expression in asked for name in re.findall(r"\blucd_\w+", expression)}
+    assert names <= known, names - known
+
+
+def test_scrape_example_names_the_default_admin_address() -> None:
+    scrape = yaml.safe_load((ROOT / "config" / "prometheus" / "scrape.yml").read_text())
+    assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == [str(load(None).admin)]
+
+
+def test_nova_snippets_name_the_default_socket() -> None:
+    socket = str(load(None).socket)
+    for name in ("sql-door.conf", "rpc-door.conf", "transport.conf"):
+        text = (ROOT / "config" / "nova" / name).read_text()
+        assert socket in text, name
