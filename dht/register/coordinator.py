@@ -225,6 +225,9 @@ class Coordinator:
         for waiting in batch:
             operation = waiting.operation
             waiting.answer = waiting.error = None
+            if waiting.future.done():
+                # His time ran out during the prepare, and he was told that the write is certainly not applied.
+                continue
             if waiting.seen is None and waiting.first and not waiting.sent:
                 # Nobody else has seen this operation, so what it sees first is the state as it is now.
                 waiting.seen = state.ballot
