@@ -13,7 +13,12 @@ import pytest
 from tests.cluster import Cluster
 from tests.races.cells import fresh, new_instance, open_cells, together
 
-pytestmark = [pytest.mark.cluster, pytest.mark.nova]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.nova,
+    # Nova calls and_() without arguments.
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
+]
 ROUNDS = int(os.environ.get("LUCD_RACE_ROUNDS", "100"))
 
 
