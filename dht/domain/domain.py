@@ -248,6 +248,14 @@ class Domain:
             self.repair.run(),
         ]
         self._tasks = [loop.create_task(w) for w in work]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Background work ends by `stop` or with the disk; anything else is a bug that must not pass in silence."""
+        if not task.cancelled() and (error := task.exception()) is not None and self._disk.failed is None:
+            message = f"background work of domain {self.name} broke off; restart this node"
+            task.get_loop().call_exception_handler({"message": message, "exception": error, "task": task})
 
     async def stop(self) -> None:
         """End it. Nothing durable is half done."""

@@ -101,7 +101,8 @@ class Membership:
                     raise Invalid(
                         f"node {request.node.hex()} is the last member of domain {roster.domain}; add another one first"
                     )
-                if not request.drain and request.node in self._watch.reachable(self._clock.monotonic()):
+                asked = AskStatus(roster.domain, roster.epoch)
+                if not request.drain and await ask_each(self._ask, [request.node], asked, Status):
                     raise Invalid(f"node {request.node.hex()} answers; drain it, or stop it first")
                 await self._change(roster, left(roster, [request.node]))
         raise Unavailable(f"domain {self._chain.domain} changes too fast; ask again")
@@ -115,7 +116,8 @@ class Membership:
         reachable = self._watch.reachable(now_s)
         if next((v for v in roster.voters if v in reachable), None) != self._node:
             return
-        silent = {**self._watch.reported_silence, self._node: self._watch.silent_s(now_s)}
+        silent = {n: s for n, s in self._watch.reported_silence.items() if n in reachable}
+        silent[self._node] = self._watch.silent_s(now_s)
         gone = lost(roster, self._node, silent, self._remove_after_s)
         members = left(roster, gone) if gone else roster.members
         async with self._changing:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dht.domain.messages import TabletMark
 from dht.domain.placement import place, score
-from dht.domain.roster import Member, Roster, quorums, successor
+from dht.domain.roster import REPLICAS, Member, Roster, quorums, successor
 from dht.errors import Invalid, Unavailable
 from dht.model import NodeId, Struct
 
@@ -115,15 +115,19 @@ def lost(
 ) -> tuple[NodeId, ...]:
     """Members that a majority of their own PoP has not reached for so long, counting the one that asks.
 
-    `silent_s[a][b]`: for how long a has not reached b. A whole PoP is never lost: nobody of it is left to say so.
+    They are replaced, never merely removed: without a spare node a removal gains nothing, and one that comes back with
+    its disk would have to be wiped. A whole PoP is never lost: nobody of it is left to say so.
+    `silent_s[a][b]`: for how long a has not reached b; only of nodes that answer now.
     """
-    out = []
+    own = silent_s.get(me, {})
+    out: list[NodeId] = []
+    present = [m for m in roster.members if not m.leaving and own.get(m.node_id, 0.0) < remove_after_s]
     for member in roster.members:
-        if member.node_id == me or member.leaving:
+        if member.node_id == me or member.leaving or own.get(member.node_id, 0.0) < remove_after_s:
             continue
         pop = [m.node_id for m in roster.members if m.pop == member.pop]
         agree = sum(1 for n in pop if silent_s.get(n, {}).get(member.node_id, 0.0) >= remove_after_s)
-        if silent_s.get(me, {}).get(member.node_id, 0.0) >= remove_after_s and agree > len(pop) // 2:
+        if agree > len(pop) // 2 and len(present) >= REPLICAS:
             out.append(member.node_id)
     return tuple(out)
 

@@ -161,6 +161,39 @@ def test_lost_member_of_four_is_replaced_after_the_time(seed: int) -> None:
     play(story, seed, remove_after_s=60.0)
 
 
+def test_leave_of_a_lost_member_of_two_the_other_goes_on_alone() -> None:
+    async def story(world: World) -> None:
+        await world.grow(2)
+        await fill(world, 0, "a")
+        voter = world.domain(0).roster.voters[0]
+        stays = next(i for i in (0, 1) if world.cluster.machines[i].node_id == voter)
+        gone = world.cluster.machines[1 - stays].node_id
+        assert isinstance(await outcome(world.domain(stays).leave(gone, drain=False)), Invalid)
+        world.cluster.crash(1 - stays)
+        await world.cluster.machines[0].clock.sleep(10)
+        await world.domain(stays).leave(gone, drain=False)
+        await world.until(lambda: world.domain(stays).roster.member(gone) is None)
+        await world.settled()
+        await check(world, stays, "a")
+        await fill(world, stays, "b")
+
+    play(story)
+
+
+def test_lost_member_of_three_stays_and_comes_back_with_its_disk() -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        world.cluster.crash(1)
+        await world.cluster.machines[0].clock.sleep(200)
+        assert not any(m.leaving for m in world.domain(0).roster.members)
+        await fill(world, 0, "a")
+        await world.cluster.start(1)
+        await world.settled()
+        await check(world, 1, "a")
+
+    play(story, remove_after_s=60.0)
+
+
 def test_cut_off_member_removes_nobody() -> None:
     async def story(world: World) -> None:
         await world.grow(3)

@@ -139,11 +139,17 @@ def test_choose_voters_dead_one_is_replaced_first() -> None:
 
 
 def test_lost_needs_a_majority_of_the_members_own_pop() -> None:
+    link = grown(4)
+    a, b, c, d = ids(0, 1, 2, 3)
+    assert lost(link, a, {a: {c: 700.0}}, 600.0) == ()
+    assert lost(link, a, {a: {c: 700.0}, b: {c: 650.0}, d: {c: 10.0}}, 600.0) == ()
+    assert lost(link, a, {a: {c: 700.0}, b: {c: 650.0}, d: {c: 650.0}}, 600.0) == (c,)
+
+
+def test_lost_without_a_spare_stays() -> None:
     link = grown(3)
     a, b, c = ids(0, 1, 2)
-    assert lost(link, a, {a: {c: 700.0}}, 600.0) == ()
-    assert lost(link, a, {a: {c: 700.0}, b: {c: 10.0}}, 600.0) == ()
-    assert lost(link, a, {a: {c: 700.0}, b: {c: 650.0}}, 600.0) == (c,)
+    assert lost(link, a, {a: {c: 700.0}, b: {c: 650.0}}, 600.0) == ()
 
 
 def test_lost_other_pop_cut_off_is_never_lost() -> None:
