@@ -23,7 +23,6 @@ with warnings.catch_warnings():
 
     objects.register_all()
     from nova_bridge.rpc import worker
-    from nova_bridge.rpc.client import NovaDbClient
     from nova_bridge.rpc.methods import catalogue
 
 HERE = Path(__file__).parent
@@ -81,10 +80,8 @@ def copy_of(template, folder):
 class PipeChannel:
     """A channel to a worker process over its standard input and output."""
 
-    def __init__(self, folder):
-        argv = worker.command(
-            transport_url="none", connection=url_of(folder, "main"), api_connection=url_of(folder, "api"), threads=1
-        )
+    def __init__(self, connection, api_connection):
+        argv = worker.command(transport_url="none", connection=connection, api_connection=api_connection, threads=1)
         argv[1:3] = [str(HERE / "pipe_worker.py")]
         environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -103,27 +100,6 @@ class PipeChannel:
         self.process.stdin.close()
         self.process.wait(timeout=20)
         self.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def databases(template, tmp_path_factory, nova_conf):
-    """Two folders with the same empty databases: `here` for direct calls of this process, `there` for the worker."""
-    root = tmp_path_factory.mktemp("databases")
-    here, there = copy_of(template, root / "here"), copy_of(template, root / "there")
-    use_databases(nova_conf, here)
-    return here, there
-
-
-@pytest.fixture(scope="module")
-def channel(databases):
-    opened = PipeChannel(databases[1])
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
-def client(channel):
-    return NovaDbClient(channel)
 
 
 @pytest.fixture(scope="session")

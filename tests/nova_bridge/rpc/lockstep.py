@@ -13,6 +13,18 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 
 # Both sides run one after the other.
 CLOCK_SLACK = datetime.timedelta(seconds=60)
+# Functions whose results are ordered by SQL.
+ORDERED = frozenset(
+    {
+        "action_events_get",
+        "actions_get",
+        "compute_node_get_all",
+        "compute_node_get_all_by_pagination",
+        "instance_get_all_by_filters",
+        "instance_get_all_by_filters_sort",
+        "virtual_interface_get_by_instance",
+    }
+)
 # The second: Nova copies a model by way of a session without database, which lives until it is collected.
 NOT_LOADED = (DetachedInstanceError, UnboundExecutionError)
 
@@ -20,8 +32,9 @@ NOT_LOADED = (DetachedInstanceError, UnboundExecutionError)
 class Lockstep:
     """`lockstep(name, context, ...)` returns what stock SQLite returned, after comparing the door's answer with it."""
 
-    def __init__(self, client):
+    def __init__(self, client, any_order=False):
         self._client = client
+        self._any_order = any_order
         self._direct = {name: getattr(api, name) for name in dir(api)}
         self.called = set()
 
@@ -42,8 +55,9 @@ class Lockstep:
         theirs_args, theirs_kwargs = copied(args), copied(kwargs)
         here = outcome_of(self._direct[name], *args, **kwargs)
         there = outcome_of(self._client.call, name, theirs_args, theirs_kwargs)
-        differences = list(compare(here, there, name, set()))
-        assert not differences, "\n".join(differences)
+        comparison = Comparison(self._any_order)
+        comparison.compare(here, there, name)
+        assert not comparison.differences, "\n".join(comparison.differences)
         return here
 
 
@@ -64,31 +78,80 @@ def outcome_of(function, *args, **kwargs):
         return error
 
 
-def compare(here, there, path, seen):
-    """Yield a line for each difference; `seen` holds the pairs of models that are compared already."""
-    if seen_as(here) is not seen_as(there):
-        yield f"{path}: {type(here)} {here!r} here, {type(there)} {there!r} there"
-        return
-    match here:
-        case ModelBase():
-            yield from compare_models(here, there, path, seen)
-        case datetime.datetime():
-            if abs(here - there) > CLOCK_SLACK:
-                yield f"{path}: {here} here, {there} there"
-        case dict():
-            yield from compare_dicts(here, there, path, seen)
-        case list() | tuple():
-            if len(here) != len(there):
-                yield f"{path}: {len(here)} items here, {len(there)} there"
-            for number, (one, other) in enumerate(zip(here, there, strict=False)):
-                yield from compare(one, other, f"{path}[{number}]", seen)
-        case Exception():
-            yield from compare(here.args, there.args, f"{path}.args", seen)
-            yield from compare(str(here), str(there), f"str({path})", seen)
-            yield from compare_dicts(plain_state(here), plain_state(there), f"{path}.__dict__", seen)
-        case _:
-            if here != there:
-                yield f"{path}: {here!r} here, {there!r} there"
+class Comparison:
+    """Collects a line for each difference. `any_order`: lists whose order no ORDER BY promises are compared as sets."""
+
+    def __init__(self, any_order):
+        self.differences = []
+        self._any_order = any_order
+        self._seen = set()
+
+    def compare(self, here, there, path):
+        if seen_as(here) is not seen_as(there):
+            self._differ(path, f"{type(here)} {here!r}", f"{type(there)} {there!r}")
+            return
+        match here:
+            case ModelBase():
+                self._models(here, there, path)
+            case datetime.datetime():
+                if abs(here - there) > CLOCK_SLACK:
+                    self._differ(path, here, there)
+            case dict():
+                self._dicts(here, there, path)
+            case list() | tuple():
+                self._lists(here, there, path)
+            case Exception():
+                self.compare(here.args, there.args, f"{path}.args")
+                self.compare(str(here), str(there), f"str({path})")
+                self._dicts(plain_state(here), plain_state(there), f"{path}.__dict__")
+            case _:
+                if here != there:
+                    self._differ(path, repr(here), repr(there))
+
+    def _differ(self, path, here, there):
+        self.differences.append(f"{path}: {here} here, {there} there")
+
+    def _lists(self, here, there, path):
+        if len(here) != len(there):
+            self._differ(path, f"{len(here)} items", f"{len(there)} items")
+        if self._any_order and path not in ORDERED:
+            here, there = in_one_order(here), in_one_order(there)
+        for number, (one, other) in enumerate(zip(here, there, strict=False)):
+            self.compare(one, other, f"{path}[{number}]")
+
+    def _dicts(self, here, there, path):
+        # The order of a model's keys depends on the hashes of its relationships, in each process another.
+        if set(here) != set(there):
+            self._differ(path, f"keys {list(here)}", f"keys {list(there)}")
+        factories = [getattr(side, "default_factory", None) for side in (here, there)]
+        if factories[0] is not factories[1]:
+            self._differ(f"{path}.default_factory", *factories)
+        for key in here:
+            if key in there:
+                self.compare(here[key], there[key], f"{path}[{key!r}]")
+
+    def _models(self, here, there, path):
+        """All that Nova can see of a model: every column, every relationship (or the exception that reading it raises),
+        the dict-like methods, and that it belongs to no session."""
+        if (id(here), id(there)) in self._seen:
+            return
+        self._seen.add((id(here), id(there)))
+        for name in [*sa_inspect(type(here)).attrs.keys(), *here._extra_keys]:
+            one, other = outcome_of(getattr, here, name), outcome_of(getattr, there, name)
+            if isinstance(one, NOT_LOADED) and isinstance(other, DetachedInstanceError):
+                continue
+            self.compare(one, other, f"{path}.{name}")
+            self.compare(outcome_of(here.get, name), outcome_of(there.get, name), f"{path}.get({name})")
+        self.compare(set(loaded(here)), set(loaded(there)), f"{path} loaded")
+        self.compare(sa_inspect(here).identity, sa_inspect(there).identity, f"{path} identity")
+        assert object_session(there) is None
+        for method, kind in (("keys", set), ("items", dict)):
+            one, other = outcome_of(getattr(here, method)), outcome_of(getattr(there, method))
+            if isinstance(one, Exception):
+                assert isinstance(one, NOT_LOADED)
+                assert isinstance(other, DetachedInstanceError)
+            else:
+                self.compare(kind(one), kind(other), f"{path}.{method}()")
 
 
 def seen_as(value):
@@ -97,42 +160,8 @@ def seen_as(value):
     return {CoercedDict: dict, CoercedList: list, InstrumentedList: list}.get(type(value), type(value))
 
 
-def compare_dicts(here, there, path, seen):
-    # The order of a model's keys depends on the hashes of its relationships, in each process another.
-    if set(here) != set(there):
-        yield f"{path}: keys {list(here)} here, {list(there)} there"
-    if getattr(here, "default_factory", None) is not getattr(there, "default_factory", None):
-        yield f"{path}: default_factory {here.default_factory} here, {there.default_factory} there"
-    for key in here:
-        if key in there:
-            yield from compare(here[key], there[key], f"{path}[{key!r}]", seen)
-
-
-def compare_models(here, there, path, seen):
-    """All that Nova can see of a model: every column, every relationship (or the exception that reading it raises), the
-    dict-like methods, and that it belongs to no session."""
-    if (id(here), id(there)) in seen:
-        return
-    seen.add((id(here), id(there)))
-    attributes = [*sa_inspect(type(here)).attrs.keys(), *here._extra_keys]
-    for name in attributes:
-        one, other = outcome_of(getattr, here, name), outcome_of(getattr, there, name)
-        if isinstance(one, NOT_LOADED) and isinstance(other, DetachedInstanceError):
-            continue
-        yield from compare(one, other, f"{path}.{name}", seen)
-        if isinstance(one, Exception) is False:
-            yield from compare(here.get(name) is None, there.get(name) is None, f"{path}.get({name})", seen)
-    yield from compare(set(loaded(here)), set(loaded(there)), f"{path} loaded", seen)
-    yield from compare(sa_inspect(here).identity, sa_inspect(there).identity, f"{path} identity", seen)
-    assert object_session(there) is None
-    for method in ("keys", "items"):
-        one, other = outcome_of(getattr(here, method)), outcome_of(getattr(there, method))
-        if isinstance(one, Exception):
-            assert isinstance(one, NOT_LOADED)
-            assert isinstance(other, DetachedInstanceError)
-        else:
-            kind = set if method == "keys" else dict
-            yield from compare(kind(one), kind(other), f"{path}.{method}()", seen)
+def in_one_order(values):
+    return sorted(values, key=lambda value: str(value["id"] if hasattr(value, "keys") and "id" in value else value))
 
 
 def loaded(model):

@@ -11,6 +11,12 @@ def main() -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         conf = worker.configure(worker.parse(sys.argv[1:]))
+        if conf.database.connection.startswith("lucd+memory:"):
+            # It lives in this process, so it is made here.
+            from nova.db import migration
+
+            for database in ("main", "api"):
+                migration.db_sync(database=database)
     from nova_bridge.rpc.methods import catalogue
     from nova_bridge.rpc.server import NovaDbEndpoint, Runner
 

@@ -2,22 +2,35 @@
 
 import pytest
 import scenario
+from conftest import PipeChannel, copy_of, url_of, use_databases
 from lockstep import Lockstep
 
+from nova_bridge.rpc.client import NovaDbClient
 from nova_bridge.rpc.methods import LOCAL, public_functions
 
 
-@pytest.fixture(scope="module")
-def finished(client):
-    """The whole scenario, run once, for its parts need each other: the Lockstep and what each part raised."""
-    call = Lockstep(client)
+@pytest.fixture(scope="module", params=["stock SQLite", "SQL door"])
+def finished(request, template, tmp_path_factory, nova_conf):
+    """The whole scenario, run once, for its parts need each other: the Lockstep and what each part raised.
+
+    Here the calls go to stock SQLite; the worker has a copy of the same empty database, or its like on the SQL door.
+    """
+    root = tmp_path_factory.mktemp("databases")
+    use_databases(nova_conf, copy_of(template, root / "here"))
+    if request.param == "stock SQLite":
+        there = copy_of(template, root / "there")
+        channel = PipeChannel(url_of(there, "main"), url_of(there, "api"))
+    else:
+        channel = PipeChannel("lucd+memory:///nova_cell1", "lucd+memory:///nova_api")
+    call = Lockstep(NovaDbClient(channel), any_order=request.param == "SQL door")
     raised = {}
     for part in scenario.PARTS:
         try:
             part(call)
         except Exception as error:
             raised[part] = error
-    return call, raised
+    yield call, raised
+    channel.close()
 
 
 @pytest.mark.parametrize("part", scenario.PARTS, ids=lambda part: part.__name__)
