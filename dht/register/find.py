@@ -184,7 +184,8 @@ class Finder:
                     f"{len(missing)} of {len(context.domain.roster.tablets)} tablets have no majority of replicas that "
                     f"can search table {query.table} now; try again when more nodes are reachable"
                 )
-            if collected.link > context.domain.roster.epoch:
+            if collected.link:
+                # Somebody answered and still a tablet is not covered: our view of it may be old.
                 try:
                     await context.domain.refresh(collected.link)
                 except DhtError:

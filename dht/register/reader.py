@@ -136,7 +136,7 @@ class Reader:
                 async with asyncio.timeout(context.remaining(deadline)):
                     link = await self._round(wants)
             except TimeoutError:
-                link = 0
+                link = None
             wants = [want for want in wants if want.ballot is None]
             if not wants:
                 return
@@ -146,7 +146,7 @@ class Reader:
                     f"no majority of the replicas of group {wants[0].key.hex()} agreed in time ({len(wants)} groups "
                     "are not readable); try again when more nodes are reachable"
                 )
-            if link > context.domain.roster.epoch:
+            if link is not None:
                 await self._catch_up(link)
             if rounds >= ROUNDS_BEFORE_SETTLING:
                 await self._settle(wants, deadline)
@@ -179,8 +179,8 @@ class Reader:
 
     # One round.
 
-    async def _round(self, wants: list[_Want]) -> int:
-        """Ask all replicas of all groups once; the newest roster link that any of them told."""
+    async def _round(self, wants: list[_Want]) -> int | None:
+        """Ask all replicas of all groups once; the link to catch up with if any of them refused, else None."""
         context = self._context
         frames: dict[NodeId, list[_Want]] = {}
         for want in wants:
@@ -234,6 +234,8 @@ class Reader:
         if state is not None and state.serving:
             want.states[node] = state
             self._try(want)
+        elif state is not None:
+            gathering.refused = True
         if want.finished:
             gathering.one_less()
 
@@ -283,18 +285,22 @@ class Reader:
 
 
 class _Gathering:
-    """The end of a round: all wants finished. `link`: the newest roster link that a replica told."""
+    """The end of a round: all wants finished. `link`: the newest roster link that a replica told.
 
-    __slots__ = ("_open", "done", "link")
+    `refused`: a replica did not serve a tablet as we asked, so our view of it is old.
+    """
+
+    __slots__ = ("_open", "done", "link", "refused")
 
     def __init__(self, wants: int) -> None:
-        self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self.link = 0
+        self.refused = False
         self._open = wants
         if not wants:
-            self.done.set_result(0)
+            self.done.set_result(None)
 
     def one_less(self) -> None:
         self._open -= 1
         if not self._open and not self.done.done():
-            self.done.set_result(self.link)
+            self.done.set_result(self.link if self.refused else None)
