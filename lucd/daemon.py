@@ -70,7 +70,15 @@ class Daemon:
             str(settings.advertise),
         )
         self.domain = Domain(
-            settings.pop, local, clock, chance, self.network, self.disk, registers, contacts=self._contacts
+            settings.pop,
+            local,
+            clock,
+            chance,
+            self.network,
+            self.disk,
+            registers,
+            contacts=self._contacts,
+            remove_after_s=settings.remove_after_s,
         )
         self.store = StoreNode(self.identity, clock, chance, self.network, self.disk, self.domain, registers)
         self.overlay = Overlay(
@@ -100,6 +108,7 @@ class Daemon:
                 disk_failed=lambda: self.disk.failed,
                 contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},
                 counters=self._counters,
+                warnings=self._warnings,
             )
         )
         self._bus = Bus()
@@ -222,6 +231,12 @@ class Daemon:
         except DhtError as error:
             return f"{host}:{port}: {error.message}" if str(port) not in error.message else error.message
         return ""
+
+    def _warnings(self) -> list[str]:
+        missing = self._workers.count - self._workers.counters["running_now"]
+        return (
+            [f"{missing} of {self._workers.count} workers of the RPC door do not run; see the log"] if missing else []
+        )
 
     def _counters(self) -> dict[str, Counters]:
         parts: dict[str, Callable[[], Counters]] = {

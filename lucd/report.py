@@ -26,7 +26,7 @@ class Parts:
     """Where a report reads.
 
     `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `contacts`: the overlay's
-    nodes with PoP and address. `counters`: part -> its counters now.
+    nodes with PoP and address. `counters`: part -> its counters now. `warnings`: of the daemon's own parts.
     """
 
     identity: NodeIdentity
@@ -41,6 +41,7 @@ class Parts:
     disk_failed: Callable[[], str | None]
     contacts: Callable[[], dict[NodeId, tuple[str, str]]]
     counters: Callable[[], dict[str, Counters]]
+    warnings: Callable[[], list[str]]
 
 
 class Report:
@@ -72,9 +73,8 @@ class Report:
         members = health.get("members", [])
         tablets = health.get("tablets", {})
         state = self._state(tablets)
-        warnings = list(health.get("warnings", ())) + [
-            f"node {m['node_id']} at {m['address']} does not answer" for m in members if not m["reachable"]
-        ]
+        silent = [f"node {m['node_id']} at {m['address']} does not answer" for m in members if not m["reachable"]]
+        warnings = [*health.get("warnings", ()), *silent, *parts.warnings()]
         failed = parts.disk_failed()
         return messages.StatusReply(
             version=version(),

@@ -96,25 +96,18 @@ DEFAULTS: list[Any] = [
 
 LIMITS: list[Any] = [
     cfg.FloatOpt(
-        "request_timeout_s",
-        default=limits.REQUEST_TIMEOUT_S,
-        min=0.1,
-        max=300.0,
-        help="Seconds after which a local request without its own deadline is given up.",
-    ),
-    cfg.FloatOpt(
         "bootstrap_retry_s",
         default=2.0,
         min=0.1,
         max=300.0,
-        help="Seconds between two attempts to reach the bootstrap nodes while none answers.",
+        help="Seconds between two attempts to reach the bootstrap nodes while this node is no member yet.",
     ),
     cfg.FloatOpt(
-        "stop_timeout_s",
-        default=10.0,
-        min=0.5,
-        max=300.0,
-        help="Seconds that a stop waits for requests that are being served.",
+        "remove_after_s",
+        default=limits.REMOVE_AFTER_S,
+        min=10.0,
+        max=7 * 86400.0,
+        help="Seconds after which a member that no other one reaches is replaced, while a majority remains.",
     ),
 ]
 

@@ -40,9 +40,8 @@ class Settings:
     socket_mode: int
     admin: Endpoint
     log_level: str
-    request_timeout_s: float
     bootstrap_retry_s: float
-    stop_timeout_s: float
+    remove_after_s: float
     nova: NovaSettings
 
 
@@ -157,9 +156,8 @@ def _settings(conf: Any, where: str) -> Settings:
         socket_mode=int(top("socket_mode"), 8),
         admin=top("admin"),
         log_level=top("log_level"),
-        request_timeout_s=values["limits", "request_timeout_s"],
         bootstrap_retry_s=values["limits", "bootstrap_retry_s"],
-        stop_timeout_s=values["limits", "stop_timeout_s"],
+        remove_after_s=values["limits", "remove_after_s"],
         nova=NovaSettings(
             workers=values["nova", "workers"],
             worker_threads=values["nova", "worker_threads"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -30,6 +32,8 @@ def play(instances: int = 20, keep: bool = False) -> int:
     if importlib.util.find_spec("nova") is None:
         raise NotFound("the demo needs Nova itself, which is not installed; run pip install 'lucd[nova]'")
     path = Path(tempfile.mkdtemp(prefix="lucd-demo-"))
+    # Whoever ends the demo ends its daemons: the clean-up below runs for Ctrl-C and for SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     terminal = Terminal()
     daemons = Daemons(path, NODES)
     site = NovaSite(daemons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +155,26 @@ def test_majority_gone_reads_and_writes_are_refused_not_wrong(cluster: Cluster) 
     assert first.get("/livez")[0] == 200
     cluster.start_together()
     assert text_of(first.store(), 700) in (None, "alone")
+
+
+def test_full_disk_of_one_stops_its_votes_and_nothing_else(cluster: Cluster) -> None:
+    first, second, third = cluster.nodes
+    # As small a file as a file can be: the next write fails like one on a full disk.
+    resource.prlimit(third.pid, resource.RLIMIT_FSIZE, (1, 1))
+    for number in range(800, 830):
+        [first, second][number % 2].store().commit(inserted(number, "kept"))
+    eventually(lambda: third.get("/readyz")[0] == 503)
+    status = third.status()
+    assert "store.sqlite" in status["state"]
+    assert status["warnings"][0] == status["state"]
+    with Load([third], 840) as load:
+        time.sleep(1.0)
+    assert all("Unavailable" in e or "Storage" in e or "Indeterminate" in e for e in load.errors), load.errors
+    assert load.missing(first) == []
+    third.kill()
+    third.start()
+    cluster.wait_whole()
+    assert [text_of(third.store(), number) for number in range(800, 830)] == ["kept"] * 30
 
 
 def test_wrong_cluster_key_is_kept_out_and_says_so(cluster: Cluster, tmp_path: Path) -> None:
