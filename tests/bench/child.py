@@ -16,11 +16,11 @@ from typing import Any
 def open_nova(kind: str, url: str, sync: bool) -> tuple[Any, Any]:
     """Nova's db module and a context, on the database that the URL names."""
     warnings.simplefilter("ignore")
-    from nova import conf, context, objects
+    from nova import conf, config, context, objects
     from nova.db import migration
     from nova.db.main import api as db
 
-    conf.CONF([], project="nova", default_config_files=[])
+    config.parse_args(["bench"], default_config_files=[], configure_db=False, init_rpc=False)
     objects.register_all()
     if kind == "sql":
         conf.CONF.set_override("connection", url, "database")
@@ -38,8 +38,18 @@ def open_nova(kind: str, url: str, sync: bool) -> tuple[Any, Any]:
     return db, context.get_admin_context()
 
 
+def sync_other(db: Any, url: str) -> None:
+    """Make Nova's schema in another database."""
+    from nova import context
+    from nova.db import migration
+
+    other = context.get_admin_context()
+    other.db_connection = db.create_context_manager(connection=url)
+    migration.db_sync(database="main", context=other)
+
+
 def main() -> None:
-    """Serve `{"fill": n}` and `{"call": name, "times": n}` until stdin ends."""
+    """Serve `{"sync": url}`, `{"fill": n}` and `{"call": name, "times": n}` until stdin ends."""
     from tests.bench import calls
 
     kind, url = sys.argv[1:3]
@@ -48,6 +58,10 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
+        if "sync" in order:
+            sync_other(db, order["sync"])
+            print(json.dumps({"synced": True}), flush=True)
+            continue
         if "fill" in order:
             world = calls.fill(db, context, order["fill"])
             print(json.dumps({"filled": len(world.instances)}), flush=True)

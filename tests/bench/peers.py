@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.cluster import Cluster
 
 DATABASE = "nova_cell1"
+RPC_DATABASE = "nova_cell2"
 SERVER = "bench-host"
 
 
@@ -38,7 +39,7 @@ class Lucd:
         directory.mkdir()
         self.cluster = Cluster(directory, nodes=3)
         node = self.cluster.nodes[1]
-        node.options = f"[nova]\nworkers = 1\nserver = {SERVER}\nmain_database = {DATABASE}\n"
+        node.options = f"[nova]\nworkers = 1\nserver = {SERVER}\nmain_database = {RPC_DATABASE}\n"
         node.write_config()
 
     def start(self) -> None:
@@ -48,10 +49,14 @@ class Lucd:
         self.cluster.__exit__(None, None, None)
 
     def peers(self) -> list[Peer]:
-        """Both doors of one daemon. The RPC door works on the database that the SQL door's client made."""
+        """Both doors of one daemon, each on a database of its own."""
         sql = Peer("SQL door", "sql", self.cluster.url(DATABASE, 1), self._pids)
         rpc = Peer("RPC door", "rpc", f"{self.cluster.nodes[1].socket}#{SERVER}", self._pids)
         return [sql, rpc]
+
+    def rpc_database_url(self) -> str:
+        """The RPC door's database by the SQL door, for making its schema."""
+        return self.cluster.url(RPC_DATABASE, 1)
 
     def _pids(self) -> list[int]:
         return [pid for node in self.cluster.nodes for pid in children(node.pid)]

@@ -106,6 +106,7 @@ def main() -> None:
             peers = [Peer("MariaDB", "sql", mariadb.create("nova_cell1"), lambda: [mariadb.process.pid])]  # type: ignore[union-attr]
             peers += lucd.peers()
             clients = [Client.start(peer) for peer in peers]
+            clients[1].order(sync=lucd.rpc_database_url())
             for client in clients:
                 print(f"filling {client.peer.name}", file=sys.stderr)
                 client.order(fill=options.instances)
@@ -118,7 +119,7 @@ def main() -> None:
                     for client in clients:
                         client.walls.clear()
                         client.cpus.clear()
-            lines = table(clients)
+            lines = [f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", "", *table(clients)]
             for client in clients:
                 client.process.stdin.close()  # type: ignore[union-attr]
                 client.process.wait(30)
