@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from nova_bridge.sql.schema import ENTRY_TABLE, Table, Unique
 from nova_bridge.sql.transaction import Pending, Place, Transaction
 
 ENTRY_ROW = (0,)
+DELETE_ROWS_MAX = 1000
+"""Rows in one piece of a transaction that only deletes; a group is never cut."""
+
+Rows = list[tuple[Table, Place, Pending]]
 
 
 class Meaning(NamedTuple):
@@ -51,8 +56,32 @@ class _Step(NamedTuple):
 
 
 def commit(tx: Transaction, foreign_keys: bool) -> None:
-    """Send the transaction. When it raises, nothing was applied, unless it is IndeterminateError."""
-    drafts = _collect(tx, foreign_keys)
+    """Send the transaction. When it raises, nothing was applied, unless it is IndeterminateError.
+
+    One that does nothing but delete many rows is cut into pieces (DESIGN section 1); when it raises, pieces may be gone.
+    """
+    for rows in _pieces(tx):
+        _commit(tx, rows, foreign_keys)
+
+
+def _pieces(tx: Transaction) -> list[Rows]:
+    rows = [(tx.schema.by_number[n], place, p) for n, places in tx.overlay.items() for place, p in places.items()]
+    if len(rows) <= DELETE_ROWS_MAX or any(pending.current is not None for _, _, pending in rows):
+        return [rows]
+    pieces: list[Rows] = []
+    for _, group in itertools.groupby(sorted(rows, key=_group_of), key=_group_of):
+        if not pieces or len(pieces[-1]) >= DELETE_ROWS_MAX:
+            pieces.append([])
+        pieces[-1] += group
+    return pieces
+
+
+def _group_of(row: tuple[Table, Place, Pending]) -> GroupKey:
+    return row[1][0]
+
+
+def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
+    drafts = _collect(tx, rows, foreign_keys)
     parts = tuple(
         Part(key, tx.seen.get(key), tuple(c for c, _ in draft.changes), tuple(g for g, _ in draft.guards))
         for key, draft in drafts.items()
@@ -90,22 +119,20 @@ def _settle(tx: Transaction, transaction: StoreTransaction, error: Indeterminate
             raise IndeterminateError(f"outcome unknown: {error.message}") from None
 
 
-def _collect(tx: Transaction, foreign_keys: bool) -> dict[GroupKey, _Draft]:
+def _collect(tx: Transaction, rows: Rows, foreign_keys: bool) -> dict[GroupKey, _Draft]:
     drafts: dict[GroupKey, _Draft] = {}
     steps: dict[GroupKey, _Step] = {}
-    for number, places in tx.overlay.items():
-        table = tx.schema.by_number[number]
-        for place, pending in places.items():
-            if pending.base is None and pending.current is None:
-                continue
-            draft = drafts.setdefault(place[0], _Draft())
-            _add_row(table, pending, draft)
-            _add_unique_guards(table, pending, draft)
-            if foreign_keys and pending.current is None:
-                _add_child_guards(tx, table, pending, draft)
-            for unique in table.uniques:
-                if unique.kind == "entry":
-                    _add_step(table, unique, place, pending, steps)
+    for table, place, pending in rows:
+        if pending.base is None and pending.current is None:
+            continue
+        draft = drafts.setdefault(place[0], _Draft())
+        _add_row(table, pending, draft)
+        _add_unique_guards(table, pending, draft)
+        if foreign_keys and pending.current is None:
+            _add_child_guards(tx, table, pending, draft)
+        for unique in table.uniques:
+            if unique.kind == "entry":
+                _add_step(table, unique, place, pending, steps)
     for group, number, pk in tx.foreign_guards:
         if group in drafts and not _is_own(tx, group, number, pk):
             parent = tx.schema.by_number[number]

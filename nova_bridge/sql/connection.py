@@ -58,6 +58,7 @@ class Connection:
         self.take_in_lists = True
         self._functions: list[tuple[str, int, Callable[..., Any], bool]] = []
         self._savepoints: list[tuple[str, int]] = []
+        self._begun_by_savepoint = False
         self._engine: apsw.Connection | None = None
         self._schema: Schema | None = None
         self._ddl: Ddl | None = None
@@ -162,7 +163,7 @@ class Connection:
         if self.in_transaction:
             raise sqlite3.OperationalError("cannot start a transaction within a transaction")
         self.tx.reset()
-        self.in_transaction, self._savepoints = True, []
+        self.in_transaction, self._savepoints, self._begun_by_savepoint = True, [], False
 
     def end(self, keep: bool) -> None:
         """COMMIT or ROLLBACK; over in either case, whatever the store answers."""
@@ -192,11 +193,15 @@ class Connection:
         """SAVEPOINT begins a transaction if there is none."""
         if not self.in_transaction:
             self.begin()
+            self._begun_by_savepoint = True
         self._savepoints.append((name, len(self.tx.journal)))
 
     def release(self, name: str) -> None:
-        """RELEASE."""
-        del self._savepoints[self._find_savepoint(name) :]
+        """RELEASE; of the savepoint that began the transaction, COMMIT."""
+        index = self._find_savepoint(name)
+        del self._savepoints[index:]
+        if index == 0 and self._begun_by_savepoint:
+            self.end(keep=True)
 
     def rollback_to(self, name: str) -> None:
         """ROLLBACK TO: the savepoint itself stays."""

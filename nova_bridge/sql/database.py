@@ -62,6 +62,7 @@ class Database:
     def __init__(self, store: BlockingStore, name: str, timeout_s: float | None = None) -> None:
         self.store, self.name, self.timeout_s = store, name, timeout_s
         self.groups, self.hints, self.ids = GroupCache(), Hints(), IdBlocks()
+        self._raised: dict[str, int] = {}
         self._lock = threading.RLock()
         self._catalog = Catalog(store, name)
         self._schema: Schema | None = None
@@ -94,6 +95,7 @@ class Database:
             self.groups.clear()
             self.hints.clear()
             self.ids.clear()
+            self._raised.clear()
             self.reload()
 
     def check_exists(self) -> None:
@@ -124,12 +126,12 @@ class Database:
         with self._lock:
             return self._run_ddl(before, ddl, renamed, columns)[0]
 
-    def change(self, ddl: Steps, renamed: dict[str, str], columns: Renames) -> Schema:
-        """Run DDL on a copy of the shadow and commit what it made of the schema."""
+    def change(self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames) -> Schema:
+        """Run DDL on a copy of the shadow of `before`, the newest known, and commit what it made of the schema."""
         with self._lock:
             self._ensure_created()
-            for _ in range(SCHEMA_ATTEMPTS):
-                before = self.reload()
+            for attempt in range(SCHEMA_ATTEMPTS):
+                before = self.reload() if attempt else before
                 after, next_table, shadow = self._run_ddl(before, ddl, renamed, columns)
                 try:
                     return self._publish(before, after, next_table, shadow)
@@ -204,5 +206,7 @@ class Database:
 
     def raise_sequence(self, table: Table, number: int) -> None:
         """Never give out ids up to `number`."""
-        self.store.raise_sequence(self.name, table.sequence, number, self.timeout_s)
-        self.ids.skip(table, number)
+        if number > self._raised.get(table.sequence, 0):
+            self.store.raise_sequence(self.name, table.sequence, number, self.timeout_s)
+            self._raised[table.sequence] = number
+            self.ids.skip(table, number)

@@ -70,7 +70,7 @@ class Ddl:
         built = [(name, u) for name, t in after.items() for u in _to_build(before, t)]
         for name, unique in built:
             _check_rows(self._database, after[name], unique)
-        self._database.change(self._steps, self._renamed, self._columns)
+        self._database.change(before, self._steps, self._renamed, self._columns)
         for name, unique in built:
             if unique.kind == "entry":
                 _build_entries(self._database, name, unique)

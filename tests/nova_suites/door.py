@@ -49,6 +49,7 @@ class SqliteByLucd(LucdMemoryDialect):
 def _make(name: str) -> Database:
     database = Database(SocketStore(BlockingClient(SOCKET, REQUEST_TIMEOUT_S)), f"suite_{name}", REQUEST_TIMEOUT_S)
     database.store.create_database(database.name)
+    database.exists = True
     return database
 
 

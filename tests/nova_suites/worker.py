@@ -47,6 +47,20 @@ class Report(unittest.TestResult):
     addError = addFailure
 
 
+def find_installed_etc() -> None:
+    """Nova's tests look for etc/nova beside the package, as in a source tree; pip puts it below the prefix."""
+    from nova.conf import paths
+
+    in_tree = paths.basedir_def
+
+    def anywhere(*parts: str) -> str:
+        path = in_tree(*parts)
+        installed = os.path.join(sys.prefix, *parts)
+        return installed if not os.path.exists(path) and os.path.exists(installed) else path
+
+    paths.basedir_def = anywhere
+
+
 def main() -> None:
     """Arguments: store, then test names."""
     store, *names = sys.argv[1:]
@@ -54,6 +68,7 @@ def main() -> None:
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     logging.disable(logging.NOTSET)
+    find_installed_etc()
     if store != "sqlite":
         import door
 

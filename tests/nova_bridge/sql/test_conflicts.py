@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from dht.errors import Indeterminate, Unavailable
+from nova_bridge.sql import commit
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.errors import ConflictError, IndeterminateError, UnavailableError
 
@@ -238,3 +239,29 @@ def test_ids_from_two_processes_ascend_inside_a_group(connect: Connect) -> None:
         side.execute("INSERT INTO instance_faults (instance_uuid, code) VALUES ('u1', ?)", (number,))
         side.commit()
     assert [r[0] for r in a.execute("SELECT code FROM instance_faults ORDER BY id")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_large_delete_alone_is_cut_into_pieces(
+    connect: Connect, store: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "DELETE_ROWS_MAX", 10)
+    a = connect()
+    a.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, name TEXT UNIQUE)")
+    a.executemany("INSERT INTO events (name) VALUES (?)", [(f"e{n}",) for n in range(35)])
+    a.commit()
+    store.calls.clear()  # type: ignore[attr-defined]
+    assert a.execute("DELETE FROM events").rowcount == 35
+    a.commit()
+    assert store.calls.count("commit") == 4  # type: ignore[attr-defined]
+    a.execute("INSERT INTO events (name) VALUES ('e1')")
+    a.commit()
+    assert connect().execute("SELECT name FROM events").fetchall() == [("e1",)]
+
+
+def test_value_over_the_limit_is_a_data_error(connect: Connect) -> None:
+    a = connect()
+    a.execute("CREATE TABLE blobs (id INTEGER PRIMARY KEY, data BLOB)")
+    a.execute("INSERT INTO blobs (data) VALUES (?)", (b"x" * (5 * 1024 * 1024),))
+    with pytest.raises(sqlite3.DataError, match="4"):
+        a.commit()
+    assert a.execute("SELECT count(*) FROM blobs").fetchall() == [(0,)]

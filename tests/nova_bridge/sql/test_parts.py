@@ -1,0 +1,191 @@
+"""The small parts: statements, values, families, id blocks, the cache of groups."""
+
+from __future__ import annotations
+
+import datetime
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dht.model import ZERO, GroupRead
+from nova_bridge.sql import families, statements
+from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.groups import GroupCache
+from nova_bridge.sql.values import adapt, affinity_of, coerce
+
+Connect = Callable[..., Connection]
+
+
+@pytest.mark.parametrize(
+    ("sql", "word"),
+    [
+        ("select 1", "SELECT"),
+        ("  -- a comment\n  /* another */ INSERT INTO t", "INSERT"),
+        ("", ""),
+        (";", ""),
+    ],
+)
+def test_first_word(sql: str, word: str) -> None:
+    assert statements.first_word(sql) == word
+
+
+@pytest.mark.parametrize(
+    ("sql", "columns"),
+    [
+        ("INSERT INTO t VALUES (1)", None),
+        ('INSERT INTO t (a, "B", `c`) VALUES (1, 2, 3)', {"a", "b", "c"}),
+        ("insert or ignore into main.t(a) select 1", {"a"}),
+        ("INSERT INTO t DEFAULT VALUES", set()),
+        ("UPDATE t SET a = 1", None),
+    ],
+)
+def test_inserted_columns(sql: str, columns: set[str] | None) -> None:
+    assert statements.inserted_columns(sql) == columns
+
+
+def test_split_respects_quotes_and_comments() -> None:
+    script = "CREATE TABLE \"a;b\" (x); -- one; two\nINSERT INTO t VALUES ('a;''b'); SELECT 1"
+    assert list(statements.split(script)) == [
+        'CREATE TABLE "a;b" (x)',
+        "-- one; two\nINSERT INTO t VALUES ('a;''b')",
+        "SELECT 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sql", "name"),
+    [
+        ("SAVEPOINT sa_1", "sa_1"),
+        ('RELEASE SAVEPOINT "X y"', "x y"),
+        ("ROLLBACK TO s", "s"),
+        ("ROLLBACK TRANSACTION TO SAVEPOINT s", "s"),
+        ("ROLLBACK", None),
+    ],
+)
+def test_savepoint_name(sql: str, name: str | None) -> None:
+    assert statements.savepoint_name(sql) == name
+
+
+@pytest.mark.parametrize(
+    "declared", ["INTEGER", "VARCHAR(3)", "FLOAT", "DECIMAL(5)", "BLOB", "", "DATETIME", "BOOLEAN"]
+)
+@pytest.mark.parametrize(
+    "value", [None, 1, 1.0, 1.5, "1", " 1 ", "1.0", "1e3", "x", "", "1_0", "inf", b"1", 2**62, "0x10", "+5"]
+)
+def test_coerce_same_as_a_stored_column(declared: str, value: Any) -> None:
+    stock = sqlite3.connect(":memory:")
+    stock.execute(f"CREATE TABLE t (a {declared})")
+    stock.execute("INSERT INTO t VALUES (?)", (value,))
+    expected = stock.execute("SELECT a FROM t").fetchone()[0]
+    stock.close()
+    got = coerce(affinity_of(declared), value)
+    assert (type(got), got) == (type(expected), expected)
+
+
+def test_adapt_what_sqlite_adapts() -> None:
+    assert adapt(True) == 1
+    assert adapt(datetime.datetime(2026, 1, 2, 3, 4, 5)) == "2026-01-02 03:04:05"  # noqa: DTZ001
+    assert adapt(datetime.date(2026, 1, 2)) == "2026-01-02"
+    assert adapt(bytearray(b"x")) == b"x"
+    with pytest.raises(sqlite3.ProgrammingError, match="type 'list' is not supported"):
+        adapt([1])
+
+
+def test_rule_of_known_table_and_of_its_batch_copy() -> None:
+    columns = {"id", "uuid", "updated_at"}
+    rule = families.rule_of("instances", columns)
+    assert (rule.family, rule.key, rule.merge_last) == ("instance", ("uuid",), ("updated_at",))
+    assert families.rule_of("_alembic_tmp_instances", columns) == rule
+    assert families.rule_of("instances", {"id"}).family == families.ROW_FAMILY
+    assert families.rule_of("shadow_instances", columns).family == families.ROW_FAMILY
+
+
+def test_group_cache_evicts_by_size() -> None:
+    cache = GroupCache(bytes_max=250)
+    for number in range(4):
+        key = bytes([number])
+        cache.take(GroupRead(key, ZERO, {b"k" * 11: b"v" * 89}), None, 1)
+    assert cache.get(b"\x00", 1) is None
+    assert cache.get(b"\x03", 1) is not None
+    assert cache.get(b"\x03", 2) is None
+
+
+def test_savepoint_without_begin_commits_at_release(connect: Connect) -> None:
+    a = connect(isolation_level=None)
+    a.execute("CREATE TABLE t (id INTEGER PRIMARY KEY)")
+    a.execute("SAVEPOINT s")
+    a.execute("INSERT INTO t VALUES (1)")
+    a.execute("RELEASE s")
+    assert not a.in_transaction
+    assert connect().execute("SELECT * FROM t").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("sql", "error"),
+    [
+        ("COMMIT", "cannot commit - no transaction is active"),
+        ("ROLLBACK", "cannot rollback - no transaction is active"),
+        ("RELEASE s", "no such savepoint: s"),
+        ("ATTACH 'x' AS y", "not a statement that this database runs"),
+        ("SELECT * FROM", "incomplete input"),
+        ("SELECT nope", "no such column"),
+    ],
+)
+def test_wrong_statement_is_an_operational_error(connect: Connect, sql: str, error: str) -> None:
+    a = connect(isolation_level=None)
+    a.execute("CREATE TABLE t (id INTEGER PRIMARY KEY)")
+    with pytest.raises(sqlite3.OperationalError, match=error):
+        a.execute(sql)
+
+
+def test_closed_connection_refuses(connect: Connect) -> None:
+    a = connect()
+    a.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        a.execute("SELECT 1")
+
+
+def test_client_gone_in_mid_transaction_leaves_nothing(connect: Connect) -> None:
+    a = connect(isolation_level=None)
+    a.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, n TEXT UNIQUE)")
+    a.execute("BEGIN")
+    a.execute("INSERT INTO t (n) VALUES ('x')")
+    a.close()
+    b = connect(isolation_level=None)
+    b.execute("INSERT INTO t (n) VALUES ('x')")
+    assert b.execute("SELECT n FROM t").fetchall() == [("x",)]
+
+
+def test_in_subquery_without_rows_runs_again_without_lists(connect: Connect) -> None:
+    a = connect(isolation_level=None)
+    a.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, n TEXT)")
+    a.execute("CREATE INDEX tn ON t (n)")
+    a.execute("INSERT INTO t (n) VALUES ('x')")
+    assert a.execute("SELECT * FROM t WHERE n IN (SELECT n FROM t WHERE id > 5)").fetchall() == []
+    assert a.execute("DELETE FROM t WHERE id IN (SELECT id FROM t WHERE n = 'y')").rowcount == 0
+    assert a.execute("UPDATE t SET n = 'z' WHERE n IN (SELECT n FROM t)").rowcount == 1
+
+
+def test_joined_family_comes_with_its_root(connect: Connect, store: Any) -> None:
+    a = connect(isolation_level=None)
+    a.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, uuid VARCHAR(36) NOT NULL UNIQUE, host TEXT)")
+    a.execute("CREATE INDEX ih ON instances (host)")
+    a.execute("CREATE TABLE instance_extra (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36), flavor TEXT)")
+    for number in range(20):
+        a.execute("INSERT INTO instances (uuid, host) VALUES (?, 'h')", (f"u{number}",))
+        a.execute("INSERT INTO instance_extra (instance_uuid, flavor) VALUES (?, 'f')", (f"u{number}",))
+    a.execute("BEGIN")
+    store.calls.clear()
+    sql = "SELECT * FROM instances i LEFT JOIN instance_extra e ON e.instance_uuid = i.uuid WHERE i.host = 'h'"
+    assert len(a.execute(sql).fetchall()) == 20
+    assert store.calls.count("find") == 1
+    assert store.calls.count("read") <= 1  # the in-process store's own, inside find
+    a.execute("ROLLBACK")
+    a.execute("BEGIN")
+    uuids = [row[0] for row in a.execute("SELECT uuid FROM instances WHERE host = 'h'")]
+    store.calls.clear()
+    for uuid in uuids:
+        a.execute("SELECT * FROM instance_extra WHERE instance_uuid = ?", (uuid,)).fetchall()
+    assert store.calls == ["read", "read"]
