@@ -88,11 +88,13 @@ def choose_voters(
 ) -> tuple[NodeId, ...]:
     """5, 3 or 1 voters over distinct failure domains as far as there are; unreachable ones are replaced first.
 
-    A member that leaves votes only if nobody else is left.
+    A member that leaves votes only while too few others are there, and until it goes: with two members a single voter
+    decides, and its disk would be the only one that must not be lost.
     """
-    candidates = [m for m in members if not m.leaving] or list(members)
-    domains = len({m.failure_domain for m in candidates})
-    count = 5 if domains >= 5 else 3 if len(candidates) >= 3 else 1
+    staying = [m for m in members if not m.leaving]
+    domains = len({m.failure_domain for m in staying})
+    count = 5 if domains >= 5 else 3 if len(members) >= 3 else 1
+    candidates = staying if len(staying) >= count else list(members)
     chosen: list[Member] = []
     for _ in range(count):
         taken = [m.failure_domain for m in chosen]
@@ -100,6 +102,7 @@ def choose_voters(
             (m for m in candidates if m not in chosen),
             key=lambda m: (
                 m.node_id not in reachable,
+                m.leaving,
                 taken.count(m.failure_domain),
                 m.node_id not in current,
                 -score(0, m.node_id),

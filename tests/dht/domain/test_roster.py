@@ -125,9 +125,10 @@ def test_choose_voters_any_members_counts_domains_and_reach_are_kept(
     voters = choose_voters(all_members, ids(*current), reachable)
     assert len(voters) in (1, 3, 5)
     assert len(set(voters)) == len(voters)
-    staying = [m for m in all_members if not m.leaving] or all_members
-    assert {m.node_id for m in staying}.issuperset(voters)
-    near = [m for m in staying if m.node_id in reachable]
+    staying = [m for m in all_members if not m.leaving]
+    candidates = staying if len(staying) >= len(voters) else all_members
+    assert {m.node_id for m in candidates}.issuperset(voters)
+    near = [m for m in candidates if m.node_id in reachable]
     assert len([v for v in voters if v in reachable]) == min(len(voters), len(near))
 
 
@@ -136,6 +137,16 @@ def test_choose_voters_dead_one_is_replaced_first() -> None:
     voters = choose_voters(members, ids(0, 1, 2), ids(0, 2, 3))
     assert voters == ids(0, 2, 3)
     assert choose_voters(members, ids(0, 1, 2), ids(0, 1, 2, 3)) == ids(0, 1, 2)
+
+
+def test_choose_voters_leaving_one_of_three_votes_until_it_goes() -> None:
+    members = [
+        member(0),
+        member(1),
+        Member(*[*(getattr(member(2), f) for f in member(2).__struct_fields__[:-1]), True]),
+    ]
+    assert choose_voters(members, ids(0, 1, 2), ids(0, 1, 2)) == ids(0, 1, 2)
+    assert len(choose_voters(members[:2], ids(0, 1, 2), ids(0, 1))) == 1
 
 
 def test_lost_needs_a_majority_of_the_members_own_pop() -> None:
