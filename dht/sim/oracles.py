@@ -26,6 +26,7 @@ from dht.sim.history import (
     Read,
     RowName,
     after_part,
+    content_of,
 )
 from dht.sim.linearizability import STATES_MAX, Interval, Undecided, check
 
@@ -77,6 +78,7 @@ def components(history: History) -> list[tuple[GroupKey, ...]]:
 
 def _intervals(history: History, keys: tuple[GroupKey, ...]) -> list[Interval]:
     place = {key: i for i, key in enumerate(keys)}
+    tables = {(p.key, change.table) for c in history.commits for p in c.transaction.parts for change in p.changes}
     out = [
         Interval(
             r.call,
@@ -87,6 +89,12 @@ def _intervals(history: History, keys: tuple[GroupKey, ...]) -> list[Interval]:
         for r in history.reads
         if r.content is not None and r.key in place
     ]
+    for find in history.finds:
+        if find.result is not None and find.ret is not None:
+            for key, i in place.items():
+                if (key, find.query.table) in tables:
+                    step, label = _find_step(i, find, key)
+                    out.append(Interval(find.call, find.ret, step, f"{find.client} find in {group_name(key)}: {label}"))
     for commit in history.commits:
         if commit.transaction.parts[0].key not in place or commit.outcome == NOTHING:
             continue
@@ -114,6 +122,23 @@ def show_commit(commit: Commit) -> str:
 
 def _read_step(at: int, content: Content) -> Callable[[Any], Any]:
     return lambda state: state if state[at] == content else None
+
+
+def _find_step(at: int, find: Find, key: GroupKey) -> tuple[Callable[[Any], Any], str]:
+    """A find reads each group at one moment: what it found is what matches there (or some of it, if cut)."""
+    assert find.result is not None
+    found = content_of({row.key: row.row for row in find.result.rows if row.group == key})
+    cut = find.query.limit is not None
+
+    def step(state: Any) -> Any:
+        there = frozenset(
+            (name, columns)
+            for name, columns in state[at]
+            if name[0] == find.query.table and matches(find.query, dict(columns))
+        )
+        return state if (found <= there if cut else found == there) else None
+
+    return step, f"{find.query.constraints} gives {_show(found)}"
 
 
 def _commit_step(commit: Commit, place: dict[GroupKey, int]) -> Callable[[Any], Any]:
@@ -317,6 +342,7 @@ def sequences(history: History) -> list[str]:
 def finds(history: History) -> list[str]:
     """A find returns each row whose presence was settled during it, none that was settled absent, and no invention.
 
+    `linearizable` takes finds in more sharply, but may give up; this one always decides, and names the row.
     Settled: the last acknowledged change of the row returned before the find began, and no other change of it,
     acknowledged or unknown, overlaps both.
     """
