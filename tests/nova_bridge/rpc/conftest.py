@@ -25,6 +25,8 @@ with warnings.catch_warnings():
     from nova_bridge.rpc import worker
     from nova_bridge.rpc.methods import catalogue
 
+from workers import ENVIRONMENT
+
 HERE = Path(__file__).parent
 
 
@@ -83,8 +85,7 @@ class PipeChannel:
     def __init__(self, connection, api_connection):
         argv = worker.command(transport_url="none", connection=connection, api_connection=api_connection, threads=1)
         argv[1:3] = [str(HERE / "pipe_worker.py")]
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         self.lock = threading.Lock()
         self.methods = []
         assert self.process.stdout.readline().strip() == worker.READY

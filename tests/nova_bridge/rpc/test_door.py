@@ -81,6 +81,23 @@ def test_conflict_runs_function_again_with_fresh_arguments(door, functions, paus
     assert all(0 <= pause <= LONGEST_PAUSE_S for pause in pauses)
 
 
+def test_call_through_rabbitmqs_driver(nova_conf, functions):
+    """With kombu's in-memory broker: the driver that sites with RabbitMQ use, and what it does to a message."""
+    url = "kombu+memory://"
+    transport = oslo_messaging.get_rpc_transport(nova_conf, url=url)
+    endpoint = NovaDbEndpoint(Catalogue({"record": functions.record}, {}), Runner(lambda url: None))
+    server = make_server(transport, "rabbit", endpoint)
+    server.start()
+    channel = OsloChannel(nova_conf, url=url, server="rabbit", timeout_s=10)
+    try:
+        assert NovaDbClient(channel).call("record", ({"once": 1, 2: b"\x00"},), {}) == 1
+    finally:
+        channel.close()
+        server.stop()
+        server.wait()
+    assert functions.calls == [{"once": 1, 2: b"\x00"}]
+
+
 def test_conflict_in_every_attempt_raises_deadlock_after_the_limit(door, functions):
     functions.conflicts = 1000
     with pytest.raises(db_exception.DBDeadlock):

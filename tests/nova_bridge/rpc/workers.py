@@ -13,7 +13,7 @@ from nova_bridge.rpc import worker
 HERE = Path(__file__).parent
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(HERE.parents[2]),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parents[2]), os.environ.get("PYTHONPATH")])),
     "PYTHONWARNINGS": "ignore",
     "OS_NOVA_DISABLE_EVENTLET_PATCHING": "true",
 }
