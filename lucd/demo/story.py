@@ -171,8 +171,10 @@ class Story:
         counts: Counter[str] = Counter()
         for instance in uuids:
             reply = client.call(messages.AskWhere(group_key(CELL, "instance", (instance,))))
-            if isinstance(reply, messages.WhereReply):
+            if isinstance(reply, messages.WhereReply) and reply.exists:
                 counts[reply.coordinator] += 1
+        if counts.total() != len(uuids):
+            self._problems.append(f"only {counts.total()} of {len(uuids)} instances are where their group should be")
         others = [self._daemons.nodes[0], self._daemons.nodes[2]]
         return max(others, key=lambda node: counts[str(node.status()["node_id"])])
 

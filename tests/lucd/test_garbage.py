@@ -1,0 +1,80 @@
+"""Garbage at every door of a real daemon: counted, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import Cluster, LocalNode
+
+pytestmark = pytest.mark.cluster
+LOTS = 10_000
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
+    with Cluster(tmp_path_factory.mktemp("garbage"), nodes=1) as started:
+        yield started.nodes[0]
+
+
+def dropped(node: LocalNode) -> int:
+    """Datagrams that the overlay dropped so far."""
+    return sum(number for name, number in node.status()["counters"]["overlay"].items() if name.startswith("dropped"))
+
+
+def test_ten_thousand_random_datagrams_are_counted(node: LocalNode) -> None:
+    chance = random.Random(1)
+    before = dropped(node)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for number in range(LOTS):
+            sender.sendto(chance.randbytes(chance.randrange(1, 1400)), ("127.0.0.1", node.port))
+            if number % 100 == 0:
+                # The kernel drops what does not fit the daemon's buffer, and that nobody counts.
+                time.sleep(0.01)
+    deadline = time.monotonic() + 20
+    while dropped(node) - before < LOTS * 0.95:
+        assert time.monotonic() < deadline, dropped(node) - before
+        time.sleep(0.1)
+    assert dropped(node) - before <= LOTS
+    assert node.get("/readyz")[0] == 200
+    assert node.log_text().count("\n") < 20
+
+
+def test_random_bytes_and_requests_at_the_link_port_are_counted(node: LocalNode) -> None:
+    chance = random.Random(2)
+    for number in range(200):
+        with socket.create_connection(("127.0.0.1", node.port), timeout=5) as stranger:
+            if number % 2:
+                stranger.sendall(chance.randbytes(chance.randrange(1, 2000)) + b"\r\n\r\n")
+            else:
+                stranger.sendall(b"GET /link HTTP/1.1\r\nHost: x\r\n\r\n")
+            with contextlib.suppress(OSError):
+                stranger.shutdown(socket.SHUT_WR)
+                stranger.recv(1000)
+    links = node.status()["counters"]["links"]
+    assert links["garbage"] >= 150
+    assert links["links"] == 0
+    assert node.get("/readyz")[0] == 200
+    assert "Traceback" not in node.log_text()
+
+
+def test_random_frames_at_the_local_door_are_counted(node: LocalNode) -> None:
+    chance = random.Random(3)
+    before = node.status()["counters"]["local"]["garbage"]
+    for _ in range(200):
+        with socket.socket(socket.AF_UNIX) as rude:
+            rude.connect(str(node.socket))
+            body = chance.randbytes(chance.randrange(1, 300))
+            with contextlib.suppress(OSError):
+                rude.sendall(len(body).to_bytes(4, "big") + body)
+                rude.shutdown(socket.SHUT_WR)
+                while rude.recv(1000):
+                    pass
+    assert node.status()["counters"]["local"]["garbage"] - before >= 150
+    assert node.store().list_databases() == ()
+    assert "Traceback" not in node.log_text()
