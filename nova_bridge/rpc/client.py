@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -46,12 +47,14 @@ class OsloChannel:
         self._server = server
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._owner_pid = 0
         self._transport: Any = None
         self._client: Any = None
+        self._inherited: list[Any] = []
+        here = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: forget_connection(here()))
 
     def request(self, method: str, content: dict[str, Any]) -> dict[str, Any]:
-        client = self._client if self._owner_pid == os.getpid() else self._connect()
+        client = self._client or self._connect()
         try:
             answer: dict[str, Any] = client.call({}, method, **content)
         except oslo_messaging.RemoteError as error:
@@ -64,14 +67,20 @@ class OsloChannel:
 
     def close(self) -> None:
         with self._lock:
-            if self._transport is not None and self._owner_pid == os.getpid():
+            if self._transport is not None:
                 self._transport.cleanup()
             self._transport = self._client = None
-            self._owner_pid = 0
+
+    def forget_connection(self) -> None:
+        """In a child process: connect anew at the next call. The parent's transport is kept and not touched, for its
+        end would say goodbye on the parent's sockets; its lock may be held by a thread that is not here."""
+        self._inherited.append((self._transport, self._client))
+        self._lock = threading.Lock()
+        self._transport = self._client = None
 
     def _connect(self) -> Any:
         with self._lock:
-            if self._owner_pid != os.getpid():
+            if self._client is None:
                 options.register_opts(self._conf)
                 url = self._url or options.transport_url(self._conf)
                 self._transport = oslo_messaging.get_rpc_transport(self._conf, url=url)
@@ -84,8 +93,12 @@ class OsloChannel:
                 )
                 timeout_s = self._timeout_s or self._conf.lucd.rpc_timeout
                 self._client = oslo_messaging.get_rpc_client(self._transport, target, timeout=timeout_s)
-                self._owner_pid = os.getpid()
             return self._client
+
+
+def forget_connection(channel: OsloChannel | None) -> None:
+    if channel is not None:
+        channel.forget_connection()
 
 
 def unreachable(method: str, error: Exception) -> str:

@@ -136,10 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nova_bridge.rpc import options
     from nova_bridge.rpc.methods import catalogue
-    from nova_bridge.rpc.server import NovaDbEndpoint, Runner, make_server
+    from nova_bridge.rpc.server import NovaDbEndpoint, Runner, make_server, retry_soon
 
     transport = oslo_messaging.get_rpc_transport(conf, url=settings.transport_url)
-    endpoint = NovaDbEndpoint(catalogue(), Runner(Cells(conf.database.connection)))
+    found = catalogue()
+    retry_soon(found)
+    endpoint = NovaDbEndpoint(found, Runner(Cells(conf.database.connection)))
     server = make_server(transport, settings.server or options.server_name(conf), endpoint)
     # Registered by oslo.messaging when the first server is made, read when it starts.
     conf.set_override("executor_thread_pool_size", settings.threads)

@@ -11,7 +11,15 @@ from nova_bridge.rpc import options
 from nova_bridge.rpc.client import NovaDbClient, OsloChannel
 from nova_bridge.rpc.failures import RemoteFailure
 from nova_bridge.rpc.methods import Catalogue
-from nova_bridge.rpc.server import ATTEMPTS, LONGEST_PAUSE_S, NovaDbEndpoint, Runner, make_server
+from nova_bridge.rpc.server import (
+    ATTEMPTS,
+    LONGEST_PAUSE_S,
+    NovaDbEndpoint,
+    Runner,
+    make_server,
+    retries_of,
+    retry_soon,
+)
 from nova_bridge.rpc.worker import Cells, command, parse
 
 
@@ -109,6 +117,20 @@ def test_answer_too_late_raises_connection_error(nova_conf, door, request):
     channel = OsloChannel(nova_conf, url="fake://", server=request.node.name, timeout_s=1)
     with pytest.raises(db_exception.DBConnectionError, match="may have run or not"):
         NovaDbClient(channel).call("wait", (), {})
+
+
+def test_no_daemon_raises_connection_error(nova_conf, tmp_path):
+    channel = OsloChannel(nova_conf, url=f"lucd://{tmp_path}/none.sock", server="nobody", timeout_s=1)
+    with pytest.raises(db_exception.DBConnectionError, match="Check that the lucd daemon"):
+        NovaDbClient(channel).call("record", (), {})
+
+
+def test_novas_own_retries_wait_no_longer_than_the_doors(methods_of_nova):
+    retry_soon(methods_of_nova)
+    retries = [retry for function in methods_of_nova.functions.values() for retry in retries_of(function)]
+    assert len(retries) >= 10
+    assert {retry.max_retry_interval for retry in retries} == {LONGEST_PAUSE_S}
+    assert all(retry.retry_interval < LONGEST_PAUSE_S for retry in retries)
 
 
 def test_no_server_raises_connection_error(nova_conf):
