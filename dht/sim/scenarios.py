@@ -25,12 +25,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Scenario("order", shuffle=True, straggler=0.1, faults=Faults(crash=2, pause=2, stragglers=2, loss=1)),
         Scenario(
             "transactions",
-            mix=Mix(append=1, read=3, cell=0, bag=0, find=0, transact=5, owner=4, draw=0, lists=3, owners=3, names=2),
+            mix=Mix(append=1, read=3, cell=0, bag=0, find=2, transact=5, owner=4, draw=0, lists=3, owners=3, names=2),
             faults=Faults(crash=3, partition=1, pause=2, loss=1),
         ),
         Scenario(
             "finds",
-            mix=Mix(append=0, read=1, cell=0, bag=6, find=5, transact=0, owner=2, draw=0, bags=4),
+            mix=Mix(append=0, read=1, cell=0, bag=5, find=6, transact=0, owner=3, draw=0, bags=4),
             faults=Faults(crash=3, partition=2, pause=1, loss=1, stragglers=1),
         ),
         Scenario(

@@ -33,6 +33,7 @@ from dht.model import (
     Part,
     TableSpec,
     Transaction,
+    Value,
 )
 from dht.requests import Store
 from dht.rows import group_key
@@ -355,20 +356,29 @@ class Client:
         await self.commit(parts)
 
     async def find(self) -> None:
-        history, cluster = self.bench.history, self.bench.cluster
+        history, cluster, mix = self.bench.history, self.bench.cluster, self.bench.mix
+        tables = [
+            (weight, table) for weight, table in ((mix.bag, BAG), (mix.owner, OWNER), (mix.owner, ENTRY)) if weight
+        ]
+        table = self.chance.choices([t for _, t in tables], [w for w, _ in tables])[0] if tables else BAG
+        values: tuple[Value, ...] = COLOURS
+        if table == OWNER:
+            values = tuple(f"name{i}" for i in range(mix.names))
+        elif table == ENTRY:
+            values = tuple(range(mix.owners))
         constraints: tuple[Constraint, ...] = self.chance.choice(
             (
                 (),
-                (Constraint(0, Comparison.EQ, (self.chance.choice(COLOURS),)),),
-                (Constraint(0, Comparison.IN, COLOURS[:2]),),
+                (Constraint(0, Comparison.EQ, (self.chance.choice(values),)),),
+                (Constraint(0, Comparison.IN, values[:2]),),
                 (Constraint(0, Comparison.IS_NULL),),
-                (Constraint(0, Comparison.GT, ("blue",)),),
+                (Constraint(0, Comparison.GT, (values[0],)),),
             )
         )
         ordered = self.chance.random() < 0.3
         query = FindQuery(
             DATABASE,
-            BAG,
+            table,
             CATALOG_VERSION,
             constraints,
             Order((10,), self.chance.random() < 0.5) if ordered else None,
