@@ -41,6 +41,10 @@ class ClusterKey:
         """One line, for a file or a terminal."""
         return f"{_KEY_WORD} {FORMAT} {self.cluster_id} {self.secret.hex()}"
 
+    def renewed(self) -> ClusterKey:
+        """Another secret for the same cluster."""
+        return ClusterKey(self.cluster_id, secrets.token_bytes(32))
+
     @classmethod
     def parse(cls, text: str, source: str) -> ClusterKey:
         """The key in the text. Raises Invalid, without showing the text, when it is not one."""
@@ -133,6 +137,25 @@ def cluster_key(path: Path) -> ClusterKey:
     with _file_errors(path):
         node = _node_file(path)
         return _own_key(path, node)
+
+
+def replace_key(path: Path, cluster: ClusterKey) -> None:
+    """Put another secret of the same cluster into the directory of a node that does not run.
+
+    Raises Conflict for another cluster's key, Unavailable while the node runs.
+    """
+    with _file_errors(path):
+        node = _node_file(path)
+        if cluster.cluster_id != node.cluster_id:
+            raise Conflict(
+                f"the key is of cluster {cluster.cluster_id}, but {path} belongs to cluster {node.cluster_id}; "
+                "a node changes its cluster only with an empty data_dir (`lucd join`)"
+            )
+        lock = _take_lock(path)
+        try:
+            _write(path / "cluster.key", cluster.text() + "\n", 0o600)
+        finally:
+            os.close(lock)
 
 
 def start(path: Path, pop: str) -> OpenDirectory:

@@ -52,10 +52,14 @@ def init(config: Path | None, data_dir: Path | None) -> None:
 def join(config: Path | None, data_dir: Path | None, key_file: str) -> None:
     """Make this host a node of an existing cluster."""
     path = _directory(config, data_dir)
-    cluster = directory.ClusterKey.parse(_read(key_file), key_file if key_file != "-" else "standard input")
+    cluster = _cluster_key(key_file)
     directory.join(path, cluster)
     click.echo(f"Made the data directory {path} of a node of cluster {cluster.cluster_id}.")
     click.echo("Start it with `lucd run`; bootstrap in its configuration names nodes to join through.")
+
+
+def _cluster_key(key_file: str) -> directory.ClusterKey:
+    return directory.ClusterKey.parse(_read(key_file), key_file if key_file != "-" else "standard input")
 
 
 def _read(key_file: str) -> str:
@@ -84,6 +88,28 @@ def key() -> None:
 def key_show(config: Path | None, data_dir: Path | None) -> None:
     """Print the key, for `lucd join --key-file -` on another host."""
     click.echo(directory.cluster_key(_directory(config, data_dir)).text())
+
+
+@key.command("new")
+@config_option
+@_data_dir
+def key_new(config: Path | None, data_dir: Path | None) -> None:
+    """Print a new key for this cluster; nothing changes before `lucd key import` on every node."""
+    click.echo(directory.cluster_key(_directory(config, data_dir)).renewed().text())
+
+
+@key.command("import")
+@click.argument("key_file")
+@config_option
+@_data_dir
+def key_import(key_file: str, config: Path | None, data_dir: Path | None) -> None:
+    """Replace the key of this node, which must not run, by the one in KEY_FILE (- for stdin).
+
+    Nodes with different keys refuse each other: stop all, import on each, start all.
+    """
+    path = _directory(config, data_dir)
+    directory.replace_key(path, _cluster_key(key_file))
+    click.echo(f"{path} has the new key. A node with the old one is refused from now on.")
 
 
 @click.command()

@@ -143,8 +143,11 @@ class Story:
         self._boot(uuids[:half], 0)
         victim = self._coordinator_of_most(uuids)
         terminal.say(f"kill -9 daemon {victim.number}: it coordinates more of these instances than any other host.")
-        victim.kill()
+        # In the middle of the calls, not between them.
+        killer = threading.Timer(0.1, victim.kill)
+        killer.start()
         self._boot(uuids[half:], half)
+        killer.join()
         terminal.say("All booted with two daemons left; the killed one starts again with its directory.")
         refused = compute.conflict(uuids[0])
         terminal.detail(f"a save with the wrong expected_task_state is refused: {refused or 'NO, IT WAS NOT'}")

@@ -172,6 +172,26 @@ def test_init_join_and_key_make_two_nodes_of_one_cluster(lucd: Run, tmp_path: Pa
     assert directory.cluster_key(tmp_path / "b") == directory.cluster_key(tmp_path / "a")
 
 
+def test_key_new_and_import_change_the_secret_of_the_same_cluster_only(lucd: Run, tmp_path: Path) -> None:
+    lucd("init", "--data-dir", str(tmp_path / "a"))
+    lucd("init", "--data-dir", str(tmp_path / "other"))
+    before = directory.cluster_key(tmp_path / "a")
+    file = tmp_path / "key"
+    file.touch(0o600)
+    file.write_text(lucd("key", "new", "--data-dir", str(tmp_path / "a"))[1])
+    assert directory.cluster_key(tmp_path / "a") == before
+    assert lucd("key", "import", str(file), "--data-dir", str(tmp_path / "a"))[0] == 0
+    after = directory.cluster_key(tmp_path / "a")
+    assert after.cluster_id == before.cluster_id
+    assert after.secret != before.secret
+    code, _, err = lucd("key", "import", str(file), "--data-dir", str(tmp_path / "other"))
+    assert code == 70
+    assert "belongs to cluster" in err
+    running = directory.start(tmp_path / "a", "p")
+    assert lucd("key", "import", str(file), "--data-dir", str(tmp_path / "a"))[0] == 69
+    running.close()
+
+
 def test_init_twice_fails_with_70_and_one_line(lucd: Run, tmp_path: Path) -> None:
     lucd("init", "--data-dir", str(tmp_path / "a"))
     code, _, err = lucd("init", "--data-dir", str(tmp_path / "a"))
