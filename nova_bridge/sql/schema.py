@@ -23,7 +23,10 @@ HIDDEN_ROWID = 0
 
 
 class ColumnDef(msgspec.Struct, frozen=True):
-    """`added_default`: the column came by ALTER TABLE with a default, so older rows lack it in the store's indexes."""
+    """`added_default`: the column came by ALTER TABLE with a default, so older rows lack it in the store's indexes.
+
+    `expression`: SQL of a default that is worked out at each INSERT.
+    """
 
     number: int
     name: str
@@ -31,7 +34,7 @@ class ColumnDef(msgspec.Struct, frozen=True):
     not_null: bool = False
     default: Value = None
     added_default: bool = False
-    collation: str = "BINARY"
+    expression: str | None = None
 
 
 class IndexDef(msgspec.Struct, frozen=True):
@@ -129,7 +132,7 @@ class Table:
         self.primary = tuple(self.position[n] for n in definition.primary) or (self.width,)
         self.integer_key = self.primary[0] if definition.integer_key else None
         self.required = [i for i, c in enumerate(self.columns) if c.not_null and i != self.integer_key]
-        self.defaults = [(i, c.default) for i, c in enumerate(self.columns) if c.default is not None]
+        self.defaults = [(i, c) for i, c in enumerate(self.columns) if c.default is not None or c.expression]
         self.unindexed = frozenset(i for i, c in enumerate(self.columns) if c.added_default)
         self.family, self.whole = definition.family, definition.whole
         self.family_key = tuple(self.position[n] for n in definition.family_columns)

@@ -5,12 +5,13 @@ It also answers everything that asks for the schema itself: sqlite_master and th
 
 from __future__ import annotations
 
+import re
+import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
 import apsw
 
-from dht.errors import Invalid
 from nova_bridge.sql.families import ROW_FAMILY, Rule, rule_of
 from nova_bridge.sql.schema import ColumnDef, ForeignDef, IndexDef, TableDef
 from nova_bridge.sql.values import affinity_of
@@ -19,6 +20,9 @@ TABLES_SQL = (
     "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY rowid"
 )
 INDEXES_SQL = "SELECT tbl_name, name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY rowid"
+
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.S)
+_REFUSED = re.compile(r"\bWITHOUT\s+ROWID\b|\bGENERATED\s+ALWAYS\b|\bCHECK\b(?=\s*\()", re.I)
 
 
 def build(definitions: Iterable[TableDef]) -> apsw.Connection:
@@ -72,9 +76,9 @@ class Introspection:
     def _read(
         self, name: str, sql: str, index_sql: tuple[tuple[str, str], ...], old: TableDef | None, renames: dict[str, str]
     ) -> TableDef:
-        if "WITHOUT ROWID" in sql.upper() or "GENERATED ALWAYS" in sql.upper():
-            raise Invalid(
-                f"table {name}: WITHOUT ROWID and generated columns are not supported here; use plain columns"
+        if refused := _REFUSED.search(_QUOTED.sub("", sql)):
+            raise sqlite3.NotSupportedError(
+                f"table {name}: {' '.join(refused.group().split()).upper()} is not supported by this database"
             )
         info = rows(self.shadow, 'SELECT cid, name, type, "notnull", dflt_value, pk FROM pragma_table_info(?)', name)
         columns, next_column = self._columns(info, old, renames)
@@ -124,16 +128,19 @@ class Introspection:
         columns = []
         for _, name, declared, not_null, default_sql, _ in info:
             before = known.get(renames.get(name.lower(), name.lower()))
-            default = self._default(default_sql)
+            default, expression = self._default(default_sql)
             number, following = (before.number, following) if before else (following, following + 1)
             added = before.added_default if before else old is not None and default is not None
-            columns.append(ColumnDef(number, name, affinity_of(declared), bool(not_null), default, added))
+            columns.append(ColumnDef(number, name, affinity_of(declared), bool(not_null), default, added, expression))
         return tuple(columns), following
 
-    def _default(self, sql: str | None) -> Any:
-        if sql is None or sql.upper().startswith("CURRENT_") or "CURRENT_TIMESTAMP" in sql.upper():
-            return None
-        return rows(self.shadow, f"SELECT {sql}")[0][0]
+    def _default(self, sql: str | None) -> tuple[Any, str | None]:
+        """(value, None) of a constant, (None, expression) of what each INSERT works out anew."""
+        if sql is None:
+            return None, None
+        if "(" in sql.split("'", 1)[0] or sql.upper().startswith("CURRENT_"):
+            return None, sql
+        return rows(self.shadow, f"SELECT {sql}")[0][0], None
 
     def _foreign(self, name: str, number_of: dict[str, int]) -> tuple[ForeignDef, ...]:
         keys: dict[int, list[Any]] = {}
@@ -164,11 +171,11 @@ class Introspection:
             names = [r[0] for r in rows(self.shadow, "SELECT name FROM pragma_index_info(?)", index)]
             if None in names:
                 if unique:
-                    raise Invalid(f"unique index {index}: indexes on expressions are not supported here")
+                    raise sqlite3.NotSupportedError(f"unique index {index} is on an expression; name plain columns")
                 continue
             columns = tuple(number_of[c.lower()] for c in names)
             if unique and partial:
-                raise Invalid(f"unique index {index}: partial unique indexes are not supported here")
+                raise sqlite3.NotSupportedError(f"unique index {index} is partial; leave out its WHERE")
             kind = "plain"
             if unique and (rule.family != ROW_FAMILY or not set(primary) <= set(columns)):
                 kind = self._kind(columns, primary, rule, family_columns, trusted)

@@ -10,7 +10,7 @@ import apsw
 
 from nova_bridge.sql import rules
 from nova_bridge.sql.errors import not_null_failed, unique_failed
-from nova_bridge.sql.schema import Record, Table
+from nova_bridge.sql.schema import ColumnDef, Record, Table
 from nova_bridge.sql.transaction import Pending, Place, Transaction
 from nova_bridge.sql.values import coerce
 
@@ -36,9 +36,9 @@ class Writer:
         tx = self.tx
         values = [coerce(a, v) for a, v in zip(table.affinities, fields, strict=True)]
         if self.named_columns is not None:
-            for position, default in table.defaults:
-                if table.columns[position].name.lower() not in self.named_columns:
-                    values[position] = default
+            for position, column in table.defaults:
+                if column.name.lower() not in self.named_columns:
+                    values[position] = coerce(column.affinity, _default(column))
         given = self._identity(table, values, rowid)
         _check_not_null(table, values)
         record = table.record(tuple(values))
@@ -176,6 +176,16 @@ class Writer:
     def places(self, table: Table) -> Iterable[Place]:
         """Where this transaction changed rows of the table."""
         return self.tx.overlay.get(table.number, {}).keys()
+
+
+def _default(column: ColumnDef) -> Any:
+    if column.expression is None:
+        return column.default
+    engine = apsw.Connection(":memory:")
+    try:
+        return engine.execute(f"SELECT {column.expression}").fetchone()[0]
+    finally:
+        engine.close()
 
 
 def _check_not_null(table: Table, values: Sequence[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -61,6 +62,17 @@ def find_installed_etc() -> None:
     paths.basedir_def = anywhere
 
 
+def load(name: str) -> unittest.TestSuite:
+    """The tests of a module, class or method; of a package, those of all its modules."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is not None and spec.submodule_search_locations:
+        return unittest.defaultTestLoader.discover(name)
+    return unittest.defaultTestLoader.loadTestsFromName(name)
+
+
 def main() -> None:
     """Arguments: store, then test names."""
     store, *names = sys.argv[1:]
@@ -73,8 +85,9 @@ def main() -> None:
         import door
 
         door.install()
-    suite = unittest.defaultTestLoader.loadTestsFromNames(names)
-    suite.run(Report(out))
+    report = Report(out)
+    for name in names:
+        load(name).run(report)
 
 
 if __name__ == "__main__":
