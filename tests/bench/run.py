@@ -1,7 +1,7 @@
 """`make bench`: the hot calls of a VM's boot on lucd's two doors beside MariaDB, on this machine, in this run.
 
 Every call is repeated in rounds; in each round the peers take turns, so a machine that slows down slows all of them.
-The table gives the median wall and the mean CPU milliseconds of one call (CPU: client and all server processes), and the
+The table gives the median wall and the mean CPU milliseconds of one call (CPU: client and all servers), and the
 ratios to MariaDB. Figures of one run on one machine: compare the ratios, not the milliseconds.
 """
 
