@@ -78,7 +78,7 @@ class Acceptor:
             header = self._with_promise(header, ballot)
             number = self._write(key, header, {})
         rows = None
-        if ok and header.accepted != ZERO and (request.known is None or header.accepted > request.known):
+        if ok and header.accepted not in (ZERO, request.known):
             rows = self._file.rows(key)
         if not self._context.rules.promise_durable:
             number = 0
@@ -170,7 +170,12 @@ class Acceptor:
         return self._pending.get(key, 0)
 
     def list_groups(self, request: ListGroups) -> ListGroupsReply:
-        """Groups of a database in one tablet, as far as they are known here."""
+        """Groups of a database in one tablet, as far as they are known here.
+
+        Raises NotServing where the tablet is not served: what is here may lack some then.
+        """
+        domain = self._context.domain
+        domain.admit(request.tablet, domain.replicas(request.tablet).epoch)
         prefix = encode_value(request.database)
         keys = self._file.keys(request.tablet, request.after or prefix[:-1], request.limit)
         mine = [key for key in keys if key.startswith(prefix)]

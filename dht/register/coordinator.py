@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable
 
 from dht.domain.roster import TabletReplicas
 from dht.errors import DhtError, Indeterminate, NotServing, Unavailable
-from dht.limits import GROUP_QUEUE_WRITES_MAX
+from dht.limits import GROUP_QUEUE_WRITES_MAX, WINDOW_TRANSACTIONS
 from dht.model import Ballot, GroupKey
 from dht.register import group, operations
 from dht.register.context import Context
@@ -137,8 +137,10 @@ class Coordinator:
         """Serve the queue until it is empty; the only place that proposes for the group."""
         batch: list[_Waiting] = []
         try:
-            while batch := [waiting for waiting in batch + held.queue if not waiting.future.done()]:
-                held.queue = []
+            while waiting := [one for one in batch + held.queue if not one.future.done()]:
+                # No more than the window keeps: what one accept wrote must not be forgotten by the same accept, else
+                # its later operations would be refused for a floor at their own ballot.
+                batch, held.queue = waiting[:WINDOW_TRANSACTIONS], waiting[WINDOW_TRANSACTIONS:]
                 self._groups.move_to_end(held.standing.key)
                 if not await self._round(held.standing, batch):
                     await self._context.back_off()

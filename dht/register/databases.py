@@ -77,7 +77,7 @@ class Databases:
         if not await self._register(catalog.database_removed(name), name, deadline):
             return False
         for tablet in range(len(self._context.domain.roster.tablets)):
-            keys = await self._groups(name, tablet)
+            keys = await self._groups(name, tablet, deadline)
             for at in range(0, len(keys), _EMPTIED_AT_ONCE):
                 await asyncio.gather(*(self._empty(key, deadline) for key in keys[at : at + _EMPTIED_AT_ONCE]))
         await self.announce(name)
@@ -100,20 +100,25 @@ class Databases:
             return False
         return True
 
-    async def _groups(self, database: str, tablet: int) -> list[GroupKey]:
-        """Groups of the database in a tablet, as any of its replicas knows them; at least a majority is asked."""
-        keys: dict[GroupKey, None] = {}
-        replicas = self._context.domain.replicas(tablet).nodes
-        heard = 0
-        for node in replicas:
-            try:
-                keys.update(dict.fromkeys(await self._groups_at(node, database, tablet)))
-                heard += 1
-            except DhtError:
-                self._context.count("lists_failed")
-        if heard * 2 <= len(replicas):
-            raise Unavailable(f"the groups of tablet {tablet} cannot be listed: {heard} of {len(replicas)} answered")
-        return list(keys)
+    async def _groups(self, database: str, tablet: int, deadline: float) -> list[GroupKey]:
+        """Groups of the database in a tablet, as any of its replicas knows them; at least a majority has to answer."""
+        while True:
+            keys: dict[GroupKey, None] = {}
+            replicas = self._context.domain.replicas(tablet).nodes
+            heard = 0
+            for node in replicas:
+                try:
+                    keys.update(dict.fromkeys(await self._groups_at(node, database, tablet)))
+                    heard += 1
+                except DhtError:
+                    self._context.count("lists_failed")
+            if heard * 2 > len(replicas):
+                return list(keys)
+            if self._context.remaining(deadline) <= 0:
+                raise Unavailable(
+                    f"the groups of tablet {tablet} cannot be listed: {heard} of {len(replicas)} answered"
+                )
+            await self._context.back_off()
 
     async def _groups_at(self, node: NodeId, database: str, tablet: int) -> list[GroupKey]:
         keys: list[GroupKey] = []

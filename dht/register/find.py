@@ -122,6 +122,7 @@ class _Collected:
     """What a round of replies says, tablet by tablet and group by group."""
 
     def __init__(self) -> None:
+        self.needed: dict[int, int] = {}
         self.covered: dict[int, int] = {}
         self.rows: dict[GroupKey, list[FoundRow]] = {}
         self.votes: dict[GroupKey, dict[Ballot, int]] = {}
@@ -197,7 +198,7 @@ class Finder:
         context = self._context
         collected = _Collected()
         asked: dict[NodeId, list[tuple[int, int, bool]]] = {}
-        needed: dict[int, int] = {}
+        needed = collected.needed
         for tablet in range(len(context.domain.roster.tablets)):
             replicas = context.domain.replicas(tablet)
             needed[tablet] = quorums(len(replicas.nodes))[0]
@@ -279,7 +280,7 @@ class Finder:
         clean, dirty = [], []
         for key, votes in collected.votes.items():
             ballot = collected.sent.get(key)
-            quorum = quorums(len(self._context.replicas(key).nodes))[0]
+            quorum = collected.needed[self._context.file.tablet(key)]
             if ballot is None or votes[ballot] < quorum or key in collected.unsettled:
                 dirty.append(key)
             else:

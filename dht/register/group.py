@@ -59,9 +59,9 @@ Delta = dict[RowKey, bytes | None]
 WINDOW_SLACK_TRANSACTIONS = 16
 """The window is cut back to its size only when it is this much longer: one eviction in 16 writes, not one in each."""
 
-UNDECIDED, APPLIED, REFUSED, ABORTED = 0, 1, 2, 3
-"""Outcomes; all but UNDECIDED stand in the window. REFUSED: by a guard, whose error is kept. ABORTED: by a resolver or
-a rollback."""
+UNDECIDED, APPLIED, REFUSED, ABORTED, FORGOTTEN = 0, 1, 2, 3, 4
+"""Outcomes; APPLIED, REFUSED and ABORTED stand in the window. REFUSED: by a guard, whose error is kept. ABORTED: by a
+resolver or a rollback. FORGOTTEN: no record and below the floor. It will never be applied, but it may have been."""
 
 _DIGEST_MODULUS = 1 << 128
 _WINDOW_PREFIX = table_prefix(SYSTEM_WINDOW)
@@ -218,7 +218,6 @@ def recall(state: GroupState, id: TransactionId, seen: Ballot | None, attempt: i
             "the group changed too often since the transaction first read it; run the transaction again",
             what="window",
             index=0,
-            unseen=seen is None,
         )
     return None
 
@@ -277,8 +276,11 @@ class _Draft:
                 yield key, new
 
 
-def evaluate(state: GroupState, part: Part, part_index: int = 0) -> Delta:
-    """The rows that the part changes. Raises Conflict or Duplicate (detail: part, what, index) or Invalid (size)."""
+def evaluate(state: GroupState, part: Part, part_index: int = 0, *, limited: bool = True) -> Delta:
+    """The rows that the part changes. Raises Conflict or Duplicate (detail: part, what, index) or Invalid (size).
+
+    `limited`: the group's size is checked; not where the change is decided already.
+    """
     draft = _Draft(state)
     for index, guard in enumerate(part.guards):
         if guard.kind != GuardKind.UNIQUE:
@@ -288,7 +290,8 @@ def evaluate(state: GroupState, part: Part, part_index: int = 0) -> Delta:
     for index, guard in enumerate(part.guards):
         if guard.kind == GuardKind.UNIQUE:
             _check_guard(draft, guard, part_index, index)
-    check_size(state, draft.delta)
+    if limited:
+        check_size(state, draft.delta)
     return draft.delta
 
 

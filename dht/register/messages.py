@@ -14,7 +14,7 @@ from dht.model import Ballot, FindQuery, FoundRow, GroupKey, GroupRead, Part, Ro
 
 @message
 class Prepare(Message, frozen=True, tag=1):
-    """Promise the ballot. Rows come back only if the acceptor's accepted ballot is above `known`."""
+    """Promise the ballot. Rows come back unless the acceptor's accepted ballot is `known`."""
 
     key: GroupKey
     ballot: Ballot

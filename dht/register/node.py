@@ -30,7 +30,7 @@ from dht.register.context import Context, Identity, Tablets
 from dht.register.coordinator import Coordinator
 from dht.register.databases import Databases
 from dht.register.find import Finder, FindServer
-from dht.register.group import APPLIED, UNDECIDED, intent_key
+from dht.register.group import APPLIED, FORGOTTEN, UNDECIDED, intent_key
 from dht.register.messages import (
     Accept,
     Chosen,
@@ -215,6 +215,8 @@ class StoreNode:
                 # An attempt may still be on its way: it must find the transaction ended.
                 step = Operation(Kind.ABORT, id, Part(key, seen))
                 found = (await self._router.submit(step, 0, deadline)).outcome
+            if found == FORGOTTEN:
+                return "unknown"
             if found != UNDECIDED:
                 return "applied" if found == APPLIED else "not_applied"
             if self._context.remaining(deadline) <= 0:

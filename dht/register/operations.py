@@ -15,9 +15,9 @@ from __future__ import annotations
 import msgspec
 
 from dht.errors import Conflict, DhtError
-from dht.model import Ballot, GroupKey, Part, RowKey, Struct, TransactionId
+from dht.model import ZERO, Ballot, GroupKey, Part, RowKey, Struct, TransactionId
 from dht.register import group
-from dht.register.group import ABORTED, APPLIED, UNDECIDED, Delta, GroupState, decision_key, intent_key
+from dht.register.group import ABORTED, APPLIED, FORGOTTEN, UNDECIDED, Delta, GroupState, decision_key, intent_key
 from dht.register.messages import Kind, Operation
 from dht.register.rules import Rules
 from dht.rows import decode_row, encode_row
@@ -170,7 +170,7 @@ def _end(state: GroupState, operation: Operation, ballot: Ballot) -> tuple[Delta
     delta: Delta = {}
     if row is not None and finish:
         intent = decode_intent(row)
-        delta = group.evaluate(state, intent.part, intent.part_index)
+        delta = group.evaluate(state, intent.part, intent.part_index, limited=False)
     if row is not None:
         delta[key] = None
     group.remember(state, delta, operation.id, ballot, APPLIED if finish else ABORTED)
@@ -180,6 +180,9 @@ def _end(state: GroupState, operation: Operation, ballot: Ballot) -> tuple[Delta
 def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot: Ballot) -> tuple[Delta, Ballot, int]:
     """At the primary: the transaction's outcome, which is ABORTED from now on unless it was applied before.
 
+    FORGOTTEN, when it is so old that the window tells nothing: its commit would be refused for the floor, so it needs
+    no record, and an intent of it that is still there is void (an applied one's record stays until all are finished).
+    Who tried to commit it before cannot tell.
     Asked of a group that holds the transaction's intent, and so is not its primary: UNDECIDED, and nothing is done.
     """
     known = outcome(state.rows, operation.id)
@@ -187,9 +190,8 @@ def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot:
         return {}, ballot, known
     if intent_key(operation.id) in state.intents:
         return {}, ballot, UNDECIDED
-    if seen is not None and seen < state.floor:
-        # Its commit would be refused for the floor, so it needs no record to stay aborted.
-        return {}, ballot, ABORTED
+    if state.floor != ZERO and (seen is None or seen < state.floor):
+        return {}, ballot, FORGOTTEN
     delta: Delta = {}
     group.remember(state, delta, operation.id, ballot, ABORTED)
     return delta, ballot, ABORTED

@@ -14,7 +14,7 @@ from dht.model import Ballot, GroupKey, Part, RowKey, TransactionId
 from dht.register import operations
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
-from dht.register.group import ABORTED, APPLIED, FLOOR_KEY, unpack_ballot
+from dht.register.group import ABORTED, APPLIED, FLOOR_KEY, FORGOTTEN, unpack_ballot
 from dht.register.messages import Kind, Operation
 from dht.register.operations import Intent
 from dht.register.reader import Reader
@@ -73,12 +73,13 @@ class Resolver:
         return known
 
     async def abort(self, intent: Intent, deadline: float) -> int:
-        """The transaction's outcome, ABORTED from now on unless it was applied."""
+        """The outcome of a transaction whose intent is there: ABORTED from now on unless it was applied."""
         if not self._context.rules.abort_before_touching_intent:
             return ABORTED
         self._context.count("aborts")
         part = Part(intent.primary, intent.primary_seen)
-        return (await self._router.submit(Operation(Kind.ABORT, intent.id, part), 0, deadline)).outcome
+        ended = await self._router.submit(Operation(Kind.ABORT, intent.id, part), 0, deadline)
+        return ABORTED if ended.outcome == FORGOTTEN else ended.outcome
 
     async def end(self, key: GroupKey, id: TransactionId, applied: bool, deadline: float) -> None:
         """Apply or drop the transaction's intent in the group. Doing it twice does no harm."""

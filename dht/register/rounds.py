@@ -146,6 +146,9 @@ class Rounds:
             self._failed(error)
             tally.vote(False)
             return
+        except BaseException:
+            tally.vote(False)  # a bug here must not leave the round, and with it the group, waiting for ever
+            raise
         standing.hear(reply.promise)
         if reply.ok and not tally.done.done():
             replies[node] = reply
@@ -201,6 +204,9 @@ class Rounds:
             self._failed(error)
             tally.vote(False)
             return
+        except BaseException:
+            tally.vote(False)
+            raise
         standing.hear(reply.promise)
         if reply.verdict == Verdict.ACCEPTED:
             standing.behind.pop(node, None)
@@ -248,6 +254,9 @@ class Rounds:
         except DhtError as error:
             self._failed(error)
             same = False
+        except BaseException:
+            tally.vote(False)
+            raise
         tally.vote(same)
 
     def _failed(self, error: DhtError) -> None:

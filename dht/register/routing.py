@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from dht.domain.roster import TabletReplicas
-from dht.errors import Conflict, DhtError, Indeterminate, NotServing, Unavailable
+from dht.errors import (
+    Conflict,
+    DhtError,
+    Indeterminate,
+    NotServing,
+    RemoteProtocolError,
+    StorageError,
+    Unavailable,
+)
 from dht.model import GroupKey, NodeId
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
@@ -60,7 +68,8 @@ class Router:
                 await self._catch_up(error)
             except Unavailable as error:
                 last = error
-            except Indeterminate as error:
+            except (Indeterminate, RemoteProtocolError, StorageError) as error:
+                # A reply that cannot be understood, or a disk that failed on the way, tells nothing either.
                 if error.detail.get("forgotten"):
                     raise  # the window's own answer; nobody will know more
                 last = error
@@ -125,11 +134,13 @@ class Router:
                     sent, first, attempt = True, False, max(1, attempt)
                 holds_others = operation.kind in (Kind.PREPARE, Kind.COMMIT_PRIMARY)
                 if holds_others and not sent and context.clock.monotonic() - began > patience:
+                    # Not recorded, so it does not end an attempt that may still be on its way at another coordinator.
                     raise Conflict(
                         "another transaction holds one of the groups; run the transaction again",
                         part=operation.part_index,
                         what="intent",
                         index=0,
+                        retried=attempt > 0,
                     ) from None
                 try:
                     await self.unblock(operation.part.key, blocked.intent, deadline)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dht.errors import Conflict, DhtError, Indeterminate, NotServing, Unavailable
 from dht.model import Applied, Ballot, Part, Transaction
 from dht.register.context import Context
-from dht.register.group import APPLIED, FLOOR_KEY
+from dht.register.group import APPLIED, FLOOR_KEY, FORGOTTEN
 from dht.register.messages import Kind, Operation
 from dht.register.reader import Reader
 from dht.register.resolver import Resolver
@@ -45,25 +45,21 @@ class Transactions:
             raise
 
     async def _commit_one(self, transaction: Transaction, attempt: int, deadline: float) -> Ballot:
-        part = transaction.parts[0]
-        if (
-            part.seen is None
-            and not attempt
-            and not self._router.coordinates(part.key)
-            and self._context.file.row(part.key, FLOOR_KEY) is not None
-        ):
+        (part,) = transaction.parts
+        blind = part.seen is None and not attempt
+        if blind and not self._router.coordinates(part.key) and self._context.file.row(part.key, FLOOR_KEY) is not None:
             # The coordinator would refuse it: the group has forgotten transactions (see below).
             (part,) = await self._pinned((part,), deadline)
-        try:
-            operation = Operation(Kind.COMMIT, transaction.id, part)
-            return (await self._router.submit(operation, attempt, deadline)).ballot
-        except Conflict as error:
-            if attempt or not error.detail.get("unseen"):
-                raise
-        # The group has forgotten transactions, so the write has to say from when on it counts: from now.
-        (pinned,) = await self._pinned((part,), deadline)
-        operation = Operation(Kind.COMMIT, transaction.id, pinned)
-        return (await self._router.submit(operation, attempt, deadline)).ballot
+        while True:
+            try:
+                operation = Operation(Kind.COMMIT, transaction.id, part)
+                return (await self._router.submit(operation, attempt, deadline)).ballot
+            except Conflict as error:
+                if not blind or error.detail.get("what") != "window" or self._context.remaining(deadline) <= 0:
+                    raise
+            # The group has forgotten transactions, so the write has to say from when on it counts: from now. Among
+            # many others that may be too old again when its turn comes.
+            (part,) = await self._pinned(transaction.parts, deadline)
 
     async def _pinned(self, parts: tuple[Part, ...], deadline: float) -> tuple[Part, ...]:
         """The parts with the ballots that they see now, where they have seen none."""
@@ -123,7 +119,7 @@ class Transactions:
             if isinstance(error, Indeterminate) and error.detail.get("forgotten"):
                 # A group no longer knows so old a transaction, so the primary's silence would prove nothing either.
                 raise error
-        committing = any(isinstance(error, Indeterminate) for error in failures) or attempt > 0
+        committing = attempt > 0 or any(isinstance(e, Indeterminate) or e.detail.get("retried") for e in failures)
         step = Operation(Kind.ABORT, transaction.id, Part(primary.key, primary.seen))
         grace = self._context.clock.monotonic() + 0.5
         try:
@@ -138,6 +134,12 @@ class Transactions:
             raise _worst(failures) from None
         if ended.outcome == APPLIED:
             return ended.ballot
+        if ended.outcome == FORGOTTEN and committing:
+            raise Indeterminate(
+                f"transaction {transaction.id.hex()} was tried before, and its first group {primary.key.hex()} has "
+                "since forgotten so old a transaction; read the rows to see whether it was applied",
+                forgotten=True,
+            )
         self._context.spawn(self._resolver.finish(primary.key, transaction.id, others, False))
         raise _worst(failures)
 

@@ -7,8 +7,9 @@ import asyncio
 import pytest
 from register_cluster import Cluster, eventually
 
-from dht.errors import Conflict, Duplicate, Indeterminate, Invalid, NotFound, Unavailable
+from dht.errors import Conflict, Duplicate, Indeterminate, Invalid, NotFound, NotServing, Unavailable
 from dht.model import ZERO, Change, Guard, GuardKind, Op, Part, Transaction
+from dht.register.messages import ListGroups
 from dht.rows import decode_row, group_key, row_key
 
 ids = iter(range(1, 10**9))
@@ -304,3 +305,63 @@ async def test_counters_are_exact_under_loss_and_delay(seed):
     assert done["applied"] <= final <= done["applied"] + done["unknown"]
     assert done["applied"] > 0
     await cluster.stop()
+
+
+async def test_more_writes_at_once_than_the_window_keeps_are_all_applied(cluster):
+    await cluster[0].commit(transaction(insert("a", columns={})))
+    name = key("a")
+    coordinator = next(store for store in cluster.wire.nodes.values() if store._router.coordinates(name))
+    await asyncio.gather(*(coordinator.commit(transaction(update("a", {n: n}))) for n in range(300)))
+    assert await row(cluster[2], "a") == {n: n for n in range(300)}
+
+
+@pytest.mark.parametrize("step", ["prepare", "accept"])
+async def test_bug_in_a_round_is_an_error_and_leaves_the_group_usable(cluster, monkeypatch, step):
+    await cluster[0].commit(transaction(insert("a", columns={0: 0})))
+    name = key("a")
+    coordinator = next(store for store in cluster.wire.nodes.values() if store._router.coordinates(name))
+
+    def broken(request) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched:
+        for store in cluster.wire.nodes.values():
+            patched.setattr(store._acceptor, step, broken)
+        coordinator._coordinator.forget(name)
+        with pytest.raises((Unavailable, Indeterminate)):
+            await coordinator.commit(transaction(update("a", {0: 1})), timeout_s=0.2)
+    await coordinator.commit(transaction(update("a", {1: 2})), timeout_s=1.0)
+
+
+async def test_proposer_ahead_of_its_quorum_gets_the_rows_of_the_others(cluster):
+    await cluster[0].commit(transaction(insert("a", columns={0: 0})))
+    await eventually(lambda: all(f.header(key("a")).settled for f in cluster.files.values()))
+    first = cluster.domains[cluster.ids[0]].replicas(cluster.files[cluster.ids[0]].tablet(key("a"))).nodes[0]
+    cluster.wire.drop = lambda sender, to, message: type(message).__name__ == "Accept"
+    with pytest.raises((Indeterminate, Unavailable)):
+        await cluster.wire.nodes[first].commit(transaction(update("a", {0: 1})), timeout_s=0.1)
+    cluster.wire.drop = lambda sender, to, message: False
+    ahead = cluster.wire.nodes[first]
+    slow = asyncio.Event()
+    durable = ahead._acceptor.durable
+
+    async def late(number, name=None) -> None:
+        await slow.wait()
+        await durable(number, name)
+
+    ahead._acceptor.durable = late
+    try:
+        await ahead.commit(transaction(update("a", {1: 1})), timeout_s=0.5)
+    finally:
+        slow.set()
+
+
+async def test_groups_of_a_tablet_not_served_are_not_listed(cluster):
+    cluster.domains[cluster.ids[1]].admit = _refuse
+    with pytest.raises(NotServing):
+        cluster[1]._acceptor.list_groups(ListGroups("db", 0, b"", 10))
+    assert await cluster[0].drop_database("db")
+
+
+def _refuse(tablet: int, epoch: int) -> None:
+    raise NotServing("not here")

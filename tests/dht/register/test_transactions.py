@@ -10,7 +10,7 @@ from register_cluster import Cluster, eventually
 
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Unavailable
 from dht.model import Change, Guard, GuardKind, Op, Part, Transaction
-from dht.register.messages import Coordinate, Kind
+from dht.register.messages import Coordinate, Kind, Operation
 from dht.rows import decode_row, group_key, row_key
 
 ids = iter(range(1, 10**9))
@@ -201,3 +201,43 @@ async def test_sums_are_kept_under_loss_and_delay(seed, monkeypatch):
     assert sum(await values(cluster[0], *names)) == 400
     assert applied > 0
     await cluster.stop()
+
+
+async def test_retry_of_a_forgotten_transaction_is_indeterminate_whatever_fails(cluster, monkeypatch):
+    driver = cluster[0]
+    both = transaction(put("a", {0: 1}), put("b", {0: 2}))
+    await driver.commit(both)
+    await eventually(lambda: quiet(cluster, "a", "b"))
+    await asyncio.gather(*(driver.commit(transaction(put("a", {n: n}, Op.UPDATE))) for n in range(1, 200)))
+
+    async def out_of_reach(*args) -> DhtError:
+        return Unavailable("b has no majority now")
+
+    monkeypatch.setattr(driver._transactions, "_prepare", out_of_reach)
+    with pytest.raises(Indeterminate) as caught:
+        await driver.commit(both, 1)
+    assert caught.value.detail["forgotten"]
+    assert await driver.outcome(both.id, key("a")) == "unknown"
+
+
+async def test_commit_that_gave_way_after_a_lost_one_is_no_conflict_unless_the_abort_is_recorded(cluster, monkeypatch):
+    monkeypatch.setattr("dht.register.routing.PREPARE_WAIT_S", 0.02)
+    await cluster[0].commit(transaction(put("a", {0: 0}), put("b", {0: 0})))
+    await eventually(lambda: quiet(cluster, "a", "b"))
+    replicas = cluster.domains[cluster.ids[0]].replicas(cluster.files[cluster.ids[0]].tablet(key("a"))).nodes
+    driver = cluster.wire.nodes[replicas[1]]
+    holder = Operation(Kind.PREPARE, b"h" * 16, put("a", {0: 9}, Op.UPDATE), 0, key("far"), None)
+    await driver._router.submit(holder, 0, driver._deadline(1.0))
+    ending = False
+
+    def drop(sender, to, message) -> bool:
+        nonlocal ending
+        if isinstance(message, Coordinate) and message.operation.part.key == key("a"):
+            ending |= message.operation.kind == Kind.ABORT
+            return True
+        return ending
+
+    cluster.wire.drop = drop
+    with pytest.raises(Indeterminate):
+        await driver.commit(transaction(put("a", {0: 1}, Op.UPDATE), put("b", {0: 1}, Op.UPDATE)), timeout_s=1.5)
+    assert ending
