@@ -5,9 +5,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SEEDS ?= 1000
+ROUNDS ?= 1000
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint unit cluster-tests soak nova-suites bench sample clean
+.PHONY: demo test lint soak races nova-suites bench sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -24,6 +25,9 @@ lint: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(PY) -m dht.sim soak --seeds $(SEEDS) --jobs $(JOBS)
+
+races: $(VENV)/.test
+	LUCD_RACE_ROUNDS=$(ROUNDS) $(PY) -m pytest --durations=5 tests/races
 
 nova-suites: $(VENV)/.test
 	$(PY) tests/nova_suites/run.py

@@ -21,6 +21,7 @@ EXCEPTION_MODULES = frozenset(
         "sqlalchemy.exc",
         "sqlalchemy.orm.exc",
         "dht.errors",
+        "nova_bridge.sql.filters",
         "builtins",
         __name__,
     }

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import sqlite3
+import time
 from typing import Any, NamedTuple
 
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, SchemaChanged
 from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Part
 from dht.model import Transaction as StoreTransaction
 from nova_bridge.sql.access import owner_columns
-from nova_bridge.sql.errors import ConflictError, ForeignKeyError, IndeterminateError, from_store, unique_failed
+from nova_bridge.sql.errors import (
+    ConflictError,
+    ForeignKeyError,
+    IndeterminateError,
+    LateDuplicateError,
+    from_store,
+    unique_failed,
+)
 from nova_bridge.sql.rules import parent_of
 from nova_bridge.sql.schema import ENTRY_TABLE, Table, Unique
 from nova_bridge.sql.transaction import Pending, Place, Transaction
 
 ENTRY_ROW = (0,)
+LOCK_WAIT_S = 5.0
+"""How long a commit is sent anew, each time as a new transaction, while others that are undecided hold its groups: what
+they leave decides, for example a duplicate, where a deadlock would be told to code that does not run again."""
+LOCK_PAUSE_MAX_S = 0.02
 DELETE_ROWS_MAX = 1000
 """Rows in one piece of a transaction that only deletes; a group is never cut."""
 
@@ -58,7 +71,7 @@ class _Step(NamedTuple):
 def commit(tx: Transaction, foreign_keys: bool) -> None:
     """Send the transaction. When it raises, nothing was applied, unless it is IndeterminateError.
 
-    One that does nothing but delete many rows is cut into pieces (DESIGN section 1); when it raises, pieces may be gone.
+    One that only deletes, and many rows, is cut into pieces (DESIGN section 1); when it raises, some may be gone.
     """
     for rows in _pieces(tx):
         _commit(tx, rows, foreign_keys)
@@ -89,18 +102,24 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
     if not any(part.changes for part in parts):
         return
     database = tx.database
-    transaction = StoreTransaction(os.urandom(16), database.name, tx.schema.version, parts)
-    try:
-        database.store.commit(transaction, 0, database.timeout_s)
-    except SchemaChanged as error:
-        database.reload()
-        raise from_store(error) from None
-    except Conflict as error:
-        raise _named(error, list(drafts.values())) from None
-    except Indeterminate as error:
-        _settle(tx, transaction, error)
-    except DhtError as error:
-        raise from_store(error) from None
+    began = time.monotonic()
+    while True:
+        transaction = StoreTransaction(os.urandom(16), database.name, tx.schema.version, parts)
+        try:
+            database.store.commit(transaction, 0, database.timeout_s)
+        except SchemaChanged as error:
+            database.reload()
+            raise from_store(error) from None
+        except Conflict as error:
+            if error.detail.get("what") == "intent" and time.monotonic() - began < LOCK_WAIT_S:
+                time.sleep(random.uniform(0, LOCK_PAUSE_MAX_S))
+                continue
+            raise _named(error, list(drafts.values())) from None
+        except Indeterminate as error:
+            _settle(tx, transaction, error)
+        except DhtError as error:
+            raise from_store(error) from None
+        return
 
 
 def _settle(tx: Transaction, transaction: StoreTransaction, error: Indeterminate) -> None:
@@ -232,5 +251,5 @@ def _named(error: Conflict, drafts: list[_Draft]) -> sqlite3.Error:
     if detail.get("fails_as") == "foreign_key":
         return ForeignKeyError(table.name, table.column_names(columns))
     if isinstance(error, Duplicate):
-        return unique_failed(table.name, table.column_names(columns))
+        return unique_failed(table.name, table.column_names(columns), LateDuplicateError)
     return from_store(error)

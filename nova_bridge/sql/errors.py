@@ -1,7 +1,7 @@
 """The store's errors as DB-API exceptions, and SQLite's own words for constraint failures (DESIGN section 11).
 
 The classes are those of the `sqlite3` module, or derive from them, because Nova's and oslo.db's SQLite branches catch
-these. The three of our own exist so that the exception filters need no guessing by text.
+these. Those of our own exist so that the exception filters need no guessing by text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ class ConflictError(sqlite3.OperationalError):
 
 class UnavailableError(sqlite3.OperationalError):
     """The store could not be asked; nothing was applied. Becomes DBConnectionError."""
+
+
+class LateDuplicateError(sqlite3.IntegrityError):
+    """Another transaction took the unique values after the statement's check; nothing was applied.
+
+    Run again, the statement itself meets the other's row. Becomes DBLateDuplicateEntry.
+    """
 
 
 class IndeterminateError(sqlite3.DatabaseError):
@@ -60,9 +67,11 @@ def from_sqlite(error: apsw.Error) -> sqlite3.Error:
             return sqlite3.DatabaseError(text)
 
 
-def unique_failed(table: str, columns: tuple[str, ...]) -> sqlite3.IntegrityError:
+def unique_failed(
+    table: str, columns: tuple[str, ...], kind: type[sqlite3.IntegrityError] = sqlite3.IntegrityError
+) -> sqlite3.IntegrityError:
     """SQLite's words for a duplicate; oslo.db reads the columns from them."""
-    return sqlite3.IntegrityError("UNIQUE constraint failed: " + ", ".join(f"{table}.{c}" for c in columns))
+    return kind("UNIQUE constraint failed: " + ", ".join(f"{table}.{c}" for c in columns))
 
 
 def not_null_failed(table: str, column: str) -> sqlite3.IntegrityError:

@@ -12,9 +12,23 @@ from oslo_db import exception
 from oslo_db.sqlalchemy import exc_filters
 from sqlalchemy import exc
 
-from nova_bridge.sql.errors import ConflictError, ForeignKeyError, IndeterminateError, UnavailableError
+from nova_bridge.sql.errors import (
+    ConflictError,
+    ForeignKeyError,
+    IndeterminateError,
+    LateDuplicateError,
+    UnavailableError,
+)
 
 _installed = False
+
+
+class DBLateDuplicateEntry(exception.DBDuplicateEntry, exception.DBDeadlock):
+    """A duplicate that only the commit met, where the code that expects one at its INSERT no longer watches.
+
+    Whoever handles DBDuplicateEntry still catches it; whoever runs deadlocked transactions again (wrap_db_retry, the
+    RPC door's worker) does so here too, and then meets the other's row at the statement, as on MySQL.
+    """
 
 
 def install() -> None:
@@ -27,6 +41,7 @@ def install() -> None:
         exc.OperationalError, _operational, r"^.*(?:transaction conflict|transaction was interrupted|store unavailable)"
     )
     _first(exc.DatabaseError, _indeterminate, r"^.*outcome unknown: ")
+    _first(exc.IntegrityError, _late_duplicate, r"^.*UNIQUE constraint failed: ")
     _first(exc.IntegrityError, _foreign_key, r"^.*FOREIGN KEY constraint failed")
 
 
@@ -46,6 +61,12 @@ def _operational(error: Any, match: Any, engine_name: str, is_disconnect: bool) 
 def _indeterminate(error: Any, match: Any, engine_name: str, is_disconnect: bool) -> None:
     if isinstance(error.orig, IndeterminateError):
         raise exception.DBError(error)
+
+
+def _late_duplicate(error: Any, match: Any, engine_name: str, is_disconnect: bool) -> None:
+    if isinstance(error.orig, LateDuplicateError):
+        columns = [name.split(".")[-1] for name in str(error.orig).split(": ", 1)[1].split(", ")]
+        raise DBLateDuplicateEntry(columns, error)
 
 
 def _foreign_key(error: Any, match: Any, engine_name: str, is_disconnect: bool) -> None:

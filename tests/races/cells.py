@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PROJECT = "project"
 
 
 def open_cells(urls: Sequence[str]) -> list[Any]:
@@ -18,8 +20,7 @@ def open_cells(urls: Sequence[str]) -> list[Any]:
     from nova.db import migration
     from nova.db.main import api as db
 
-    if not conf.CONF.args and not conf.CONF._namespace:
-        conf.CONF([], project="nova", default_config_files=[])
+    conf.CONF([], project="nova", default_config_files=[])
     contexts = []
     for url in urls:
         admin = context.get_admin_context()
@@ -33,7 +34,8 @@ def fresh(admin: Any) -> Any:
     """A context of its own for one thread: enginefacade keeps its transaction on the context."""
     from nova import context
 
-    other = context.get_admin_context()
+    # With a project: NULL is never equal in a unique key, so "default" security groups of no project would multiply.
+    other = context.RequestContext("user", PROJECT, is_admin=True)
     other.db_connection = admin.db_connection
     return other
 
@@ -42,14 +44,16 @@ def new_instance(admin: Any, **values: Any) -> str:
     """The uuid of a small instance."""
     from nova.db.main import api as db
 
-    base = {"uuid": str(uuid.uuid4()), "project_id": "p", "user_id": "u", "host": "h", "vm_state": "building"}
+    base = {"uuid": str(uuid.uuid4()), "project_id": PROJECT, "user_id": "user", "host": "h", "vm_state": "building"}
     return str(db.instance_create(fresh(admin), base | values)["uuid"])
 
 
 def together(*calls: Callable[[], T]) -> list[T | Exception]:
     """Run the calls at the same time; each one's result or the exception it raised."""
+    start = threading.Barrier(len(calls))
 
     def run(call: Callable[[], T]) -> T | Exception:
+        start.wait()
         try:
             return call()
         except Exception as error:
@@ -57,3 +61,10 @@ def together(*calls: Callable[[], T]) -> list[T | Exception]:
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(run, calls))
+
+
+def in_lanes(lanes: int, rounds: int, lane: Callable[[range], None]) -> None:
+    """Divide the rounds' numbers among that many threads; raises what the first failing lane raised."""
+    with ThreadPoolExecutor(lanes) as pool:
+        for done in [pool.submit(lane, range(number, rounds, lanes)) for number in range(lanes)]:
+            done.result()

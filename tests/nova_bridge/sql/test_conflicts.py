@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dht.errors import Indeterminate, Unavailable
+from dht.errors import Conflict, Indeterminate, Unavailable
+from dht.model import Transaction
 from nova_bridge.sql import commit
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.errors import ConflictError, IndeterminateError, UnavailableError
@@ -229,6 +230,32 @@ def test_indeterminate_commit_outcome_is_asked(
     else:
         with pytest.raises(raised):
             a.commit()
+
+
+def test_group_held_by_undecided_transaction_waits_then_conflicts(
+    two: tuple[Connection, Connection], store: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[bytes] = []
+    real = store.commit  # type: ignore[attr-defined]
+
+    def held(transaction: Transaction, *arguments: object) -> object:
+        ids.append(transaction.id)
+        if len(ids) < 3:
+            raise Conflict("another transaction holds one of the groups", part=0, what="intent", index=0)
+        return real(transaction, *arguments)
+
+    a, b = two
+    monkeypatch.setattr(store, "commit", held)
+    a.execute("UPDATE instances SET vcpus = 3 WHERE id = 1")
+    a.commit()
+    assert len(set(ids)) == 3
+    assert one(b, "SELECT vcpus FROM instances WHERE id = 1") == 3
+    ids.clear()
+    monkeypatch.setattr(commit, "LOCK_WAIT_S", 0.0)
+    a.execute("UPDATE instances SET vcpus = 4 WHERE id = 1")
+    with pytest.raises(ConflictError, match="holds one of the groups"):
+        a.commit()
+    assert len(ids) == 1
 
 
 def test_ids_from_two_processes_ascend_inside_a_group(connect: Connect) -> None:

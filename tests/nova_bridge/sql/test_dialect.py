@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
-from oslo_db import exception
+from oslo_db import api, exception
 from oslo_db.sqlalchemy import engines
 from sqlalchemy import orm
 
@@ -82,6 +82,37 @@ def test_oslo_exception_of_a_failed_commit(
     assert type(caught.value) is expected
     monkeypatch.undo()
     session.close()
+
+
+def test_oslo_duplicate_met_by_the_commit_is_a_duplicate_and_runs_again(engine: sa.Engine) -> None:
+    attempts: list[None] = []
+
+    @api.wrap_db_retry(retry_interval=0, max_retries=3, retry_on_deadlock=True)
+    def ensure() -> str:
+        attempts.append(None)
+        with orm.Session(engine) as session, session.begin():
+            if session.query(Group).filter_by(name="default").count():
+                return "found"
+            session.add(Group(name="default"))
+            session.flush()
+            if len(attempts) == 1:
+                with orm.Session(engine) as other, other.begin():
+                    other.add(Group(name="default"))
+        return "made"
+
+    assert ensure() == "found"
+    assert len(attempts) == 2
+    late, early = orm.Session(engine), orm.Session(engine)
+    for session in (late, early):
+        session.add(Group(name="x"))
+        session.flush()
+    early.commit()
+    with pytest.raises(exception.DBDuplicateEntry) as caught:
+        late.commit()
+    assert caught.value.columns == ["name"]
+    assert isinstance(caught.value, exception.DBDeadlock)
+    for session in (late, early):
+        session.close()
 
 
 def test_nested_outer_join_same_rows_as_without(engine: sa.Engine) -> None:
