@@ -2,8 +2,8 @@
 
 import pytest
 import scenario
-from conftest import PipeChannel, copy_of, url_of, use_databases
 from lockstep import Lockstep
+from nova_databases import PipeChannel, copy_of, url_of, use_databases
 
 from nova_bridge.rpc.client import NovaDbClient
 from nova_bridge.rpc.methods import LOCAL, public_functions

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import nova.context
 import pytest
-from conftest import copy_of, url_of, use_databases
 from nova import exception, objects, quota
 from nova.compute import api as compute_api
 from nova.db.main import api as main_db
 from nova.objects import aggregate, flavor, instance_mapping, keypair, quotas, virtual_interface
+from nova_databases import copy_of, url_of, use_databases
 from oslo_utils.fixture import uuidsentinel as uuids
 from workers import bus, running_worker
 

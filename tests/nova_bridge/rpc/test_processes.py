@@ -12,9 +12,9 @@ import nova.context
 import nova.rpc
 import oslo_messaging
 import pytest
-from conftest import copy_of, url_of
 from nova import objects
 from nova.objects import base
+from nova_databases import copy_of, url_of
 from oslo_versionedobjects import base as versioned
 from workers import ENVIRONMENT, HERE, bus, running_worker
 
