@@ -52,14 +52,13 @@ def find_installed_etc() -> None:
     """Nova's tests look for etc/nova beside the package, as in a source tree; pip puts it below the prefix."""
     from nova.conf import paths
 
-    in_tree = paths.basedir_def
+    in_tree = paths.state_path_def
 
     def anywhere(*parts: str) -> str:
-        path = in_tree(*parts)
         installed = os.path.join(sys.prefix, *parts)
-        return installed if not os.path.exists(path) and os.path.exists(installed) else path
+        return installed if os.path.exists(installed) else in_tree(*parts)
 
-    paths.basedir_def = anywhere
+    paths.state_path_def = anywhere
 
 
 def load(name: str) -> unittest.TestSuite:
