@@ -63,6 +63,15 @@ class Databases:
             if version < current:
                 raise catalog.schema_changed(database, version, current)
 
+    async def follow(self, database: str, version: int, deadline: float) -> None:
+        """For whoever asks a find: know the table's primary key, which this node may have had no other cause to learn.
+
+        Raises SchemaChanged if the catalog is newer than the caller's.
+        """
+        current = await self.learn(database, version, deadline)
+        if version and version < current:
+            raise catalog.schema_changed(database, version, current)
+
     async def create(self, name: str, deadline: float) -> bool:
         """False if it exists."""
         catalog.check_database_name(name)

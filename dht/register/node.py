@@ -170,6 +170,7 @@ class StoreNode:
         check_query(query)
         deadline = self._deadline(timeout_s)
         await self._databases.check(query.database, query.catalog_version, deadline)
+        await self._databases.follow(query.database, query.catalog_version, deadline)
         return await self._finder.find(query, deadline)
 
     async def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:

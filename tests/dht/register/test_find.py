@@ -180,3 +180,16 @@ async def test_database_is_created_once_and_dropped_with_its_groups():
     await eventually(lambda: cluster[0].commit(transaction(catalog(1))))
     assert await found(cluster[2], equal(1)) == []
     await cluster.stop()
+
+
+async def test_asker_that_keeps_no_tablet_and_missed_the_catalog_still_knows_the_primary_key():
+    cluster = Cluster(4, 3, tablets=1)
+    cluster.wire.drop = lambda sender, to, message: type(message).__name__ in ("Learn", "Chosen")
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1)))
+    for n in range(60):
+        part = Part(key(n), changes=(Change(Op.INSERT, 1, (n,), {1: n}),))
+        await cluster[0].commit(transaction(part))
+    query = FindQuery("db", 1, 1, (Constraint(0, Comparison.GE, (7,)),), Order((0,)), 3)
+    assert [decode_row(row.row)[1] for row in (await cluster[3].find(query)).rows] == [7, 8, 9]
+    await cluster.stop()
