@@ -209,7 +209,13 @@ async def recover(now: Run) -> None:
     for number, machine in enumerate(cluster.machines):
         if not machine.running:
             await _start_quietly(cluster, number)
-    await asyncio.gather(*now.starting)
+    try:
+        async with asyncio.timeout(SETTLE_PATIENCE_S):
+            await asyncio.gather(*now.starting)
+    except TimeoutError:
+        raise AssertionError(
+            f"a start or a drain did not end within {SETTLE_PATIENCE_S:.0f} s without faults"
+        ) from None
     await settle(cluster)
 
 
@@ -345,10 +351,16 @@ async def _skew(now: Run) -> None:
     now.chance.choice(now.cluster.machines).clock.wall_skew_s = now.chance.uniform(-86400.0, 86400.0)
 
 
+def _whole(now: Run, machines: int) -> bool:
+    """Whether so many machines run, settled, and none is on its way in or out: one may be lost for good then."""
+    busy = any(not task.done() for task in now.starting)
+    return not busy and now.cluster.settled() and len(now.cluster.numbers()) >= machines
+
+
 async def _wipe(now: Run) -> None:
     """One machine loses its disk and comes back as a new incarnation."""
     cluster = now.cluster
-    if now.wipes >= now.scenario.faults.wipes or cluster.numbers(answering=False):
+    if now.wipes >= now.scenario.faults.wipes or not _whole(now, machines=3):
         return
     now.wipes += 1
     victim = now.chance.choice(cluster.numbers())
@@ -367,7 +379,7 @@ async def _join(now: Run) -> None:
 
 async def _drain(now: Run) -> None:
     """A machine's tablets move to the others, and it leaves. Goes on after the faults end."""
-    if now.drains < now.scenario.faults.drains and now.cluster.numbers():
+    if now.drains < now.scenario.faults.drains and _whole(now, machines=4):
         now.drains += 1
         victim = now.chance.choice(now.cluster.numbers())
         now.cluster.say(f"n{victim} is asked to leave")

@@ -88,7 +88,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         ),
         Scenario(
             "everything",
-            machines=3,
+            machines=4,
             duration_s=15.0,
             loss=0.01,
             faults=Faults(
