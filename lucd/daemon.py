@@ -227,9 +227,14 @@ class Daemon:
     async def _greet(self, host: str, port: int) -> str:
         """Dial one; the reason why not, else empty."""
         try:
-            await self.network.greet(host, port)
+            peer = await self.network.greet(host, port)
         except DhtError as error:
             return f"{host}:{port}: {error.message}" if str(port) not in error.message else error.message
+        if peer.pop != self.settings.pop and not self._met:
+            return (
+                f"{host}:{port} is of PoP {peer.pop}, and no node of this node's PoP {self.settings.pop} is known: "
+                "start one, or join with an empty data_dir and the right pop"
+            )
         return ""
 
     def _warnings(self) -> list[str]:

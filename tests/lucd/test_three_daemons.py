@@ -205,9 +205,21 @@ def test_other_cluster_is_kept_out_and_says_so(cluster: Cluster) -> None:
         stranger.stop()
 
 
+def test_other_pop_does_not_join_the_domain_and_says_so(cluster: Cluster) -> None:
+    foreigner = cluster.add(pop="rome")
+    cluster.nodes.remove(foreigner)
+    try:
+        foreigner.start(wait_ready=False)
+        eventually(lambda: "no node of this node's PoP rome is known" in foreigner.log_text())
+        assert foreigner.get("/readyz") == (503, "joining domain rome\n")
+        assert cluster.nodes[0].status()["members"] == 3
+    finally:
+        foreigner.stop()
+
+
 def test_unreachable_bootstrap_keeps_trying_says_so_once_and_joins(cluster: Cluster) -> None:
     port = free_port()
-    late = cluster.add(bootstrap=[f"127.0.0.1:{port}"], options="[limits]\nbootstrap_retry_s = 0.2\n")
+    late = cluster.add(bootstrap=[f"localhost:{port}"], options="[limits]\nbootstrap_retry_s = 0.2\n")
     cluster.nodes.remove(late)
     try:
         late.start(wait_ready=False)
