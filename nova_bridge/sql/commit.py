@@ -108,7 +108,8 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
         try:
             database.store.commit(transaction, 0, database.timeout_s)
         except SchemaChanged as error:
-            database.reload()
+            if tx.adopt(database.reload()):
+                continue
             raise from_store(error) from None
         except Conflict as error:
             if error.detail.get("what") == "intent" and time.monotonic() - began < LOCK_WAIT_S:

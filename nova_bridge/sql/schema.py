@@ -222,10 +222,15 @@ class Schema:
             old = kept.get(definition.number)
             same = old is not None and old.definition is definition
             self.tables[name] = old if same and old is not None else Table(database, definition)
-        self.by_number = {table.number: table for table in self.tables.values()}
+        self.by_number: dict[int, Table] = {table.number: table for table in self.tables.values()}
         self.children: dict[str, list[tuple[Table, Foreign]]] = {}
         self.families: dict[str, list[Table]] = {}
         for table in self.tables.values():
             self.families.setdefault(table.family, []).append(table)
             for foreign in table.foreign:
                 self.children.setdefault(foreign.parent, []).append((table, foreign))
+
+    def same_table(self, other: Schema, number: int) -> bool:
+        """Whether a table is the same in both."""
+        here, there = self.by_number.get(number), other.by_number.get(number)
+        return here is not None and there is not None and here.definition == there.definition

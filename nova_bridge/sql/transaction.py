@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dht.errors import Conflict
+from dht.errors import Conflict, SchemaChanged
 from dht.model import (
     Ballot,
     Comparison,
@@ -80,6 +80,14 @@ class Transaction:
         if self._schema is None:
             self._schema = self.database.schema
         return self._schema
+
+    def adopt(self, schema: Schema) -> bool:
+        """Go on with a newer schema, if the tables that were changed are still the same. Returns whether they are."""
+        old = self.schema
+        if schema is old or any(not schema.same_table(old, number) for number in self.overlay):
+            return False
+        self._schema = schema
+        return True
 
     @property
     def written(self) -> bool:
@@ -274,9 +282,16 @@ class Transaction:
     def _ask(
         self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, whole: bool
     ) -> list[Record]:
-        database, version = self.database, self.schema.version
-        query = FindQuery(database.name, table.number, version, constraints, order, limit, whole)
-        result = database.store.find(query, database.timeout_s)
+        database, schema = self.database, self.schema
+        query = FindQuery(database.name, table.number, schema.version, constraints, order, limit, whole)
+        try:
+            result = database.store.find(query, database.timeout_s)
+        except SchemaChanged:
+            newer = database.reload()
+            if not newer.same_table(schema, table.number) or not self.adopt(newer):
+                raise
+            return self._ask(table, constraints, order, limit, whole)
+        version = schema.version
         for read in result.groups:
             if read.key not in self._views:
                 self._admit(database.groups.take(read, None, version))

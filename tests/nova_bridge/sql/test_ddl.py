@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
 from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.errors import ConflictError
 
 Connect = Callable[..., Connection]
 
@@ -157,3 +158,22 @@ def test_defaults_constant_and_worked_out(door: Connection) -> None:
     a, b, c, made, e, check = door.execute('SELECT a, b, c, made, e, "CHECK" FROM d').fetchone()
     assert (a, b, c, e, check) == ("it's (x)", -3, 1.0, "X", None)
     assert len(made) == 19
+
+
+@pytest.mark.parametrize(
+    ("ddl", "holds"),
+    [("CREATE TABLE other (id INTEGER PRIMARY KEY)", True), ("ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'd'", False)],
+)
+def test_schema_changed_under_a_writer(door: Connection, connect: Connect, ddl: str, holds: bool) -> None:
+    writer = connect()
+    writer.execute("UPDATE t SET b = 9 WHERE a = 'x'")
+    door.execute(ddl)
+    if holds:
+        assert len(rows(writer, "SELECT * FROM t WHERE b > 0")) == 3
+        writer.commit()
+        assert rows(door, "SELECT b FROM t WHERE a = 'x'") == [(9,)]
+    else:
+        with pytest.raises(ConflictError):
+            writer.commit()
+        writer.execute("UPDATE t SET b = 9, c = 'e' WHERE a = 'x'")
+        writer.commit()
