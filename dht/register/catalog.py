@@ -12,7 +12,7 @@ import msgspec
 
 from dht.errors import Invalid, NotFound, SchemaChanged
 from dht.limits import SEQUENCE_BLOCK_IDS
-from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part, RowKey, TableSpec
+from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part, RowKey, TableSpec, Value
 from dht.rows import decode_row, group_key, row_key, split_row_key
 
 REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
@@ -42,9 +42,9 @@ def schema_changed(database: str, have: int, current: int) -> SchemaChanged:
     )
 
 
-def database_names(rows: Mapping[RowKey, bytes]) -> list[str]:
-    """The names in the registry's rows, sorted."""
-    return sorted(str(split_row_key(key)[1][0]) for key in rows)
+def databases_of(rows: Mapping[RowKey, bytes]) -> dict[str, Value]:
+    """The names in the registry's rows, sorted, each with the mark of its creation."""
+    return dict(sorted((str(split_row_key(key)[1][0]), decode_row(row).get(0)) for key, row in rows.items()))
 
 
 def registry_row(name: str) -> RowKey:
@@ -52,9 +52,9 @@ def registry_row(name: str) -> RowKey:
     return row_key(0, (name,))
 
 
-def database_added(name: str) -> Part:
-    """The registry's part of a database's creation."""
-    return Part(REGISTRY_GROUP, changes=(Change(Op.INSERT, 0, (name,), {0: 1}),))
+def database_added(name: str, mark: bytes) -> Part:
+    """The registry's part of a database's creation; `mark` tells it from others that had or will have its name."""
+    return Part(REGISTRY_GROUP, changes=(Change(Op.INSERT, 0, (name,), {0: mark}),))
 
 
 def database_removed(name: str) -> Part:

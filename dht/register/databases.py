@@ -11,7 +11,7 @@ import asyncio
 
 from dht.errors import Conflict, DhtError, Duplicate, Unavailable
 from dht.limits import PEER_TIMEOUT_S
-from dht.model import GroupKey, NodeId, Part, Transaction
+from dht.model import GroupKey, NodeId, Part, Transaction, Value
 from dht.register import catalog
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
@@ -38,7 +38,7 @@ class Databases:
         self._router = router
         self._reader = reader
         self._transactions = transactions
-        self._names: dict[str, None] = {}
+        self._names: dict[str, Value] = {}
         self._names_until = 0.0
         self._learning: dict[str, asyncio.Lock] = {}
 
@@ -47,10 +47,13 @@ class Databases:
     async def names(self, deadline: float) -> tuple[str, ...]:
         """All databases, as the registry says now."""
         (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
-        names = catalog.database_names(group.rows or {})
-        self._names = dict.fromkeys(names)
+        self._names = catalog.databases_of(group.rows or {})
         self._names_until = self._context.clock.monotonic() + NAMES_KEPT_S
-        return tuple(names)
+        return tuple(self._names)
+
+    def mark(self, database: str) -> Value:
+        """What tells a database, as last read of the registry, from one of the same name that was dropped."""
+        return self._names.get(database)
 
     async def check(self, database: str, version: int, deadline: float) -> None:
         """Raise NotFound unless the database exists, SchemaChanged if its catalog is newer than the caller's."""
@@ -75,7 +78,7 @@ class Databases:
     async def create(self, name: str, deadline: float) -> bool:
         """False if it exists."""
         catalog.check_database_name(name)
-        return await self._register(catalog.database_added(name), name, deadline)
+        return await self._register(catalog.database_added(name, self._context.chance.randbytes(8)), name, deadline)
 
     async def drop(self, name: str, deadline: float) -> bool:
         """Take the name out of the registry, then empty the groups. False if there is no such database.

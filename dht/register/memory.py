@@ -196,14 +196,14 @@ class MemoryStore:
 
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         with self._lock:
-            return tuple(catalog.database_names(self._state(catalog.REGISTRY_GROUP).data()))
+            return tuple(catalog.databases_of(self._state(catalog.REGISTRY_GROUP).data()))
 
     def create_database(self, name: str, timeout_s: float | None = None) -> bool:
         catalog.check_database_name(name)
         with self._lock:
             state = self._state(catalog.REGISTRY_GROUP)
             try:
-                delta = group.evaluate(state, catalog.database_added(name))
+                delta = group.evaluate(state, catalog.database_added(name, b""))
             except Duplicate:
                 return False
             self._write(catalog.REGISTRY_GROUP, state, delta, self._next_ballot())

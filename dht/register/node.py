@@ -86,7 +86,7 @@ class StoreNode:
         self._coordinator.adopt = self._resolver.adopt
         self._transactions = Transactions(context, self._router, self._reader, self._resolver)
         self._databases = Databases(context, acceptor, self._router, self._reader, self._transactions)
-        self._sequences = Sequences(context, self._reader, self._transactions)
+        self._sequences = Sequences(context, self._reader, self._transactions, self._databases.mark)
         self._find_server = FindServer(context, acceptor, self._databases.learn_soon)
         self._finder = Finder(context, self._find_server, self._reader, rounds)
         self._answers: dict[type[Struct], Callable[[Any], Awaitable[Message]]] = {

@@ -6,9 +6,10 @@ Ids are unique, not dense: what is left of a block is lost when the node stops o
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from dht.errors import Conflict, Unavailable
-from dht.model import Transaction
+from dht.model import Transaction, Value
 from dht.register import catalog
 from dht.register.context import Context
 from dht.register.reader import Reader
@@ -31,11 +32,14 @@ class _Block:
 class Sequences:
     """The blocks that this node holds."""
 
-    def __init__(self, context: Context, reader: Reader, transactions: Transactions) -> None:
+    def __init__(
+        self, context: Context, reader: Reader, transactions: Transactions, mark: Callable[[str], Value]
+    ) -> None:
         self._context = context
         self._reader = reader
         self._transactions = transactions
-        self._blocks: dict[tuple[str, str], _Block] = {}
+        self._mark = mark
+        self._blocks: dict[tuple[str, str, Value], _Block] = {}
 
     async def reserve(self, database: str, name: str, count: int, above: int, deadline: float) -> int:
         """The first of `count` consecutive ids, all greater than `above`."""
@@ -66,11 +70,13 @@ class Sequences:
         self._blocks = {key: block for key, block in self._blocks.items() if key[0] != database}
 
     def _block(self, database: str, name: str) -> _Block:
-        block = self._blocks.get((database, name))
+        # A database that was dropped and made again counts from the beginning: its ids are not those of the old block.
+        place = (database, name, self._mark(database))
+        block = self._blocks.get(place)
         if block is None:
             if len(self._blocks) >= _BLOCKS_MAX:
                 self._blocks.clear()
-            block = self._blocks[(database, name)] = _Block()
+            block = self._blocks[place] = _Block()
         return block
 
     async def _fetch(self, block: _Block, database: str, name: str, count: int, above: int, deadline: float) -> None:

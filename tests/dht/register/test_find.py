@@ -193,3 +193,15 @@ async def test_asker_that_keeps_no_tablet_and_missed_the_catalog_still_knows_the
     query = FindQuery("db", 1, 1, (Constraint(0, Comparison.GE, (7,)),), Order((0,)), 3)
     assert [decode_row(row.row)[1] for row in (await cluster[3].find(query)).rows] == [7, 8, 9]
     await cluster.stop()
+
+
+async def test_sequence_of_a_database_made_again_gives_no_id_twice(monkeypatch):
+    monkeypatch.setattr("dht.register.databases.NAMES_KEPT_S", 0.0)
+    cluster = Cluster(3)
+    await cluster[0].create_database("db")
+    await cluster[1].reserve_ids("db", "s", 1)
+    await cluster[0].drop_database("db")
+    await cluster[0].create_database("db")
+    given = [await cluster[n % 3].reserve_ids("db", "s", 1) for n in range(250)]
+    assert len(set(given)) == len(given)
+    await cluster.stop()
