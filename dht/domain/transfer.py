@@ -373,7 +373,9 @@ class Transfer:
                 mark, _ = best.marks[key]
                 if accepted < mark.accepted:
                     raise Unavailable(f"a register of tablet {tablet} was collected meanwhile; the survey is repeated")
-                best.marks[key] = (msgspec.structs.replace(mark, accepted=accepted), source)
+                # A replica never holds a value above its promise: an older proposer could undo it here.
+                promise = max(mark.promise, accepted)
+                best.marks[key] = (msgspec.structs.replace(mark, accepted=accepted, promise=promise), source)
 
     def _flip(self, tablet: int, target: TabletReplicas, before: int, best: Best, staging: Staging) -> int:
         """Rule 3, in one batch and without a wait between check and submit."""

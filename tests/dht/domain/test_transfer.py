@@ -283,3 +283,26 @@ def test_floor_is_carried_over() -> None:
         assert stage.world.domain(1).floor(stage.tablet) == floor
 
     staged(story, 2)
+
+
+def test_initialise_from_a_source_that_moves_on_meanwhile_never_promises_less_than_it_accepted() -> None:
+    async def story(stage: Stage) -> None:
+        stage.move(0, 1, 2)
+        await stage.tell(0, 1, 2)
+        assert await stage.initialise(0)
+        transfer = stage.world.domain(2).transfer
+        survey = transfer._survey
+
+        async def busy(*args: Any, **more: Any) -> Any:
+            stage.write(0, stage.keys[0], 5, "old", epoch=2)
+            best = await survey(*args, **more)
+            stage.write(0, stage.keys[0], 9, "new", epoch=2)
+            return best
+
+        transfer._survey = busy  # type: ignore[method-assign]
+        assert await stage.initialise(2)
+        header = stage.world.node(2).registers.header(stage.keys[0])
+        assert header.accepted.round == 9
+        assert header.promise >= header.accepted
+
+    staged(story, 3)
