@@ -1,0 +1,213 @@
+"""Clients that count rows up through real daemons, remember what was acknowledged, and check what they read.
+
+Every client has a column of its own in every row and sets it to the next number, guarded by the last one: clients of
+different daemons write the same groups all the time without conflict, and a lost, repeated or invented write shows as
+a wrong number. What each of the four outcomes says is believed and then checked (`dht.errors`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from dht.errors import Conflict, DhtError, Indeterminate
+from dht.model import Change, Op, Part, Transaction
+from dht.requests import BlockingStore
+from dht.rows import decode_row, group_key
+from lucd.demo.daemons import LocalNode
+from tests.cluster import Cluster
+
+DATABASE = "d"
+TABLE = 1
+CLIENTS_MAX = 8
+FIRST_COLUMN = 10
+
+
+@dataclass
+class Cell:
+    """One client's counter in one row. `low` to `high`: what it may be; they differ while an outcome is unknown.
+
+    `unknown`: the id of the transaction whose outcome that is.
+    """
+
+    low: int = 0
+    high: int = 0
+    unknown: bytes = b""
+
+
+@dataclass
+class Report:
+    """What a client met. `pause_s`: the longest time between two acknowledged writes."""
+
+    acknowledged: int = 0
+    unknown: int = 0
+    pause_s: float = 0.0
+    errors: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def row_group(row: int) -> bytes:
+    return group_key(DATABASE, "f", (row,))
+
+
+def changed(row: int, op: Op, columns: dict[int, int], guards: dict[int, int]) -> Transaction:
+    """A transaction that changes the row."""
+    change = Change(op, TABLE, (row,), columns, guards)
+    return Transaction(os.urandom(16), DATABASE, 0, (Part(row_group(row), None, (change,)),))
+
+
+def counters(store: BlockingStore, row: int) -> dict[int, int]:
+    """Column -> number, as a read says now."""
+    (found,) = store.read([row_group(row)])
+    assert found.rows
+    (data,) = found.rows.values()
+    return {column: value for column, value in decode_row(data).items() if isinstance(value, int)}
+
+
+class Load:
+    """`rows` rows and clients of them; use `client` threads in a with block, then `verify`."""
+
+    def __init__(self, store: BlockingStore, rows: int = 24) -> None:
+        self.rows = rows
+        self.cells = [[Cell() for _ in range(CLIENTS_MAX)] for _ in range(rows)]
+        store.create_database(DATABASE)
+        for row in range(rows):
+            zeros = {FIRST_COLUMN + client: 0 for client in range(CLIENTS_MAX)}
+            store.commit(changed(row, Op.INSERT, zeros, {}))
+
+    def verify(self, store: BlockingStore) -> list[str]:
+        """What does not fit the acknowledged writes, read through one daemon."""
+        wrong = []
+        for row, cells in enumerate(self.cells):
+            found = counters(store, row)
+            for client, cell in enumerate(cells):
+                value = found[FIRST_COLUMN + client]
+                if not cell.low <= value <= cell.high:
+                    wrong.append(f"row {row} client {client}: {value}, not {cell.low} to {cell.high}")
+        return wrong
+
+    def acknowledged(self) -> int:
+        return sum(cell.low for cells in self.cells for cell in cells)
+
+
+class Clients:
+    """Threads, one for each entry of `nodes`, that write and read until the block ends. `reports`: one for each."""
+
+    def __init__(self, load: Load, nodes: Sequence[LocalNode], first: int = 0, timeout_s: float = 10.0) -> None:
+        self.reports = [Report() for _ in nodes]
+        self._load = load
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(first + number, node, self.reports[number], timeout_s))
+            for number, node in enumerate(nodes)
+        ]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, more: int, timeout_s: float = 20.0) -> None:
+        """Return when every client had that many more writes acknowledged."""
+        goals = [report.acknowledged + more for report in self.reports]
+        deadline = time.monotonic() + timeout_s
+        while any(report.acknowledged < goal for report, goal in zip(self.reports, goals, strict=True)):
+            assert time.monotonic() < deadline, f"the load stands still: {self.reports}"
+            time.sleep(0.02)
+
+    @property
+    def pause_s(self) -> float:
+        return max(report.pause_s for report in self.reports)
+
+    def said(self) -> str:
+        """One line for the test's output."""
+        total = sum(report.acknowledged for report in self.reports)
+        unknown = sum(report.unknown for report in self.reports)
+        return f"{total} writes acknowledged, {unknown} unknown, longest pause {self.pause_s * 1000:.0f} ms"
+
+    def _run(self, client: int, node: LocalNode, report: Report, timeout_s: float) -> None:
+        store, chance = node.store(timeout_s), random.Random(client)
+        last_s = time.monotonic()
+        while not self._stop.is_set():
+            row = chance.randrange(self._load.rows)
+            try:
+                if chance.random() < 0.2:
+                    self._look(store, row, report)
+                    continue
+                if self._count_up(store, row, client, report):
+                    now_s = time.monotonic()
+                    report.pause_s = max(report.pause_s, now_s - last_s)
+                    last_s = now_s
+            except DhtError as error:
+                report.errors.append(f"{type(error).__name__}: {error.message}")
+                time.sleep(0.02)
+            except Exception as error:
+                # A thread that dies silently would look like a pause without end.
+                report.wrong.append(repr(error))
+                return
+
+    def _count_up(self, store: BlockingStore, row: int, client: int, report: Report) -> bool:
+        """One write; whether it was acknowledged. Raises what else came."""
+        cell, column = self._load.cells[row][client], FIRST_COLUMN + client
+        if cell.unknown and not self._settle(store, row, cell):
+            return False
+        cell.high += 1
+        transaction = changed(row, Op.UPDATE, {column: cell.high}, {column: cell.low})
+        try:
+            store.commit(transaction)
+        except Indeterminate:
+            cell.unknown = transaction.id
+            report.unknown += 1
+            raise
+        except Conflict as error:
+            report.wrong.append(f"row {row}: refused although nobody else writes its column: {error.message}")
+            cell.high -= 1
+            raise
+        except DhtError:
+            # Certainly not applied: the next write's guard and the reads hold it to that.
+            cell.high -= 1
+            raise
+        cell.low = cell.high
+        report.acknowledged += 1
+        return True
+
+    @staticmethod
+    def _settle(store: BlockingStore, row: int, cell: Cell) -> bool:
+        """Ask what became of the write; whether it is known now. What is not applied by then never will be."""
+        outcome = store.outcome(cell.unknown, row_group(row))
+        if outcome == "unknown":
+            return False
+        cell.low = cell.high = cell.high if outcome == "applied" else cell.low
+        cell.unknown = b""
+        return True
+
+    def _look(self, store: BlockingStore, row: int, report: Report) -> None:
+        """A read shows every write that was acknowledged before it began, whoever's client wrote it."""
+        before = [cell.low for cell in self._load.cells[row]]
+        found = counters(store, row)
+        after = [cell.high for cell in self._load.cells[row]]
+        for client, (low, high) in enumerate(zip(before, after, strict=True)):
+            value = found[FIRST_COLUMN + client]
+            if not low <= value <= high:
+                report.wrong.append(f"read of row {row} client {client}: {value}, not {low} to {high}")
+
+
+def assert_whole(load: Load, cluster: Cluster) -> None:
+    """Nothing acknowledged is missing and nothing refused is there, whichever daemon is asked."""
+    with ExitStack() as stack:
+        stack.callback(lambda: [node.close_clients() for node in cluster.nodes])
+        for node in cluster.nodes:
+            assert load.verify(node.store()) == [], f"through daemon {node.number}"

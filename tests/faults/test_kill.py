@@ -1,0 +1,109 @@
+"""Daemons killed or stopped under a steady load: nothing acknowledged is lost, clients of the others meet no error.
+
+Figures are printed; run with -s to see them. PAUSE_MAX_S only catches hangs: how long a pause may be is measured, not
+asserted, because the machine of a test run is a busy one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from lucd import messages
+from tests.cluster import Cluster
+from tests.faults.load import Clients, Load, assert_whole, row_group
+
+pytestmark = pytest.mark.cluster
+PAUSE_MAX_S = 10.0
+STOPPED_S = 4.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("kill"), nodes=3) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def load(cluster: Cluster) -> Load:
+    return Load(cluster.nodes[0].store())
+
+
+def coordinators(cluster: Cluster, load: Load) -> dict[str, int]:
+    """Node id -> how many of the load's rows it coordinates."""
+    found: dict[str, int] = {}
+    for row in range(load.rows):
+        reply = cluster.nodes[0].client().call(messages.AskWhere(row_group(row)))
+        assert isinstance(reply, messages.WhereReply)
+        found[reply.coordinator] = found.get(reply.coordinator, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_kill_of_one_loses_nothing_and_others_clients_meet_no_error(cluster: Cluster, load: Load, victim: int) -> None:
+    cluster.wait_whole()
+    doomed = cluster.nodes[victim]
+    led = coordinators(cluster, load).get(doomed.status()["node_id"], 0)
+    assert led > 0
+    others = [node for node in cluster.nodes if node is not doomed]
+    with Clients(load, others * 2) as safe, Clients(load, [doomed], first=4, timeout_s=2.0) as hit:
+        safe.wait_for(20)
+        hit.wait_for(5)
+        doomed.kill()
+        safe.wait_for(100)
+        hit.stop()
+        doomed.start()
+        safe.wait_for(50)
+    print(f"\nkill -9 of daemon {doomed.number}, coordinator of {led} of {load.rows} groups: {safe.said()}")
+    assert [report.errors for report in safe.reports] == [[]] * 4
+    assert [report.wrong for report in (*safe.reports, *hit.reports)] == [[]] * 5
+    assert safe.pause_s < PAUSE_MAX_S
+    cluster.wait_whole()
+    assert_whole(load, cluster)
+
+
+def test_kill_of_all_at_once_loses_nothing_acknowledged(cluster: Cluster, load: Load) -> None:
+    cluster.wait_whole()
+    with Clients(load, cluster.nodes * 2, timeout_s=1.0) as clients:
+        clients.wait_for(30)
+        for node in cluster.nodes:
+            node.kill()
+    before = load.acknowledged()
+    cluster.start_together()
+    assert_whole(load, cluster)
+    with Clients(load, cluster.nodes) as again:
+        again.wait_for(5)
+    print(f"\nkill -9 of all three: {clients.said()}, all of {before} counted are there")
+    assert [report.wrong for report in (*clients.reports, *again.reports)] == [[]] * 9
+    assert [report.errors for report in again.reports] == [[]] * 3
+    assert_whole(load, cluster)
+
+
+def test_stopped_daemon_is_passed_by_and_serves_nothing_stale_afterwards(cluster: Cluster, load: Load) -> None:
+    cluster.wait_whole()
+    hung = cluster.nodes[1]
+    others = [cluster.nodes[0], cluster.nodes[2]]
+    with (
+        ExitStack() as resumed,
+        Clients(load, others * 2) as safe,
+        Clients(load, [hung, hung], first=4, timeout_s=2 * STOPPED_S) as hit,
+    ):
+        hit.wait_for(5)
+        hung.pause()
+        resumed.callback(hung.resume)
+        began = time.monotonic()
+        safe.wait_for(50)
+        time.sleep(max(0.0, STOPPED_S - (time.monotonic() - began)))
+        resumed.close()
+        # Its own clients go on by themselves, and all that they read is checked against what others wrote meanwhile.
+        hit.wait_for(30)
+        safe.wait_for(10)
+    print(f"\ndaemon 2 stopped for {STOPPED_S:.0f} s: {safe.said()}; its own clients: {hit.said()}")
+    assert [report.errors for report in safe.reports] == [[]] * 4
+    assert [report.wrong for report in (*safe.reports, *hit.reports)] == [[]] * 6
+    assert safe.pause_s < PAUSE_MAX_S
+    cluster.wait_whole()
+    assert_whole(load, cluster)
