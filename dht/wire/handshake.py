@@ -49,9 +49,10 @@ NONCE_BYTES = 32
 ADDRESS_CHARS_MAX = 300
 REASON_CHARS_MAX = 500
 
-AcceptBoot = Callable[[NodeId, bytes, int], None]
-"""(node_id, incarnation, boot): note what a proven peer says of itself; raises a DhtError to refuse it, because that
-incarnation was already met with a higher boot counter. An equal one is a new link of the same run."""
+AcceptBoot = Callable[[NodeId, bytes, int, bytes], None]
+"""(node_id, incarnation, boot, start_id): note what a proven peer says of itself; raises a DhtError to refuse it,
+because that incarnation was already met with a higher boot counter, or with this one by another start. The same counter
+and start are a new link of the same run."""
 
 _Id = Annotated[bytes, msgspec.Meta(min_length=NODE_ID_BYTES, max_length=NODE_ID_BYTES)]
 _Key = Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
@@ -224,7 +225,7 @@ class Handshake:
         if not signed_by(claim.public_key, proof.signature, transcript):
             raise _refusal("signature", "it does not hold the private key of its node id")
         try:
-            self._accept_boot(claim.node_id, claim.incarnation, claim.boot)
+            self._accept_boot(claim.node_id, claim.incarnation, claim.boot, claim.start_id)
         except DhtError as error:
             raise _refusal("boot", error.message) from error
         self.peer = PeerIdentity(

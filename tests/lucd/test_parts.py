@@ -77,16 +77,19 @@ async def test_supervisor_backs_off_when_the_command_does_not_exist(monkeypatch:
     await supervisor.stop()
 
 
-async def test_boot_book_refuses_a_counter_that_fell_even_after_a_restart() -> None:
+async def test_boot_book_refuses_a_copied_or_rolled_back_directory_even_after_a_restart() -> None:
     disk = MemoryDisk()
+    node, first, other = b"n" * 20, b"i" * 16, b"j" * 16
     book = BootBook(disk)
-    book.accept(b"n" * 20, b"i" * 16, 3)
-    book.accept(b"n" * 20, b"i" * 16, 3)
-    book.accept(b"n" * 20, b"j" * 16, 1)
+    book.accept(node, first, 3, b"start 3.")
+    book.accept(node, first, 3, b"start 3.")
+    book.accept(node, other, 1, b"start 1.")
     again = BootBook(disk)
-    with pytest.raises(Conflict, match="copied or rolled back"):
-        again.accept(b"n" * 20, b"i" * 16, 2)
-    again.accept(b"n" * 20, b"i" * 16, 4)
+    again.accept(node, first, 3, b"start 3.")
+    for boot, start in ((2, b"start 2."), (3, b"a copy's")):
+        with pytest.raises(Conflict, match="copied or rolled back"):
+            again.accept(node, first, boot, start)
+    again.accept(node, first, 4, b"start 4.")
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +176,28 @@ def test_full_disk_of_one_stops_its_votes_and_nothing_else(cluster: Cluster) -> 
     third.start()
     cluster.wait_whole()
     assert [text_of(third.store(), number) for number in range(800, 830)] == ["kept"] * 30
+
+
+def test_rolled_back_directory_is_kept_out_and_says_so(cluster: Cluster) -> None:
+    third = cluster.nodes[2]
+    assert third.stop() == 0
+    backup = third.path / "backup"
+    shutil.copytree(third.data_dir, backup)
+    third.start()
+    cluster.wait_whole()
+    cluster.nodes[0].store().commit(inserted(900, "after the backup"))
+    third.kill()
+    newer = third.data_dir.rename(third.path / "newer")
+    backup.rename(third.data_dir)
+    third.start(wait_ready=False)
+    eventually(lambda: "was copied or rolled back" in third.log_text())
+    assert third.get("/readyz")[0] == 503
+    third.kill()
+    shutil.rmtree(third.data_dir)
+    newer.rename(third.data_dir)
+    third.start()
+    cluster.wait_whole()
+    assert text_of(third.store(), 900) == "after the backup"
 
 
 def test_wrong_cluster_key_is_kept_out_and_says_so(cluster: Cluster, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class Book:
     def __init__(self):
         self.met = {}
 
-    def accept(self, node_id, incarnation, boot):
+    def accept(self, node_id, incarnation, boot, start_id):
         if boot < self.met.get((node_id, incarnation), 0):
             raise Conflict(f"boot {boot} is older than what was met")
         self.met[node_id, incarnation] = boot

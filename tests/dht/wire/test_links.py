@@ -40,7 +40,7 @@ class Node:
         self.network = LinkNetwork(self.identity, cluster, self.accept_boot)
         self.network.serve(self.answer)
 
-    def accept_boot(self, node_id, incarnation, boot):
+    def accept_boot(self, node_id, incarnation, boot, start_id):
         if boot < self.boots.get((node_id, incarnation), 0):
             raise Conflict(f"boot {boot} is older than {self.boots[node_id, incarnation]}")
         self.boots[node_id, incarnation] = boot
