@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import apsw
 import msgspec
 
-from dht.errors import SchemaChanged
+from dht.errors import Invalid, SchemaChanged
 from dht.model import GroupKey
 from dht.requests import BlockingStore
 from nova_bridge.sql import shadow as shadows
@@ -191,9 +191,15 @@ class Database:
             self.exists = True
 
     def read_groups(self, keys: Sequence[GroupKey], version: int) -> list[GroupView]:
-        """The groups now, each at one ballot, in one call."""
+        """The groups now, each at one ballot, in one call, or in more where one reply would be too large."""
         known = [self.groups.get(key, version) for key in keys]
-        reads = self.store.read(keys, [None if view is None else view.ballot for view in known], self.timeout_s)
+        try:
+            reads = self.store.read(keys, [None if v is None else v.ballot for v in known], self.timeout_s)
+        except Invalid:
+            if len(keys) < 2:
+                raise
+            half = len(keys) // 2
+            return [*self.read_groups(keys[:half], version), *self.read_groups(keys[half:], version)]
         return [self.groups.take(read, view, version) for read, view in zip(reads, known, strict=True)]
 
     def next_id(self, table: Table, above: int) -> int:

@@ -84,4 +84,4 @@ def split(script: str) -> Iterator[str]:
 
 def format_value(value: object) -> str:
     """A value as SQL text."""
-    return apsw.format_sql_value(value)  # type: ignore[arg-type]
+    return apsw.format_sql_value(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dht.errors import Conflict, SchemaChanged
+from dht.errors import Conflict, Invalid, SchemaChanged
 from dht.model import (
     Ballot,
     Comparison,
@@ -29,6 +29,7 @@ from nova_bridge.sql.schema import Record, Schema, Table
 
 SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
+PAGE_ROWS = 1000
 _MISSING = object()
 
 Place = tuple[GroupKey, RowKey]
@@ -282,6 +283,38 @@ class Transaction:
     def _ask(
         self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, whole: bool
     ) -> list[Record]:
+        """The store's answer; one that is too large for a frame is asked for with less, then in pages."""
+        try:
+            records = self._ask_once(table, constraints, order, limit, whole)
+        except Invalid:
+            if whole:
+                return self._ask(table, constraints, order, limit, False)
+            if table.integer_key is None or limit is not None:
+                raise
+            records = self._ask_pages(table, constraints, order)
+        if len(records) > 1 and table.family_key:
+            groups = list(dict.fromkeys([r.group for r in records]))
+            self._siblings.update(dict.fromkeys(groups, (self.statement, groups)))
+            self._missed = 0
+        return records
+
+    def _ask_pages(self, table: Table, constraints: tuple[Constraint, ...], order: Order | None) -> list[Record]:
+        column = table.number_of(table.primary[0])
+        found: list[Record] = []
+        page: list[Record] = []
+        while not found or len(page) == PAGE_ROWS:
+            after = (Constraint(column, Comparison.GT, (found[-1].pk[0],)),) if found else ()
+            page = self._ask_once(table, (*constraints, *after), Order((column,)), PAGE_ROWS, False)
+            found += page
+            if not page:
+                break
+        if order is not None:
+            order_records(table, found, order)
+        return found
+
+    def _ask_once(
+        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, whole: bool
+    ) -> list[Record]:
         database, schema = self.database, self.schema
         query = FindQuery(database.name, table.number, schema.version, constraints, order, limit, whole)
         try:
@@ -290,17 +323,11 @@ class Transaction:
             newer = database.reload()
             if not newer.same_table(schema, table.number) or not self.adopt(newer):
                 raise
-            return self._ask(table, constraints, order, limit, whole)
-        version = schema.version
+            return self._ask_once(table, constraints, order, limit, whole)
         for read in result.groups:
             if read.key not in self._views:
-                self._admit(database.groups.take(read, None, version))
-        records = [self._take(table, row) for row in result.rows]
-        if len(records) > 1 and table.family_key:
-            groups = list(dict.fromkeys([r.group for r in records]))
-            self._siblings.update(dict.fromkeys(groups, (self.statement, groups)))
-            self._missed = 0
-        return records
+                self._admit(database.groups.take(read, None, schema.version))
+        return [self._take(table, row) for row in result.rows]
 
     def _take(self, table: Table, row: FoundRow) -> Record:
         self._meet(row.group, row.ballot)

@@ -183,7 +183,7 @@ def _default(column: ColumnDef) -> Any:
         return column.default
     engine = apsw.Connection(":memory:")
     try:
-        return engine.execute(f"SELECT {column.expression}").fetchone()[0]
+        return list(engine.execute(f"SELECT {column.expression}"))[0][0]  # noqa: RUF015
     finally:
         engine.close()
 

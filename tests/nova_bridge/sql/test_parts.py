@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from dht.errors import Invalid
 from dht.model import ZERO, GroupRead
-from nova_bridge.sql import families, statements
+from nova_bridge.sql import families, statements, transaction
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.groups import GroupCache
 from nova_bridge.sql.values import adapt, affinity_of, coerce
@@ -189,3 +190,36 @@ def test_joined_family_comes_with_its_root(connect: Connect, store: Any) -> None
     for uuid in uuids:
         a.execute("SELECT * FROM instance_extra WHERE instance_uuid = ?", (uuid,)).fetchall()
     assert store.calls == ["read", "read"]
+
+
+def test_answers_too_large_for_a_frame_come_in_pieces(
+    connect: Connect, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = connect(isolation_level=None)
+    a.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, uuid VARCHAR(36) NOT NULL UNIQUE, host TEXT)")
+    a.execute("CREATE TABLE instance_extra (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36), flavor TEXT)")
+    for number in range(25):
+        a.execute("INSERT INTO instances (uuid, host) VALUES (?, 'h')", (f"u{number}",))
+        a.execute("INSERT INTO instance_extra (instance_uuid, flavor) VALUES (?, 'f')", (f"u{number}",))
+    find, read = store.find, store.read
+
+    def small_find(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        if len(result.rows) > 4 or result.groups:
+            raise Invalid("larger than a frame may be")
+        return result
+
+    def small_read(keys: Any, *arguments: Any) -> Any:
+        if len(keys) > 3:
+            raise Invalid("larger than a frame may be")
+        return read(keys, *arguments)
+
+    monkeypatch.setattr(store, "find", small_find)
+    monkeypatch.setattr(store, "read", small_read)
+    monkeypatch.setattr(transaction, "PAGE_ROWS", 4)
+    sql = (
+        "SELECT i.uuid FROM instances i LEFT JOIN instance_extra e ON e.instance_uuid = i.uuid"
+        " WHERE i.host = 'h' AND e.flavor = 'f' ORDER BY i.id DESC"
+    )
+    assert [row[0] for row in a.execute(sql)] == [f"u{number}" for number in reversed(range(25))]
+    monkeypatch.undo()
