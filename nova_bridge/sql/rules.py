@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dht.model import Value
 from nova_bridge.sql.access import entry_owner, equal
 from nova_bridge.sql.errors import ForeignKeyError, unique_failed
-from nova_bridge.sql.schema import Foreign, Record, Schema, Table, Unique
+from nova_bridge.sql.schema import Foreign, Record, Schema, Table
 from nova_bridge.sql.transaction import Place, Transaction
 from nova_bridge.sql.values import coerce
 
@@ -34,7 +34,8 @@ def check_unique(
                 owner = tx.own_entries[key] if key in tx.own_entries else entry_owner(tx, key)
                 taken = owner is not None and owner not in own
             case "group":
-                taken = _in_group(tx, table, unique, record, own)
+                holder = tx.holder(table, unique, record)
+                taken = holder is not None and holder not in own
             case _:
                 values = [record.values[p] for p in unique.columns]
                 taken = None not in values and any(
@@ -43,17 +44,6 @@ def check_unique(
                 )
         if taken:
             raise unique_failed(table.name, table.column_names(unique.columns))
-
-
-def _in_group(tx: Transaction, table: Table, unique: Unique, record: Record, own: Collection[Place]) -> bool:
-    wanted = [(p, record.values[p]) for p in unique.columns]
-    if any(value is None for _, value in wanted):
-        return False
-    first, value = wanted[-1]
-    return any(
-        row.values[first] == value and all(row.values[p] == v for p, v in wanted) and (row.group, row.key) not in own
-        for row in tx.rows(table, record.group)
-    )
 
 
 def parent_of(schema: Schema, foreign: Foreign) -> tuple[Table, tuple[int, ...]]:

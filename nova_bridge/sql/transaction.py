@@ -25,12 +25,12 @@ from dht.rows import decode_row
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.groups import GroupView
 from nova_bridge.sql.matching import matches, order_records
-from nova_bridge.sql.schema import Record, Schema, Table
+from nova_bridge.sql.schema import Record, Schema, Table, Unique
 
 SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
 PAGE_ROWS = 1000
-_MISSING = object()
+_MISSING: Any = object()
 
 Place = tuple[GroupKey, RowKey]
 
@@ -59,7 +59,9 @@ class Transaction:
         self._schema: Schema | None = None
         self.seen: dict[GroupKey, Ballot] = {}
         self.overlay: dict[int, dict[Place, Pending]] = {}
-        self.own_entries: dict[GroupKey, Place | None] = {}
+        self.own_entries: dict[Any, Place | None] = {}
+        self._values: dict[tuple[int, int, GroupKey], dict[tuple[Any, ...], Place]] = {}
+        self._newest: dict[tuple[int, GroupKey], int] = {}
         self.journal: list[tuple[dict[Any, Any], Any, Any]] = []
         self.foreign_guards: dict[tuple[GroupKey, int, tuple[Value, ...]], None] = {}
         self._own_pk: dict[tuple[int, tuple[Value, ...]], Place] = {}
@@ -152,6 +154,8 @@ class Transaction:
         self._views.pop(key, None)
         self._found.pop(key, None)
         self._finds.clear()
+        self._values.clear()
+        self._newest.clear()
         self._indexed = {(t, g) for t, g in self._indexed if g != key}
         for records in self._by_pk.values():
             for pk in [pk for pk, record in records.items() if record.group == key]:
@@ -181,6 +185,33 @@ class Transaction:
         found = self._found.get(group)
         record = found.get(key) if found else None
         return record if record is not None else self.view(group).records(table).get(key)
+
+    def holder(self, table: Table, unique: Unique, record: Record) -> Place | None:
+        """Who has these values of a unique key that is checked inside the row's group."""
+        key = _reserved(table, unique, record)
+        if key is None:
+            return None
+        own = self.own_entries.get(key, _MISSING)
+        if own is not _MISSING:
+            return own
+        which = (table.number, unique.id, record.group)
+        held = self._values.get(which)
+        if held is None:
+            held = self._values[which] = {
+                tuple([row.values[p] for p in unique.columns]): (row.group, row.key)
+                for row in self.view(record.group).records(table).values()
+            }
+        return held.get(key[3])
+
+    def newest(self, table: Table, group: GroupKey) -> int:
+        """The greatest integer key of the table that the group has or, in this transaction, had."""
+        key = (table.number, group)
+        known = self._newest.get(key)
+        if known is None:
+            known = self._newest[key] = max(
+                [r.pk[0] for r in self.rows(table, group) if isinstance(r.pk[0], int)], default=0
+            )
+        return known
 
     def current(self, table: Table, record: Record) -> Record | None:
         """The row of the record as it is after this transaction's own changes."""
@@ -377,16 +408,18 @@ class Transaction:
         old = own.get(place)
         before = old.current if old is not None else pending.base
         for unique in table.uniques:
-            if unique.kind == "entry":
-                freed = table.entry_key(unique, before.values) if before is not None else None
-                taken = table.entry_key(unique, pending.current.values) if pending.current is not None else None
-                if freed is not None and freed != taken and self.own_entries.get(freed) in {None, place}:
-                    self._set(self.own_entries, freed, None)
-                if taken is not None:
-                    self._set(self.own_entries, taken, place)
+            freed = _reserved(table, unique, before)
+            taken = _reserved(table, unique, pending.current)
+            if freed is not None and freed != taken and self.own_entries.get(freed) in {None, place}:
+                self._set(self.own_entries, freed, None)
+            if taken is not None:
+                self._set(self.own_entries, taken, place)
         self._set(own, place, pending)
         if pending.current is not None and table.integer_key is not None:
             self._set(self._own_pk, (table.number, pending.current.pk), place)
+            known = self._newest.get((table.number, place[0]))
+            if known is not None and isinstance(number := pending.current.pk[0], int):
+                self._newest[table.number, place[0]] = max(known, number)
 
     def guard_parent(self, group: GroupKey, table: Table, pk: tuple[Value, ...]) -> None:
         """A row of this group must exist when the transaction commits."""
@@ -409,3 +442,13 @@ class Transaction:
 
 def _row_key(record: Record) -> RowKey:
     return record.key
+
+
+def _reserved(table: Table, unique: Unique, record: Record | None) -> Any:
+    """What a row takes under a unique rule: the entry's group, or the values inside its own group; None if nothing."""
+    if record is None or unique.kind == "trusted":
+        return None
+    if unique.kind == "entry":
+        return table.entry_key(unique, record.values)
+    values = tuple([record.values[p] for p in unique.columns])
+    return None if None in values else (table.number, unique.id, record.group, values)

@@ -81,13 +81,12 @@ class Writer:
         key = tuple([values[p] for p in table.family_key])
         if None in key:
             return 0
-        position = table.integer_key
         group = table.family_group(key)
         entries = [
             k for u in table.uniques if u.kind == "entry" and (k := table.entry_key(u, tuple(values))) is not None
         ]
         self.tx.ensure([group, *[k for k in entries if k not in self.tx.own_entries]])
-        return max([r.values[position] for r in self.tx.rows(table, group)], default=0)  # type: ignore[index]
+        return self.tx.newest(table, group)
 
     def _exists(self, table: Table, record: Record) -> bool:
         if table.integer_key is not None:
