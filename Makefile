@@ -8,7 +8,7 @@ SEEDS ?= 1000
 ROUNDS ?= 1000
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak races nova-suites bench sample clean
+.PHONY: demo test lint soak races nova-suites bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -33,7 +33,11 @@ nova-suites: $(VENV)/.test
 	$(PY) tests/nova_suites/run.py
 
 bench: $(VENV)/.test
-	$(PY) tests/bench/run.py
+	$(PY) -m tests.bench.run
+
+# The RPC door over a real RabbitMQ, installed from Debian when it is missing.
+rabbitmq: $(VENV)/.test
+	$(PY) -m pytest tests/nova_bridge/rpc/over_rabbitmq.py
 
 sample: $(VENV)/.demo
 	$(VENV)/bin/lucd config sample > config/lucd.conf.sample
