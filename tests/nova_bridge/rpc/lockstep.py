@@ -2,14 +2,16 @@
 
 import datetime
 
-from nova.db.main import api
 from oslo_db.sqlalchemy.models import ModelBase
+from oslo_versionedobjects.base import VersionedObject
 from oslo_versionedobjects.fields import CoercedDict, CoercedList
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import object_session
 from sqlalchemy.orm.collections import InstrumentedList
 from sqlalchemy.orm.exc import DetachedInstanceError
+
+from nova_bridge.rpc.methods import catalogue
 
 # Both sides run one after the other.
 CLOCK_SLACK = datetime.timedelta(seconds=60)
@@ -35,26 +37,51 @@ class Lockstep:
     def __init__(self, client, any_order=False):
         self._client = client
         self._any_order = any_order
-        self._direct = {name: getattr(api, name) for name in dir(api)}
+        self._catalogue = catalogue()
         self.called = set()
+        self.methods_called = set()
 
-    def __call__(self, name, *args, **kwargs):
+    def __call__(self, name, /, *args, **kwargs):
         outcome = self._both(name, args, kwargs)
         if isinstance(outcome, Exception):
             raise AssertionError(f"{name} failed on stock SQLite") from outcome
         return outcome
 
-    def fails(self, name, kind, *args, **kwargs):
+    def fails(self, name, kind, /, *args, **kwargs):
         """The call raises `kind` on both sides, with the same content."""
         outcome = self._both(name, args, kwargs)
         assert isinstance(outcome, kind), f"{name} gave {outcome!r} instead of {kind.__name__}"
         return outcome
 
+    def method(self, name, /, *args, **kwargs):
+        """As a call, of an object method; `name` begins at nova or below nova.objects."""
+        outcome = self._both_methods(name, args, kwargs)
+        if isinstance(outcome, Exception):
+            raise AssertionError(f"{name} failed on stock SQLite") from outcome
+        return outcome
+
+    def method_fails(self, name, kind, /, *args, **kwargs):
+        outcome = self._both_methods(name, args, kwargs)
+        assert isinstance(outcome, kind), f"{name} gave {outcome!r} instead of {kind.__name__}"
+
+    def _both_methods(self, name, args, kwargs):
+        full = name if name.startswith("nova.") else f"nova.objects.{name}"
+        found = next(m for m in self._catalogue.object_methods.values() if f"{m.module}.{m.qualified_name}" == full)
+        self.methods_called.add((found.module, found.qualified_name))
+        theirs = copied(args), copied(kwargs)
+        here = outcome_of(found.bound(), *args, **kwargs)
+        there = outcome_of(self._client.call_object_method, found.module, found.qualified_name, *theirs)
+        # Besides the result: what the method did to Nova objects that it was given.
+        return self._compared(name, (here, *objects_in(args)), (there, *objects_in(theirs[0])))[0]
+
     def _both(self, name, args, kwargs):
         self.called.add(name)
         theirs_args, theirs_kwargs = copied(args), copied(kwargs)
-        here = outcome_of(self._direct[name], *args, **kwargs)
+        here = outcome_of(self._catalogue.functions[name], *args, **kwargs)
         there = outcome_of(self._client.call, name, theirs_args, theirs_kwargs)
+        return self._compared(name, here, there)
+
+    def _compared(self, name, here, there):
         comparison = Comparison(self._any_order)
         comparison.compare(here, there, name)
         assert not comparison.differences, "\n".join(comparison.differences)
@@ -68,7 +95,15 @@ def copied(value):
             return {k: copied(v) for k, v in value.items()}
         case list() | tuple() if type(value) in (list, tuple):
             return type(value)(copied(v) for v in value)
+        case VersionedObject():
+            copy = value.obj_clone()
+            copy._context = value._context
+            return copy
     return value
+
+
+def objects_in(args):
+    return [value for value in args if isinstance(value, VersionedObject)]
 
 
 def outcome_of(function, *args, **kwargs):
@@ -100,6 +135,13 @@ class Comparison:
                 self._dicts(here, there, path)
             case list() | tuple():
                 self._lists(here, there, path)
+            case VersionedObject():
+                self.compare(here.obj_what_changed(), there.obj_what_changed(), f"{path} changes")
+                for name in here.obj_fields:
+                    given = [side.obj_attr_is_set(name) for side in (here, there)]
+                    self.compare(*given, f"{path}.{name} set")
+                    if all(given):
+                        self.compare(getattr(here, name), getattr(there, name), f"{path}.{name}")
             case Exception():
                 self.compare(here.args, there.args, f"{path}.args")
                 self.compare(str(here), str(there), f"str({path})")
