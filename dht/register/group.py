@@ -21,7 +21,7 @@ tells them apart because the encoding keeps a number's sign there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -43,6 +43,7 @@ from dht.model import (
     Row,
     RowKey,
     TransactionId,
+    Value,
 )
 from dht.rows import (
     decode_row,
@@ -107,18 +108,21 @@ def digest_bytes(digest: int) -> bytes:
 
 
 class GroupState:
-    """All rows of a group at one ballot, with what is derived from them kept current by `apply`."""
+    """All rows of a group at one ballot, with what is derived from them kept current by `apply`.
+
+    `floor`: of the window, for a group without rows whose predecessor may have been collected; `pin_floor` keeps it.
+    """
 
     __slots__ = ("ballot", "data_rows", "decisions", "digest", "floor", "intents", "rows", "size_bytes", "window")
 
-    def __init__(self, rows: dict[RowKey, bytes], ballot: Ballot) -> None:
+    def __init__(self, rows: dict[RowKey, bytes], ballot: Ballot, floor: Ballot = ZERO) -> None:
         self.rows = rows
         self.ballot = ballot
         self.digest = 0
         self.size_bytes = 0
         self.data_rows = 0
         self.window: dict[TransactionId, Ballot] = {}
-        self.floor = ZERO
+        self.floor = floor
         self.intents: dict[RowKey, bytes] = {}
         self.decisions: dict[RowKey, bytes] = {}
         for key, row in rows.items():
@@ -249,6 +253,12 @@ def remember(
     delta[FLOOR_KEY] = encode_row({0: pack_ballot(floor)})
 
 
+def pin_floor(state: GroupState, delta: Delta) -> None:
+    """Into the first delta of a group without rows: the floor that its tablet has, else nobody would know it later."""
+    if state.floor != ZERO and FLOOR_KEY not in state.rows and FLOOR_KEY not in delta:
+        delta[FLOOR_KEY] = encode_row({0: pack_ballot(state.floor)})
+
+
 # Guards and changes.
 
 
@@ -282,14 +292,15 @@ def evaluate(state: GroupState, part: Part, part_index: int = 0, *, limited: boo
     `limited`: the group's size is checked; not where the change is decided already.
     """
     draft = _Draft(state)
+    holders: _Holders = {}
     for index, guard in enumerate(part.guards):
         if guard.kind != GuardKind.UNIQUE:
-            _check_guard(draft, guard, part_index, index)
+            _check_guard(draft, guard, part_index, index, holders)
     for index, change in enumerate(part.changes):
         _make_change(draft, change, part_index, index)
     for index, guard in enumerate(part.guards):
         if guard.kind == GuardKind.UNIQUE:
-            _check_guard(draft, guard, part_index, index)
+            _check_guard(draft, guard, part_index, index, holders)
     if limited:
         check_size(state, draft.delta)
     return draft.delta
@@ -345,7 +356,22 @@ def _differing(row: Row, expected: Columns) -> list[int]:
     return [column for column, value in expected.items() if row.get(column) != value]
 
 
-def _check_guard(draft: _Draft, guard: Guard, part_index: int, index: int) -> None:
+_Holders = dict[tuple[int, tuple[int, ...]], dict[tuple[Value, ...], list[RowKey]]]
+"""(table, columns) -> values -> the rows that have them, made once for all UNIQUE guards of a part."""
+
+
+def _holders_of(draft: _Draft, guard: Guard, known: _Holders) -> Sequence[RowKey]:
+    columns = tuple(guard.columns)
+    found = known.get((guard.table, columns))
+    if found is None:
+        found = known[guard.table, columns] = {}
+        for key, data in draft.rows_of(guard.table):
+            row = decode_row(data)
+            found.setdefault(tuple([row.get(column) for column in columns]), []).append(key)
+    return found.get(tuple(guard.columns.values()), ())
+
+
+def _check_guard(draft: _Draft, guard: Guard, part_index: int, index: int, holders: _Holders) -> None:
     match guard.kind:
         case GuardKind.HAS:
             row = draft.row(row_key(guard.table, guard.pk))
@@ -356,10 +382,7 @@ def _check_guard(draft: _Draft, guard: Guard, part_index: int, index: int) -> No
             wanted = "has to be absent and exists"
         case GuardKind.UNIQUE:
             except_key = row_key(guard.table, guard.pk) if guard.pk else None
-            holds = all(
-                key == except_key or _differing(decode_row(row), guard.columns)
-                for key, row in draft.rows_of(guard.table)
-            )
+            holds = all(key == except_key for key in _holders_of(draft, guard, holders))
             wanted = f"has to be the only one with its values in columns {sorted(guard.columns)} and is not"
     if holds:
         return
