@@ -15,12 +15,12 @@ from __future__ import annotations
 import msgspec
 
 from dht.errors import Conflict, DhtError
-from dht.model import ZERO, Ballot, GroupKey, Part, RowKey, Struct, TransactionId
+from dht.model import SYSTEM_DECISION, ZERO, Ballot, GroupKey, Part, RowKey, Struct, TransactionId
 from dht.register import group
 from dht.register.group import ABORTED, APPLIED, FORGOTTEN, UNDECIDED, Delta, GroupState, decision_key, intent_key
 from dht.register.messages import Kind, Operation
 from dht.register.rules import Rules
-from dht.rows import decode_row, encode_row
+from dht.rows import decode_row, encode_row, table_prefix
 
 
 class Intent(Struct, frozen=True):
@@ -55,14 +55,17 @@ class Blocked(DhtError):
 
 _intent_decoder = msgspec.msgpack.Decoder(Intent)
 _decision_decoder = msgspec.msgpack.Decoder(Decision)
+_DECISION_PREFIX = table_prefix(SYSTEM_DECISION)
 
 
 def decode_intent(row: bytes) -> Intent:
     return _intent_decoder.decode(decode_row(row)[0])  # type: ignore[arg-type]
 
 
-def decode_decision(row: bytes) -> Decision:
-    return _decision_decoder.decode(decode_row(row)[0])  # type: ignore[arg-type]
+def decisions(rows: dict[RowKey, bytes]) -> list[Decision]:
+    """The decision records among a group's own rows."""
+    found = [decode_row(row)[0] for key, row in rows.items() if key.startswith(_DECISION_PREFIX)]
+    return [_decision_decoder.decode(data) for data in found]  # type: ignore[arg-type]
 
 
 def perform(

@@ -124,14 +124,18 @@ class Resolver:
             self._context.count("finishes_failed")
 
     async def adopt(self, key: GroupKey) -> None:
-        """Finish the decisions that were found in a group and are still there after a while: their node is gone."""
+        """Finish the decisions that were found in a group and are still there after a while: their node is gone.
+
+        They are read, not taken from the coordinator's cache, which holds what is not chosen yet, and may never be.
+        """
         context = self._context
         await context.clock.sleep(INTENT_TIMEOUT_S)
-        state = self._coordinator.cached(key)
-        if state is None:
+        try:
+            _, rows = await self._reader.system_rows(key, context.clock.monotonic() + REQUEST_TIMEOUT_S)
+        except DhtError:
+            context.count("finishes_failed")
             return
-        for row in list(state.decisions.values()):
-            decision = operations.decode_decision(row)
+        for decision in operations.decisions(rows):
             context.count("decisions_adopted")
             await self.finish(key, decision.id, decision.others, True)
 

@@ -11,6 +11,8 @@ from register_cluster import Cluster, eventually
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Unavailable
 from dht.model import Change, Guard, GuardKind, Op, Part, Transaction
 from dht.register.messages import Coordinate, Kind, Operation
+from dht.register.operations import perform
+from dht.register.rules import RULES
 from dht.rows import decode_row, group_key, row_key
 
 ids = iter(range(1, 10**9))
@@ -241,3 +243,20 @@ async def test_commit_that_gave_way_after_a_lost_one_is_no_conflict_unless_the_a
     with pytest.raises(Indeterminate):
         await driver.commit(transaction(put("a", {0: 1}, Op.UPDATE), put("b", {0: 1}, Op.UPDATE)), timeout_s=1.5)
     assert ending
+
+
+async def test_decision_that_is_not_chosen_yet_is_not_adopted(cluster, monkeypatch):
+    monkeypatch.setattr("dht.register.resolver.INTENT_TIMEOUT_S", 0.0)
+    await cluster[0].commit(transaction(put("a", {0: 0}), put("b", {0: 0})))
+    await eventually(lambda: quiet(cluster, "a", "b"))
+    coordinator = next(store for store in cluster.wire.nodes.values() if store._router.coordinates(key("a")))
+    id = b"u" * 16
+    pending = Operation(Kind.PREPARE, id, put("b", {0: 1}, Op.UPDATE), 1, key("a"), None)
+    await coordinator._router.submit(pending, 0, coordinator._deadline(1.0))
+    await coordinator.commit(transaction(put("a", {1: 1}, Op.UPDATE)))
+    state = coordinator._coordinator.cached(key("a"))
+    commit = Operation(Kind.COMMIT_PRIMARY, id, put("a", {0: 1}, Op.UPDATE), others=(key("b"),))
+    delta, _, _ = perform(state, commit, state.ballot, 0, state.ballot, RULES)
+    state.apply(delta)
+    await coordinator._resolver.adopt(key("a"))
+    assert await values(cluster[1], "b") == [0]
