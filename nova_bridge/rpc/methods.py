@@ -117,7 +117,7 @@ def _methods_of_class(module: str, owner: type) -> Iterator[ObjectMethod]:
 def opens_transaction(function: types.FunctionType) -> bool:
     layer: Any = function
     while isinstance(layer, types.FunctionType):
-        made_by = layer.__code__.co_qualname if hasattr(layer.__code__, "co_qualname") else layer.__qualname__
+        made_by = layer.__code__.co_qualname
         decorator = made_by.removesuffix(".<locals>.wrapper")
         if decorator != made_by and (
             decorator in DECORATORS or decorator.endswith("TransactionContextManager.__call__")
