@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ _READS = frozenset({"SELECT", "WITH", "VALUES", "EXPLAIN"})
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE"})
 _SCHEMA = frozenset({"CREATE", "DROP", "ALTER"})
 _NOTHING_TO_DO = frozenset({"VACUUM", "ANALYZE", "REINDEX"})
+_VACUUM_INTO = re.compile(r"\s*VACUUM\b.*\bINTO\b", re.IGNORECASE | re.DOTALL)
 _IN_LIST_BUG = ("<NULL>", "vtab_in")
 SCHEMA_RELOADS_MAX = 3
 
@@ -80,7 +82,7 @@ class Cursor:
         elif word == "PRAGMA":
             connection.flush_script()
             self._pragma(sql)
-        elif word not in _NOTHING_TO_DO:
+        elif word not in _NOTHING_TO_DO or _VACUUM_INTO.match(sql):
             self._transaction(word, sql)
 
     def _transaction(self, word: str, sql: str) -> None:

@@ -388,19 +388,39 @@ class Transaction:
         found = own.get((record.group, record.key)) if own else None
         return found if found is not None else Pending(record, record, frozenset(), {})
 
-    def guards(self, before: Pending, place: Place, mask: int, set_columns: Iterable[int]) -> dict[int, Any]:
+    def guards(
+        self, table: Table, before: Pending, place: Place, mask: int, set_columns: Iterable[int]
+    ) -> dict[int, Any]:
         """What must still hold of the stored row: columns the statement used, and set columns that were read before."""
         base = before.base
         if base is None:
             return before.guards
+        read = self._columns_read(table, base)
+        if before.current is not None:
+            read |= self._reads.get(before.current, 0)
         for position in set_columns:
-            mask |= self._reads.get(base, 0) & 1 << position
+            mask |= read & 1 << position
         stale = self._stale.get(place, {})
         guards = dict(before.guards)
         for position, value in enumerate(base.values):
             if mask >> position & 1 and position not in before.columns:
                 guards.setdefault(position, stale.get(position, value))
         return guards
+
+    def _columns_read(self, table: Table, record: Record) -> int:
+        """A row may have been met twice, by a find and in its group."""
+        found = self._found.get(record.group)
+        view = self._views.get(record.group)
+        met = (
+            record,
+            found.get(record.key) if found is not None else None,
+            view.records(table).get(record.key) if view is not None else None,
+        )
+        mask = 0
+        for each in met:
+            if each is not None:
+                mask |= self._reads.get(each, 0)
+        return mask
 
     def put(self, table: Table, place: Place, pending: Pending) -> None:
         """Lay a changed row over what was read."""
@@ -414,6 +434,8 @@ class Transaction:
                 self._set(self.own_entries, freed, None)
             if taken is not None:
                 self._set(self.own_entries, taken, place)
+        if pending.current is not None and before is not None:
+            self._reads[pending.current] = self._reads.get(before, 0)
         self._set(own, place, pending)
         if pending.current is not None and table.integer_key is not None:
             self._set(self._own_pk, (table.number, pending.current.pk), place)

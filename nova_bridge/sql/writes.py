@@ -133,11 +133,13 @@ class Writer:
         for unique in table.uniques:
             if not set(unique.columns).isdisjoint(changed):
                 mask |= sum(1 << p for p in unique.columns)
-        guards = tx.guards(before, old_place, mask, (p for p in changed if p not in table.merge))
+        guards = tx.guards(table, before, old_place, mask, (p for p in changed if p not in table.merge))
         if place == old_place:
             tx.put(table, place, Pending(before.base, new, before.columns.union(changed), guards))
             return
-        everything = tx.guards(before, old_place, (1 << len(new.values)) - 1 & ~sum(1 << p for p in table.merge), ())
+        everything = tx.guards(
+            table, before, old_place, (1 << len(new.values)) - 1 & ~sum(1 << p for p in table.merge), ()
+        )
         tx.put(table, old_place, Pending(before.base, None, before.columns, everything))
         target = tx.pending(table, new)
         stored = target.base if target.base is not new else None
@@ -154,7 +156,7 @@ class Writer:
             mask |= sum(1 << p for p in unique.columns) if unique.kind == "entry" else 0
         before = tx.pending(table, current)
         place = (current.group, current.key)
-        tx.put(table, place, Pending(before.base, None, before.columns, tx.guards(before, place, mask, ())))
+        tx.put(table, place, Pending(before.base, None, before.columns, tx.guards(table, before, place, mask, ())))
         if self.foreign_keys:
             self._lose_key(table, current, None)
 

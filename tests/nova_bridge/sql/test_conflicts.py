@@ -66,6 +66,31 @@ def test_same_column_read_before_second_conflicts(two: tuple[Connection, Connect
     assert not b.in_transaction
 
 
+def test_column_read_by_a_find_guards_an_update_by_key(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    for side in two:
+        side.execute("BEGIN")
+        assert side.execute("SELECT task_state FROM instances WHERE host = 'h1'").fetchall() == [(None,)]
+        side.execute("UPDATE instances SET task_state = 'x' WHERE uuid = 'u1'")
+    a.commit()
+    with pytest.raises(ConflictError):
+        b.commit()
+
+
+def test_column_read_after_an_own_change_guards(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    b.execute("BEGIN")
+    b.execute("UPDATE instances SET host = 'h7' WHERE id = 1")
+    b.execute("UPDATE instances SET host = 'h8' WHERE id = 1")
+    assert b.execute("SELECT vcpus FROM instances WHERE id = 1").fetchall() == [(4,)]
+    b.execute("UPDATE instances SET host = 'h9' WHERE id = 1")
+    b.execute("UPDATE instances SET vcpus = 5 WHERE id = 1")
+    a.execute("UPDATE instances SET vcpus = 6 WHERE id = 1")
+    a.commit()
+    with pytest.raises(ConflictError):
+        b.commit()
+
+
 def test_same_column_never_read_last_write_wins(two: tuple[Connection, Connection]) -> None:
     a, b = two
     a.execute("UPDATE instances SET task_state = 'a' WHERE id = 1")
