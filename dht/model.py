@@ -122,7 +122,7 @@ class Applied(Struct, frozen=True):
 class GroupRead(Struct, frozen=True):
     """One group at one ballot. `rows` is None where the caller's known ballot still holds.
 
-    A group that does not exist reads as no rows; its ballot is ZERO or that of its tombstone.
+    A group that does not exist reads as no rows; its ballot is ZERO, that of its tombstone, or its tablet's floor.
     """
 
     key: GroupKey

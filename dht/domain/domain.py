@@ -15,6 +15,7 @@ from dht.codec import Message
 from dht.domain import roster as rosters
 from dht.domain.asking import ask_each
 from dht.domain.chain import Chain
+from dht.domain.collection import Collection
 from dht.domain.decree import DecreeAcceptor, DecreeProposer
 from dht.domain.health import health
 from dht.domain.membership import Membership
@@ -26,6 +27,8 @@ from dht.domain.messages import (
     AskRegisters,
     AskSeal,
     AskStatus,
+    AskTombstones,
+    Collect,
     DecreeAccept,
     DecreePrepare,
     DomainMessage,
@@ -44,7 +47,7 @@ from dht.domain.takeover import Takeover
 from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
 from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
-from dht.limits import PEER_TIMEOUT_S, REMOVE_AFTER_S, TABLETS_PER_DOMAIN
+from dht.limits import COLLECT_INTERVAL_S, PEER_TIMEOUT_S, REMOVE_AFTER_S, TABLETS_PER_DOMAIN
 from dht.model import Ballot, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk, Network
@@ -72,7 +75,7 @@ class LocalNode(Struct, frozen=True):
 
 
 class Domain:
-    """`contacts`: nodes to ask while this one has no roster yet. `remove_after_s`: see `limits.REMOVE_AFTER_S`.
+    """`contacts`: nodes to ask while this one has no roster yet. `remove_after_s`, `collect_every_s`: see `limits`.
 
     `on_change` callbacks run whenever the roster, or what this node serves, has changed.
     """
@@ -89,6 +92,7 @@ class Domain:
         contacts: Callable[[], Sequence[NodeId]] = tuple,
         rules: DomainRules = RULES,
         remove_after_s: float = REMOVE_AFTER_S,
+        collect_every_s: float = COLLECT_INTERVAL_S,
     ) -> None:
         self.name = name
         self.local = local
@@ -147,6 +151,9 @@ class Domain:
             rules,
         )
         self.repair = Repair(self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, node)
+        self.collection = Collection(
+            node, self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, collect_every_s, rules
+        )
         self._changed()
 
     # ---- what the registers use
@@ -207,8 +214,12 @@ class Domain:
         )
 
     def floor(self, tablet: int) -> Ballot:
-        """The promise of the tablet's registers that have no header here (rule 7)."""
+        """The promise of the tablet's registers that have no value here (rule 7)."""
         return self.tablets.state(tablet).floor
+
+    def agreed_floor(self, tablet: int) -> Ballot:
+        """A floor that all replicas of the tablet have: what was collected was seen and written below it."""
+        return self.tablets.state(tablet).agreed
 
     async def refresh(self, at_least: int | None = None) -> None:
         """Learn newer links, and where tablets stand, from the members that answer.
@@ -246,6 +257,7 @@ class Domain:
             self._watch_loop(),
             self._takeover.run(STATUS_INTERVAL_S),
             self.repair.run(),
+            self.collection.run(),
         ]
         self._tasks = [loop.create_task(w) for w in work]
         for task in self._tasks:
@@ -330,6 +342,10 @@ class Domain:
                 return self._source.headers(message)
             case AskRegisters():
                 return self._source.registers(message)
+            case AskTombstones():
+                return await self.collection.acknowledge(message)
+            case Collect():
+                return await self.collection.collect(message)
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__} is not served by a domain")
 
@@ -363,7 +379,8 @@ class Domain:
         for tablet in self.tablets.known():
             state = self.tablets.state(tablet)
             current = state.current if self.tablets.confirmed(tablet) else 0
-            marks.append(TabletMark(tablet, current, state.sealed, self.transfer.remaining.get(tablet, 0)))
+            copying = self.transfer.remaining.get(tablet, 0)
+            marks.append(TabletMark(tablet, current, state.sealed, copying, state.agreed))
         silent = tuple((n, s) for n, s in self.watch.silent_s(self._clock.monotonic()).items())
         return Status(self.chain.epoch, self.local.incarnation, tuple(marks), silent)
 
@@ -396,6 +413,7 @@ class Domain:
         replies = await ask_each(self.ask, others, AskStatus(self.name, self.chain.epoch), Status)
         for node, status in replies.items():
             self.watch.heard(node, status, self._clock.monotonic())
+            self.collection.hear(status.tablets)
             if status.epoch > self.chain.epoch:
                 try:
                     await self._catch_up(status.epoch, node)

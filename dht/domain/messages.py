@@ -162,12 +162,16 @@ class AskStatus(DomainMessage, frozen=True, tag=66):
 
 
 class TabletMark(Struct, frozen=True):
-    """`initialised`: newest epoch that the replica was initialised at; `sealed`: the highest sealed (0: none)."""
+    """`initialised`: newest epoch that the replica was initialised at; `sealed`: the highest sealed (0: none).
+
+    `floor`: the one that all replicas of that epoch are known to have (`Tablets.agree`).
+    """
 
     tablet: int
     initialised: int
     sealed: int
     remaining: int = 0
+    floor: Ballot = ZERO
 
 
 @message
@@ -193,3 +197,40 @@ class AskLeave(DomainMessage, frozen=True, tag=71):
 
     node: NodeId
     drain: bool
+
+
+@message
+class AskTombstones(DomainMessage, frozen=True, tag=80):
+    """Raise the tablet's floor, durably. Which of these registers are this tombstone, or without a value, with you?"""
+
+    tablet: int
+    epoch: int
+    floor: Ballot
+    keys: tuple[GroupKey, ...]
+    ballots: tuple[Ballot, ...]
+
+
+@message
+class Tombstones(Message, frozen=True, tag=81):
+    """`held`: in the order of the question. `promise`: the highest of those registers."""
+
+    held: tuple[bool, ...]
+    promise: Ballot
+
+
+@message
+class Collect(DomainMessage, frozen=True, tag=82):
+    """Every replica has the floor, and held these tombstones: erase them where they are unchanged."""
+
+    tablet: int
+    epoch: int
+    floor: Ballot
+    keys: tuple[GroupKey, ...]
+    ballots: tuple[Ballot, ...]
+
+
+@message
+class Collected(Message, frozen=True, tag=83):
+    """How many were erased."""
+
+    registers: int

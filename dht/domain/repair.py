@@ -20,7 +20,7 @@ from dht.domain.source import PAGE_KEYS_MAX
 from dht.domain.tablets import Tablets
 from dht.domain.watch import Watch
 from dht.errors import DhtError
-from dht.model import NodeId
+from dht.model import ZERO, NodeId
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk
 
@@ -115,7 +115,8 @@ class Repair:
         if mark.chosen != mark.accepted or mark.accepted.epoch != epoch:
             return False
         own = self._registers.header(mark.key)
-        return mark.accepted > own.accepted and mark.accepted >= own.promise
+        floor = ZERO if own.accepted != ZERO else self._tablets.state(self._registers.tablet(mark.key)).floor
+        return mark.accepted > own.accepted and mark.accepted >= max(own.promise, floor)
 
     async def _install(self, tablet: int, epoch: int, copy: RegisterCopy) -> None:
         """Check and submit without a wait in between, as an accept does."""

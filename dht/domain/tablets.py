@@ -15,14 +15,16 @@ from dht.world import Batch, Disk, Space
 
 class TabletState(Struct, frozen=True):
     """`sealed`: nothing at this or a lower epoch is answered any more. `initialised`: all epochs ever initialised,
-    ascending; the content belongs to the last. `floor`: promise of registers without a header (rule 7). `dropped`: the
-    content was erased when no replica set up to this epoch could be asked for any more.
+    ascending; the content belongs to the last. `floor`: promise of registers without a value (rule 7). `dropped`: the
+    content was erased when no replica set up to this epoch could be asked for any more. `agreed`: a floor that every
+    replica is known to have, or one of an epoch before; no register without a value can get one at a ballot below.
     """
 
     sealed: int = 0
     initialised: tuple[int, ...] = ()
     floor: Ballot = ZERO
     dropped: int = 0
+    agreed: Ballot = ZERO
 
     @property
     def current(self) -> int:
@@ -112,11 +114,9 @@ class Tablets:
     def initialise(self, batch: Batch, tablet: int, epoch: int, before: int, floor: Ballot) -> None:
         """Into the batch that makes the content the tablet's: initialised at `epoch`, sealed at the one before."""
         state = self.state(tablet)
+        carried = max(state.floor, floor) if self._rules.floor_carried else ZERO
         after = TabletState(
-            max(state.sealed, before),
-            tuple(sorted({*state.initialised, epoch})),
-            max(state.floor, floor) if self._rules.floor_carried else ZERO,
-            state.dropped,
+            max(state.sealed, before), tuple(sorted({*state.initialised, epoch})), carried, state.dropped, carried
         )
         if self._rules.init_durable:
             self._put(batch, tablet, after)
@@ -124,9 +124,15 @@ class Tablets:
             self._states[tablet] = after
 
     def raise_floor(self, batch: Batch, tablet: int, floor: Ballot) -> None:
-        """Into the batch that collects registers of the tablet (rule 7)."""
+        """Into the batch: nothing without a value is accepted below the floor any more (rule 7)."""
         state = self.state(tablet)
         self._put(batch, tablet, msgspec.structs.replace(state, floor=max(state.floor, floor)))
+
+    def agree(self, batch: Batch, tablet: int, floor: Ballot) -> None:
+        """Into the batch: every replica of the tablet has raised its floor so far."""
+        state = self.state(tablet)
+        raised = msgspec.structs.replace(state, floor=max(state.floor, floor), agreed=max(state.agreed, floor))
+        self._put(batch, tablet, raised)
 
     def drop(self, batch: Batch, tablet: int) -> None:
         """Into the batch that erases the content, once every current replica is initialised without it."""

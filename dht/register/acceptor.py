@@ -61,11 +61,15 @@ class Acceptor:
         domain.admit(self._file.tablet(key), ballot.epoch)
 
     def _header(self, key: GroupKey) -> Header:
-        """The register's header; where there is none, the promise that collected registers of the tablet left."""
+        """The register's header; where it has no value, with the promise that collected registers left at least."""
         header = self._file.header(key)
-        if header.promise == ZERO and header.accepted == ZERO:
-            return Header(self._context.domain.floor(self._file.tablet(key)))
+        if header.accepted == ZERO:
+            return Header(max(header.promise, self._context.domain.floor(self._file.tablet(key))))
         return header
+
+    def _window_floor(self, key: GroupKey, accepted: Ballot) -> Ballot:
+        """Below it nothing is known of a register without a value: it may have been collected."""
+        return self._context.domain.agreed_floor(self._file.tablet(key)) if accepted == ZERO else ZERO
 
     def prepare(self, request: Prepare) -> tuple[Prepared, int]:
         """The answer, and the batch that must be durable before it leaves."""
@@ -82,7 +86,7 @@ class Acceptor:
             rows = self._file.rows(key)
         if not self._context.rules.promise_durable:
             number = 0
-        return Prepared(ok, header.promise, header.accepted, rows), number
+        return Prepared(ok, header.promise, header.accepted, rows, self._window_floor(key, header.accepted)), number
 
     def accept(self, request: Accept) -> tuple[Accepted, int]:
         """The answer, and the batch that must be durable before it leaves."""
@@ -158,7 +162,7 @@ class Acceptor:
         rows: dict[RowKey, bytes] | None = None
         if item.wanted and item.known != header.accepted:
             rows = self.rows(item.key, item.wanted) if header.accepted != ZERO else {}
-        return ReplicaState(True, header.accepted, header.intents, rows)
+        return ReplicaState(True, header.accepted, header.intents, rows, self._window_floor(item.key, header.accepted))
 
     def rows(self, key: GroupKey, wanted: Wanted) -> dict[RowKey, bytes]:
         """The application's rows or the store's own."""

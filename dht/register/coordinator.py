@@ -232,7 +232,7 @@ class Coordinator:
                 continue
             if waiting.seen is None and waiting.first and not waiting.sent:
                 # Nobody else has seen this operation, so what it sees first is the state as it is now.
-                waiting.seen = state.ballot
+                waiting.seen = max(state.ballot, state.floor)
             step: Delta = {}
             try:
                 step, at, outcome = operations.perform(state, operation, waiting.seen, waiting.attempt, ballot, rules)
@@ -248,6 +248,7 @@ class Coordinator:
                     if operation.id not in state.window:
                         group.remember(state, step, operation.id, ballot, REFUSED, error)
             if step:
+                group.pin_floor(state, step)
                 state.apply(step)
                 delta.update(step)
         return delta

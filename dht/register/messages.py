@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 
 from dht.codec import Message, message
-from dht.model import Ballot, FindQuery, FoundRow, GroupKey, GroupRead, Part, RowKey, Struct, TransactionId
+from dht.model import ZERO, Ballot, FindQuery, FoundRow, GroupKey, GroupRead, Part, RowKey, Struct, TransactionId
 
 
 @message
@@ -23,12 +23,16 @@ class Prepare(Message, frozen=True, tag=1):
 
 @message
 class Prepared(Message, frozen=True, tag=2):
-    """`promise`: the acceptor's promise after the request; above the asked ballot means refused."""
+    """`promise`: the acceptor's promise after the request; above the asked ballot means refused.
+
+    `floor`: of the window of a register without a value, for earlier ones in its place may have been collected.
+    """
 
     ok: bool
     promise: Ballot
     accepted: Ballot
     rows: dict[RowKey, bytes] | None
+    floor: Ballot = ZERO
 
 
 @message
@@ -88,12 +92,16 @@ class ReadReplica(Message, frozen=True, tag=5):
 
 
 class ReplicaState(Struct, frozen=True):
-    """`serving` False: this replica does not answer for the group's tablet at that epoch; the rest is meaningless."""
+    """`serving` False: this replica does not answer for the group's tablet at that epoch; the rest is meaningless.
+
+    `floor`: as in `Prepared`.
+    """
 
     serving: bool
     accepted: Ballot
     intents: int
     rows: dict[RowKey, bytes] | None = None
+    floor: Ballot = ZERO
 
 
 @message
@@ -181,9 +189,10 @@ class FindReplicaReply(Message, frozen=True, tag=12):
 
     `covered`: tablets that count. `rows`, and for the other tablets `keys` with `ballots`: matching groups.
 
-    `unsettled`: groups with rows of the table that may not be decided, matching or not. `truncated`: there are more
-    matches than were sent, all behind `horizon` in the query's order. `groups`: the sent rows' groups, whole, as far as
-    they fit. `link`: epoch of the newest roster link held here.
+    `unsettled`: groups with rows of the table that may not be decided, matching or not; `unsettled_ballots`: where they
+    stand, ZERO for one that holds an intent. `truncated`: there are more matches than were sent, all behind `horizon`
+    in the query's order. `groups`: the sent rows' groups, whole, as far as they fit. `link`: epoch of the newest roster
+    link held here.
     """
 
     covered: tuple[int, ...]
@@ -195,6 +204,7 @@ class FindReplicaReply(Message, frozen=True, tag=12):
     groups: tuple[GroupRead, ...]
     link: int
     horizon: bytes = b""
+    unsettled_ballots: tuple[Ballot, ...] = ()
 
 
 @message

@@ -204,14 +204,14 @@ class StoreNode:
         """
         deadline = self._deadline(timeout_s)
         while True:
-            _, rows = await self._reader.system_rows(key, deadline)
+            ballot, rows = await self._reader.system_rows(key, deadline)
             found = operations.outcome(rows, id)
             if found is None and intent_key(id) in rows:
                 intent = operations.decode_intent(rows[intent_key(id)])
                 found = await self._resolver.outcome(intent, deadline)
                 found = await self._resolver.abort(intent, deadline) if found is None else found
-            elif found is None and below_floor(rows, seen or ZERO):
-                return "unknown"
+            elif found is None and (below_floor(rows, seen or ZERO) or (not rows and (seen or ZERO) < ballot)):
+                return "unknown"  # forgotten, or collected with its group
             elif found is None:
                 # An attempt may still be on its way: it must find the transaction ended.
                 step = Operation(Kind.ABORT, id, Part(key, seen))

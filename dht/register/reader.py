@@ -261,8 +261,12 @@ class Reader:
         agreeing = [node for node, state in want.states.items() if state.accepted == ballot]
         intents = want.states[agreeing[0]].intents if agreeing else 0
         rows: dict[RowKey, bytes] | None = None
-        if want.wanted == Wanted.SYSTEM or want.known != ballot:
-            rows = {} if ballot == ZERO else self._rows(want, ballot)
+        if ballot == ZERO:
+            # What may have been collected was below the floor, so a transaction begins to count from there.
+            ballot = max((want.states[node].floor for node in agreeing), default=ZERO)
+            rows = {} if want.wanted == Wanted.SYSTEM or want.known != ballot else None
+        elif want.wanted == Wanted.SYSTEM or want.known != ballot:
+            rows = self._rows(want, ballot)
             if rows is None:
                 # The majority stands where the source does not, or it is silent: next time another gives the data.
                 if agreeing:

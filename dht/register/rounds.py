@@ -33,7 +33,8 @@ from dht.register.messages import (
 
 T = TypeVar("T", bound=Struct)
 
-MARKS_DELAY_S = 0.003
+MARKS_DELAY_S = 0.1
+"""Marks are hints, and finds count ballots where they are late: one message and one commit for all of a while."""
 MARKS_GROUPS_MAX = 1_000
 
 
@@ -101,7 +102,8 @@ class Rounds:
         context.count("prepares")
         key = standing.key
         held = context.file.header(key)
-        round = max(standing.heard.round, held.promise.round) + 1
+        floor = context.domain.floor(context.file.tablet(key)) if held.accepted == ZERO else ZERO
+        round = max(standing.heard.round, held.promise.round, floor.round) + 1
         ballot = context.ballot(replicas.epoch, round)
         known = held.accepted if context.node in replicas.nodes else None
         accept_quorum, quorum = quorums(len(replicas.nodes))
@@ -118,7 +120,8 @@ class Rounds:
             rows = self._own_rows(key, best.accepted)
             if rows is None:
                 return False
-        standing.state = GroupState(rows or {}, best.accepted)
+        window_floor = max(reply.floor for reply in replies.values()) if best.accepted == ZERO else ZERO
+        standing.state = GroupState(rows or {}, best.accepted, window_floor)
         standing.promised = ballot
         standing.behind.clear()
         same = [reply for reply in replies.values() if reply.accepted == best.accepted]

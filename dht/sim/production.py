@@ -22,7 +22,13 @@ class ProductionNode:
     """One boot of a node of one domain, all of whose members are in one PoP."""
 
     def __init__(
-        self, boot: Boot, rules: Rules, domain_rules: DomainRules, tablets: int, remove_after_s: float
+        self,
+        boot: Boot,
+        rules: Rules,
+        domain_rules: DomainRules,
+        tablets: int,
+        remove_after_s: float,
+        collect_every_s: float,
     ) -> None:
         registers = RegisterFile(boot.disk, tablets)
         local = LocalNode(boot.node_id, boot.incarnation, boot.boot, boot.pop, boot.name, boot.address)
@@ -39,6 +45,7 @@ class ProductionNode:
             lambda: boot.peers,
             domain_rules,
             remove_after_s,
+            collect_every_s,
         )
         self.registers = registers
         self._store = StoreNode(local, boot.clock, boot.chance, boot.network, boot.disk, self.domain, registers, rules)
@@ -49,7 +56,7 @@ class ProductionNode:
 
     @property
     def counters(self) -> Mapping[str, int]:
-        return self._store.counters
+        return {**self._store.counters, "collected": self.domain.collection.collected}
 
     @property
     def settled(self) -> bool:
@@ -81,12 +88,14 @@ class ProductionNode:
         await self._store.stop()
 
 
-def builder(off: Sequence[str], domain_off: Sequence[str], tablets: int, remove_after_s: float) -> Build:
+def builder(
+    off: Sequence[str], domain_off: Sequence[str], tablets: int, remove_after_s: float, collect_every_s: float
+) -> Build:
     """Builds nodes with these rules switched off."""
     rules = msgspec.structs.replace(RULES, **dict.fromkeys(off, False))
     domain_rules = msgspec.structs.replace(DOMAIN_RULES, **dict.fromkeys(domain_off, False))
 
     def build(boot: Boot) -> Node:
-        return ProductionNode(boot, rules, domain_rules, tablets, remove_after_s)
+        return ProductionNode(boot, rules, domain_rules, tablets, remove_after_s, collect_every_s)
 
     return build

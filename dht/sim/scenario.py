@@ -66,9 +66,11 @@ class Scenario:
     tablets: int = 8
     timeout_s: float = 3.0
     remove_after_s: float = 600.0
+    collect_every_s: float = 3600.0
     rules: tuple[str, ...] = ()
     domain_rules: tuple[str, ...] = ()
     lying_disks: bool = False
+    slowness: float = 1.0
     script: Script | None = None
 
     def without(self, *, rules: tuple[str, ...] = (), domain_rules: tuple[str, ...] = ()) -> Scenario:
@@ -126,7 +128,9 @@ def run(scenario: Scenario, seed: int, build: Build | None = None) -> Verdict:
     if build is None:
         from dht.sim.production import builder
 
-        build = builder(scenario.rules, scenario.domain_rules, scenario.tablets, scenario.remove_after_s)
+        build = builder(
+            scenario.rules, scenario.domain_rules, scenario.tablets, scenario.remove_after_s, scenario.collect_every_s
+        )
     cluster = Cluster(f"{scenario.name}/{seed}", build)
     bench = Bench(cluster, scenario.mix, timeout_s=scenario.timeout_s)
     shuffle = cluster.chance("order") if scenario.shuffle else None
@@ -165,6 +169,7 @@ async def _run(scenario: Scenario, cluster: Cluster, bench: Bench) -> tuple[list
         cluster.add(founds=number == 0)
     for machine in cluster.machines:
         machine.disk.lies = scenario.lying_disks
+        machine.disk.slowness = scenario.slowness
     for number in range(scenario.machines):
         await cluster.start(number)
     await settle(cluster)

@@ -7,7 +7,7 @@ from typing import Final
 from dht.sim.scenario import Faults, Scenario
 from dht.sim.workload import Mix
 
-_LISTS_ONLY: Final = Mix(append=5, read=3, cell=0, bag=0, find=0, transact=0, owner=0, draw=0, lists=2)
+_ONE_LIST: Final = Mix(append=5, read=3, cell=0, bag=0, find=0, transact=0, owner=0, draw=0, lists=1)
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     s.name: s
@@ -16,6 +16,15 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Scenario("single", machines=1, duration_s=5.0, faults=Faults(crash=3, slow_disk=1, pause=1, lasts_s=0.3)),
         Scenario("pair", machines=2, duration_s=5.0, faults=Faults(crash=2, partition=1, pause=1, lasts_s=0.4)),
         Scenario("crash", faults=Faults(crash=4, crash_all=1, slow_disk=2, skew=1, pause=1)),
+        Scenario(
+            "flush",
+            clients=6,
+            duration_s=8.0,
+            slowness=30.0,
+            straggler=0.2,
+            mix=_ONE_LIST,
+            faults=Faults(crash=4, one_way=1, loss=1, every_s=0.12, lasts_s=0.15, down_at_once=2),
+        ),
         Scenario(
             "network",
             loss=0.02,
@@ -67,6 +76,13 @@ SCENARIOS: Final[dict[str, Scenario]] = {
                 retry_after_s=0.1,
             ),
             faults=Faults(pause=3, stragglers=1, every_s=0.8, lasts_s=1.2),
+        ),
+        Scenario(
+            "collect",
+            clients=6,
+            collect_every_s=0.4,
+            mix=Mix(append=1, read=2, cell=0, bag=4, find=2, transact=0, owner=6, draw=0, owners=3, names=3, bags=2),
+            faults=Faults(crash=2, partition=1, pause=1, loss=2, stragglers=2, wipe=1, wipes=1),
         ),
         Scenario(
             "grow",

@@ -108,6 +108,9 @@ class StaticDomain:
     def floor(self, tablet: int) -> Ballot:
         return self.floors
 
+    def agreed_floor(self, tablet: int) -> Ballot:
+        return self.floors
+
     async def refresh(self, at_least: int | None = None) -> None:
         pass
 

@@ -114,6 +114,13 @@ def test_register_without_header_keeps_the_floor_of_its_tablet(acceptor):
     assert acceptor.prepare(Prepare(KEY, ballot(8), None))[0].ok
 
 
+def test_register_without_value_keeps_the_floor_of_its_tablet_above_its_own_promise(acceptor):
+    assert acceptor.prepare(Prepare(KEY, ballot(2), None))[0].ok
+    acceptor._context.domain.floors = ballot(7)
+    late = accept(2, ZERO, row(1), GroupState({}, ZERO))
+    assert acceptor.accept(late)[0].verdict == Verdict.REFUSED
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
