@@ -15,14 +15,13 @@ import pytest
 import scenario
 from lockstep import Lockstep
 from nova_databases import copy_of, url_of, use_databases
+from test_every_function import run
 from workers import ENVIRONMENT
 
 from nova_bridge.rpc import worker
 from nova_bridge.rpc.client import NovaDbClient, OsloChannel
 from nova_bridge.rpc.methods import LOCAL, public_functions
 
-PARTS = [*scenario.PARTS, *object_scenario.PARTS]
-SERVER = "the-host"
 BROKER = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 START_WAIT_S = 90
 
@@ -80,37 +79,33 @@ def broker(tmp_path_factory):
     subprocess.run(["epmd", "-kill"], env=environment, check=False, capture_output=True)
 
 
-@pytest.fixture(scope="module")
-def finished(broker, template, tmp_path_factory, nova_conf):
-    """The whole scenario, run once: the Lockstep and what each part raised."""
+@pytest.fixture(scope="module", params=[scenario, object_scenario], ids=lambda module: module.__name__)
+def finished(request, broker, template, tmp_path_factory, nova_conf):
+    """One of the two scenarios, run once: its parts, the Lockstep and what each part raised."""
     root = tmp_path_factory.mktemp("databases")
     use_databases(nova_conf, copy_of(template, root / "here"))
     there = copy_of(template, root / "there")
+    server = request.param.__name__
     argv = worker.command(
-        transport_url=broker, connection=url_of(there, "main"), api_connection=url_of(there, "api"), server=SERVER
+        transport_url=broker, connection=url_of(there, "main"), api_connection=url_of(there, "api"), server=server
     )
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stdout.readline().strip() == worker.READY
-        channel = OsloChannel(nova_conf, url=broker, server=SERVER)
+        channel = OsloChannel(nova_conf, url=broker, server=server)
         call = Lockstep(NovaDbClient(channel))
-        raised = {}
-        for part in PARTS:
-            try:
-                part(call)
-            except Exception as error:
-                raised[part] = error
-        yield call, raised
+        yield request.param, call, run(call, request.param.PARTS)
         channel.close()
         process.kill()
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.__module__}.{part.__name__}")
-def test_part_of_scenario_over_rabbitmq_equals_stock_sqlite(finished, part):
-    _, raised = finished
-    if part in raised:
-        raise raised[part]
+def test_scenario_over_rabbitmq_equals_stock_sqlite(finished):
+    _, _, raised = finished
+    assert not raised
 
 
-def test_scenario_over_rabbitmq_every_public_function_called(finished):
-    call, _ = finished
-    assert call.called == set(public_functions()) - LOCAL
+def test_scenario_over_rabbitmq_called_everything(finished, methods_of_nova):
+    module, call, _ = finished
+    if module is scenario:
+        assert call.called == set(public_functions()) - LOCAL
+    else:
+        assert call.methods_called == set(methods_of_nova.object_methods)
