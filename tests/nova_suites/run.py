@@ -1,8 +1,11 @@
 """Runs a suite of Nova's, unedited, on stock SQLite and on the SQL door, and compares the outcome of every test.
 
-    python tests/nova_suites/run.py                    # nova.tests.unit.db.main.test_api, in-process store
+    python tests/nova_suites/run.py               # nova.tests.unit.db.main.test_api on memory and cluster
+    python tests/nova_suites/run.py --store memory --suite nova.tests.functional.db
     python tests/nova_suites/run.py --store socket --socket /run/lucd/lucd.sock
-    python tests/nova_suites/run.py --suite nova.tests.functional.db
+
+Stores: "memory" in the suite's own process, "cluster" three daemons on loopback made for the run, "socket" a daemon that
+runs already.
 
 Exit code 0 when every test had the same outcome on both. unittest in processes of its own: pytest and testtools do not
 get along.
@@ -42,7 +45,7 @@ class SuiteRun:
         environment = {
             **os.environ,
             "PYTHONPATH": path,
-            "LUCD_SUITE_SOCKET": socket if store == "socket" else "",
+            "LUCD_SUITE_SOCKET": "" if store in {"sqlite", "memory"} else socket,
             "OS_NOVA_CONFIG_FILES": "",
         }
         self._started = time.monotonic()
@@ -96,23 +99,40 @@ def differences(stock: Results, door: Results) -> list[str]:
     return lines
 
 
-def main() -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", choices=["memory", "socket"], default="memory")
-    parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
-    parser.add_argument("--suite", action="append", help=f"test module or class, may be repeated ({DEFAULT_SUITE})")
-    options = parser.parse_args()
-    suites = options.suite or [DEFAULT_SUITE]
-    runs = [SuiteRun(store, suites, options.socket) for store in ("sqlite", options.store)]
+def compare(stores: list[str], suites: list[str], socket: str) -> bool:
+    """Run all stores at once; print the summaries and what differs. Returns whether nothing does."""
+    runs = [SuiteRun(store, suites, socket) for store in ("sqlite", *stores)]
     for run in runs:
         run.wait()
         print(run.summary(), flush=True)
-    different = differences(runs[0].results, runs[1].results)
-    for line in different:
-        print(line)
-    print("same outcome for every test" if not different else f"{len(different)} tests differ")
-    return 1 if different else 0
+    same = True
+    for run in runs[1:]:
+        different = differences(runs[0].results, run.results)
+        for line in different:
+            print(line)
+        print(
+            f"{run.store}: {len(different)} tests differ" if different else f"{run.store}: same outcome for every test"
+        )
+        same = same and not different
+    return same
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", action="append", choices=["memory", "cluster", "socket"])
+    parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
+    parser.add_argument("--suite", action="append", help=f"test package, module or class ({DEFAULT_SUITE})")
+    options = parser.parse_args()
+    stores = options.store or ["memory", "cluster"]
+    suites = options.suite or [DEFAULT_SUITE]
+    if "cluster" not in stores:
+        return 0 if compare(stores, suites, options.socket) else 1
+    sys.path.insert(0, str(ROOT))
+    from tests.cluster import Cluster
+
+    with Cluster(Path(tempfile.gettempdir()), nodes=3) as cluster:
+        return 0 if compare(stores, suites, str(cluster.nodes[0].socket)) else 1
 
 
 if __name__ == "__main__":
