@@ -4,8 +4,8 @@
     python tests/nova_suites/run.py --store memory --suite nova.tests.functional.db
     python tests/nova_suites/run.py --store socket --socket /run/lucd/lucd.sock
 
-Stores: "memory" in the suite's own process, "cluster" three daemons on loopback made for the run, "socket" a daemon that
-runs already.
+Stores: "memory" in the suite's own process, "cluster" three daemons on loopback made for the run, "socket" a daemon
+that runs already.
 
 Exit code 0 when every test had the same outcome on both. unittest in processes of its own: pytest and testtools do not
 get along.
