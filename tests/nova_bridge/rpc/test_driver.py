@@ -193,6 +193,7 @@ class Endpoint:
     target = oslo_messaging.Target(namespace="n", version="1.4")
     def die(self, ctxt):
         os._exit(9)
+oslo_messaging.set_transport_defaults({cfg.CONF.control_exchange!r})
 transport = oslo_messaging.get_rpc_transport(cfg.CONF, "lucd://{daemon.path}")
 target = oslo_messaging.Target(topic="conductor", server="mortal")
 server = oslo_messaging.get_rpc_server(transport, target, [Endpoint()], executor="threading")
