@@ -3,10 +3,12 @@
 Each replica answers from its own indexes, and its indexes may be behind. The answer counts under the coverage rule:
 
 * for each tablet a majority of its replicas answered, at one tablet epoch, with indexes of the asked catalog version;
-* one of them, the sender, gave the rows; the others gave (group, ballot) of what matches at theirs. A group whose
-  ballot is the same at a majority, the sender among them, stands at a chosen state, and the sender's rows are it;
-* every other group that anybody named, and every group that anybody named as unsettled (an accepted value that may not
-  be chosen, or an intent), matching or not, is read by itself and matched again.
+* one of them, the sender, gave the rows; the others gave (group, ballot) of what matches at theirs. All name, matching
+  or not, the groups that are unsettled there (an accepted value that may not be chosen, or an intent), with the ballot.
+  A group whose ballot is the same at a majority, the sender among them, stands at a chosen state, and the sender's rows
+  of it, or that it has none that match, are the answer;
+* every other group that anybody named, and every group in which anybody met an intent, is read by itself and matched
+  again.
 
 Why nothing is missed: a chosen state that matches was accepted by a majority, so a covering majority contains a replica
 that holds it or something newer. If it is newest there and settled, that replica names the group; if not settled, it
@@ -26,7 +28,7 @@ import msgspec
 from dht.domain.roster import quorums
 from dht.errors import DhtError, Invalid, NotServing, Unavailable
 from dht.limits import FIND_ROWS_MAX, PEER_TIMEOUT_S, READ_GROUPS_MAX
-from dht.model import Ballot, FindQuery, FindResult, FoundRow, GroupKey, GroupRead, NodeId
+from dht.model import ZERO, Ballot, FindQuery, FindResult, FoundRow, GroupKey, GroupRead, NodeId
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.messages import FindReplica, FindReplicaReply, Wanted
@@ -91,6 +93,11 @@ class FindServer:
         horizon = b""
         if truncated:
             horizon = row_order(query, file.pk_columns(query.database, query.table))(matches[-1])
+        standing: dict[GroupKey, Ballot] = {}
+        for key in unsettled:
+            header = file.header(key)
+            standing[key] = ZERO if header.intents else header.accepted
+            number = max(number, self._acceptor.pending(key))
         others = {key: ballot for key, ballot in ballots.items() if not sends[file.tablet(key)]}
         groups = self._whole(found, ballots) if query.whole_groups else ()
         reply = FindReplicaReply(
@@ -98,11 +105,12 @@ class FindServer:
             tuple(found),
             tuple(others),
             tuple(others.values()),
-            tuple(unsettled),
+            tuple(standing),
             truncated,
             groups,
             link,
             horizon,
+            tuple(standing.values()),
         )
         return reply, number
 
@@ -119,9 +127,13 @@ class FindServer:
 
 
 class _Collected:
-    """What a round of replies says, tablet by tablet and group by group."""
+    """What a round of replies says, tablet by tablet and group by group.
 
-    def __init__(self) -> None:
+    `sent`: where the senders stand with the groups that they named. `unsettled`: groups to read in any case.
+    """
+
+    def __init__(self, tablet_of: Callable[[GroupKey], int]) -> None:
+        self._tablet_of = tablet_of
         self.needed: dict[int, int] = {}
         self.covered: dict[int, int] = {}
         self.rows: dict[GroupKey, list[FoundRow]] = {}
@@ -132,7 +144,8 @@ class _Collected:
         self.horizons: list[bytes] = []
         self.link = 0
 
-    def add(self, reply: FindReplicaReply) -> None:
+    def add(self, reply: FindReplicaReply, sends: frozenset[int]) -> None:
+        """`sends`: the tablets whose rows this replica was asked for."""
         self.link = max(self.link, reply.link)
         for tablet in reply.covered:
             self.covered[tablet] = self.covered.get(tablet, 0) + 1
@@ -140,10 +153,17 @@ class _Collected:
         for row in reply.rows:
             self.rows.setdefault(row.group, []).append(row)
             self.sent[row.group] = mine[row.group] = row.ballot
+        for i, key in enumerate(reply.unsettled):
+            ballot = reply.unsettled_ballots[i] if reply.unsettled_ballots else ZERO
+            if ballot == ZERO:
+                self.unsettled[key] = None
+                continue
+            mine[key] = ballot
+            if self._tablet_of(key) in sends:
+                self.sent[key] = ballot
         for key, ballot in mine.items():
             votes = self.votes.setdefault(key, {})
             votes[ballot] = votes.get(ballot, 0) + 1
-        self.unsettled.update(dict.fromkeys(reply.unsettled))
         self.groups.update({group.key: group for group in reply.groups})
         if reply.truncated:
             self.horizons.append(reply.horizon)
@@ -196,7 +216,7 @@ class Finder:
     async def _ask_all(self, query: FindQuery, limit: int, deadline: float) -> tuple[_Collected, list[int]]:
         """One request to each node; the replies, and the tablets that lack a majority."""
         context = self._context
-        collected = _Collected()
+        collected = _Collected(context.file.tablet)
         asked: dict[NodeId, list[tuple[int, int, bool]]] = {}
         needed = collected.needed
         for tablet in range(len(context.domain.roster.tablets)):
@@ -205,7 +225,7 @@ class Finder:
             sender = self._sender(replicas.nodes)
             for node in replicas.nodes:
                 asked.setdefault(node, []).append((tablet, replicas.epoch, node == sender))
-        senders = {node: any(rows for _, _, rows in tablets) for node, tablets in asked.items()}
+        senders = {node: frozenset(tablet for tablet, _, rows in tablets if rows) for node, tablets in asked.items()}
         waiting = {
             context.spawn(self._ask(node, query, tablets, limit, deadline)): node for node, tablets in asked.items()
         }
@@ -217,10 +237,11 @@ class Finder:
         while waiting and (missing() or any(senders[n] for n in waiting.values() if n not in heard)):
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in waiting if task in done]:
-                heard[waiting.pop(task)] = None
+                node = waiting.pop(task)
+                heard[node] = None
                 reply = task.result()
                 if reply is not None:
-                    collected.add(reply)
+                    collected.add(reply, senders[node])
         return collected, missing()
 
     def _sender(self, nodes: tuple[NodeId, ...]) -> NodeId:
@@ -254,7 +275,7 @@ class Finder:
         place = row_order(query, pk)
         clean, dirty = self._sort_out(collected)
         read = await self._read(dirty, deadline)
-        rows = [row for key in clean for row in collected.rows[key]]
+        rows = [row for key in clean for row in collected.rows.get(key, ())]
         rows += self._matching(query, pk, read)
         descending = query.order is not None and query.order.descending
         placed = sorted(((place((row.group, row.key, row.row)), row) for row in rows), key=_place, reverse=descending)

@@ -30,8 +30,10 @@ from dht.world import Batch
 RESERVE_BYTES: Final = 16 * 1024 * 1024
 PENDING_BYTES_MAX: Final = 256 * 1024 * 1024
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
+CACHE_BYTES_MAX: Final = 32 * 1024 * 1024
 _ENTRY_BYTES: Final = 100
-"""What a pending write costs beside its key and value, roughly."""
+"""What a pending write or a cached value costs beside its key and value, roughly."""
+_NOT_CACHED: Final = b"not cached"
 
 _GET: Final = "SELECT value FROM kv WHERE space = ? AND key = ?"
 _RANGE: Final = "SELECT key, value FROM kv WHERE space = ? AND key >= ? AND key < ? ORDER BY key LIMIT ?"
@@ -47,6 +49,40 @@ class _Submitted:
     number: int
     writes: list[tuple[int, bytes, bytes | None]] | None
     size_bytes: int
+
+
+class _Cache:
+    """What `get` read lately, absence too: the header and rows of a register that is written are read at each write.
+
+    Two halves: when the younger is full, it becomes the older, and what was in that and not asked for since is gone.
+    """
+
+    __slots__ = ("_old", "_young", "_young_bytes")
+
+    def __init__(self) -> None:
+        self._young: dict[tuple[int, bytes], bytes | None] = {}
+        self._old: dict[tuple[int, bytes], bytes | None] = {}
+        self._young_bytes = 0
+
+    def get(self, place: tuple[int, bytes]) -> bytes | None:
+        """The value, None if the disk has none there, or `_NOT_CACHED` itself."""
+        value = self._young.get(place, _NOT_CACHED)
+        if value is _NOT_CACHED:
+            value = self._old.get(place, _NOT_CACHED)
+            if value is not _NOT_CACHED:
+                self.put(place, value)
+        return value
+
+    def put(self, place: tuple[int, bytes], value: bytes | None) -> None:
+        self._young[place] = value
+        self._young_bytes += len(place[1]) + _ENTRY_BYTES + (0 if value is None else len(value))
+        if self._young_bytes > CACHE_BYTES_MAX // 2:
+            self._old, self._young, self._young_bytes = self._young, {}, 0
+
+    def change(self, place: tuple[int, bytes], value: bytes | None) -> None:
+        """What is cached is now this."""
+        if place in self._young or place in self._old:
+            self.put(place, value)
 
 
 @dataclass(slots=True)
@@ -73,6 +109,7 @@ class SqliteDisk:
         self._reader = self._file.reader
         # space -> key -> (number of the batch, value)
         self._overlay: dict[int, SortedDict] = {}
+        self._cache = _Cache()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self._submitted = 0
         self._durable = 0
@@ -90,15 +127,21 @@ class SqliteDisk:
 
     def get(self, space: int, key: bytes) -> bytes | None:
         self._refuse_if_failed()
+        place = (space, key)
+        value = self._cache.get(place)
+        if value is not _NOT_CACHED:
+            return value
         pending = self._overlay.get(space)
         if pending is not None and (entry := pending.get(key)) is not None:
-            value: bytes | None = entry[1]
-            return value
-        try:
-            found = self._reader.execute(_GET, (space, key)).fetchall()
-        except apsw.Error as error:
-            raise self._fail(error, "read") from error
-        return self._opened(space, key, found[0][0]) if found else None
+            value = entry[1]
+        else:
+            try:
+                found = self._reader.execute(_GET, place).fetchall()
+            except apsw.Error as error:
+                raise self._fail(error, "read") from error
+            value = self._opened(space, key, found[0][0]) if found else None
+        self._cache.put(place, value)
+        return value
 
     def range(
         self, space: int, low: bytes, high: bytes | None, *, reverse: bool = False, limit: int | None = None
@@ -134,6 +177,7 @@ class SqliteDisk:
             if pending is None:
                 pending = self._overlay[space] = SortedDict()
             pending[key] = (number, value)
+            self._cache.change((space, key), value)
             size_bytes += len(key) + _ENTRY_BYTES + (0 if value is None else len(value))
         self.counters.batches += 1
         self.counters.pending_bytes += size_bytes

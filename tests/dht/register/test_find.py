@@ -142,6 +142,22 @@ async def test_find_is_right_with_one_replica_behind_and_with_one_down():
     await cluster.stop()
 
 
+async def test_find_without_marks_takes_ballots_that_a_majority_names_and_reads_no_group():
+    cluster = Cluster(3)
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1)))
+    await found(cluster[2], equal(1))
+    cluster.wire.drop = lambda sender, to, message: type(message).__name__ == "Chosen"
+    for n in range(4):
+        await cluster[n % 3].commit(transaction(insert(n, {1: n % 2})))
+    await eventually(lambda: len({f.header(key(3)).accepted for f in cluster.files.values()}) == 1)
+    for store in cluster.wire.nodes.values():
+        before = store.counters.get("find_groups_read", 0)
+        assert await found(store, equal(1)) == [1, 3]
+        assert store.counters.get("find_groups_read", 0) == before
+    await cluster.stop()
+
+
 async def test_find_without_a_majority_is_unavailable():
     cluster = Cluster(3)
     await cluster[0].create_database("db")

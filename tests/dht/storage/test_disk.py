@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dht.errors import StorageError
+from dht.storage import disk as disk_module
 from dht.storage.disk import SqliteDisk
 from dht.storage.memory import MemoryDisk
 from dht.storage.sqlite_file import FORMAT
@@ -57,6 +59,26 @@ async def test_get_and_range_before_and_after_durable_give_what_was_submitted(di
     assert disk.range(1, b"k98", None) == [(b"k98", b"v98"), (b"k99", b"v99")]
     assert disk.range(3, b"", None) == []
     assert disk.get(3, b"") is None
+
+
+async def test_get_of_cached_and_forgotten_values_and_absences_gives_what_was_submitted(
+    disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_module, "CACHE_BYTES_MAX", 1500)
+    chance = random.Random(1)
+    model: dict[bytes, bytes] = {}
+    for n in range(600):
+        key = b"k%02d" % chance.randrange(20)
+        assert disk.get(1, key) == model.get(key)
+        value = None if chance.random() < 0.3 else b"v%d" % n
+        model.pop(key, None)
+        if value is not None:
+            model[key] = value
+        number = disk.submit(batch_of((1, key, value)))
+        if n % 7 == 0:
+            await disk.durable(number)
+        key = b"k%02d" % chance.randrange(20)
+        assert disk.get(1, key) == model.get(key)
 
 
 async def test_empty_batch_and_value_and_key_are_kept_apart_from_absence(disk: SqliteDisk) -> None:
