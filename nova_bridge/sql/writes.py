@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import apsw
@@ -11,7 +11,7 @@ import apsw
 from nova_bridge.sql import rules
 from nova_bridge.sql.errors import not_null_failed, unique_failed
 from nova_bridge.sql.schema import ColumnDef, Record, Table
-from nova_bridge.sql.transaction import Pending, Place, Transaction
+from nova_bridge.sql.transaction import Pending, Transaction
 from nova_bridge.sql.values import coerce
 
 
@@ -173,10 +173,6 @@ class Writer:
                 for row in rows:
                     self.update(child, row, _with_default(child, foreign.columns, foreign.on_delete), 0)
         self.checks.append(lambda: rules.check_parent(tx, table, old))
-
-    def places(self, table: Table) -> Iterable[Place]:
-        """Where this transaction changed rows of the table."""
-        return self.tx.overlay.get(table.number, {}).keys()
 
 
 def _default(column: ColumnDef) -> Any:

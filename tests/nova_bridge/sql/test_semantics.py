@@ -171,3 +171,19 @@ def test_random_statements_same_as_stock_sqlite(seed: int, connect: Callable[...
         sql = f"SELECT * FROM {table}"
         assert outcome(other, sql, [])[0] == outcome(stock, sql, [])[0], table
     stock.close()
+
+
+@pytest.mark.parametrize("seed", range(1000, 1010))
+def test_processes_taking_turns_same_as_stock_sqlite(seed: int, connect: Callable[..., Connection]) -> None:
+    doors = [connect(foreign_keys=False, isolation_level=None) for _ in range(3)]
+    stock = sqlite3.connect(":memory:", isolation_level=None)
+    for sql in SCHEMA:
+        doors[0].execute(sql)
+        stock.execute(sql)
+    generator = Generator(seed)
+    for step in range(200):
+        sql, arguments = generator.statement()
+        door = generator.random.choice(doors)
+        expected, got = outcome(stock, sql, arguments), outcome(door, sql, arguments)
+        assert got == expected, f"step {step}: {sql} {arguments}"
+    stock.close()
