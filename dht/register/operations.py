@@ -152,10 +152,11 @@ def _prepare(
     key = intent_key(operation.id)
     if key in state.intents:
         return {}, state.ballot, APPLIED
-    changes = group.evaluate(state, operation.part, operation.part_index)
+    group.evaluate(state, operation.part, operation.part_index)
     intent = Intent(operation.id, operation.primary, operation.primary_seen, operation.part, operation.part_index)
     delta: Delta = {key: encode_row({0: msgspec.msgpack.encode(intent)})}
-    group.check_size(state, {**changes, **delta})
+    # The intent goes when its changes come: the group never holds both.
+    group.check_size(state, delta)
     return delta, ballot, APPLIED
 
 
