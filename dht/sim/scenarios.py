@@ -20,10 +20,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             "flush",
             clients=6,
             duration_s=8.0,
-            slowness=30.0,
+            slowness=5.0,
             straggler=0.2,
             mix=_ONE_LIST,
-            faults=Faults(crash=4, one_way=1, loss=1, every_s=0.12, lasts_s=0.15, down_at_once=2),
+            faults=Faults(crash=4, one_way=1, loss=1, every_s=0.4, lasts_s=0.12),
         ),
         Scenario(
             "network",
