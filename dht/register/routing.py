@@ -8,6 +8,7 @@ window makes safe.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from dht.domain.roster import TabletReplicas
@@ -28,6 +29,8 @@ from dht.register.operations import Blocked, Intent
 from dht.register.rounds import expect
 
 FORWARD_TIMEOUT_S = 3.0
+FORWARD_CHECK_S = 0.1
+"""How often a waiting forward looks whether its coordinator still answers anything at all."""
 PREPARE_WAIT_S = 0.25
 """How long a step of a transaction waits, with intents of its own elsewhere, before it gives way: two that wait for
 each other must not both wait for the intent timeout."""
@@ -62,7 +65,7 @@ class Router:
                 timeout_s = min(left, FORWARD_TIMEOUT_S)
                 context.count("forwards")
                 request = Coordinate(operation, attempt, False, int(timeout_s * 1000))
-                return expect(await context.network.call(target, request, timeout_s), Coordinated)
+                return await self._forward(target, request, timeout_s)
             except NotServing as error:
                 last = error
                 await self._catch_up(error)
@@ -83,6 +86,24 @@ class Router:
         if uncertain:
             raise Indeterminate(f"the outcome of a write to group {key.hex()} is not known: {why}", id=operation.id)
         raise Unavailable(f"group {key.hex()} cannot be written now, nothing was applied: {why}")
+
+    async def _forward(self, target: NodeId, request: Coordinate, timeout_s: float) -> Coordinated:
+        """The coordinator's answer. A coordinator that hangs is given up when it falls silent, not at the timeout.
+
+        Raises Indeterminate then: it may still do it, and the next attempt finds that in the window.
+        """
+        network = self._context.network
+        if not network.alive(target):
+            return expect(await network.call(target, request, timeout_s), Coordinated)
+        call = asyncio.ensure_future(network.call(target, request, timeout_s))
+        try:
+            while not (await asyncio.wait((call,), timeout=FORWARD_CHECK_S))[0]:
+                if not network.alive(target):
+                    self._context.count("forwards_given_up")
+                    raise Indeterminate(f"coordinator {target.hex()} fell silent before it answered")
+            return expect(call.result(), Coordinated)
+        finally:
+            call.cancel()
 
     def coordinates(self, key: GroupKey) -> bool:
         """Whether this node is the coordinator of the group, as far as it knows."""
