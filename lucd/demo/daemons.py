@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,20 +26,25 @@ from lucd import directory
 from lucd.directory import ClusterKey
 
 HOST = "127.0.0.1"
+PORT_MIN, PORT_MAX = 15_000, 32_000
 START_WAIT_S = 30.0
 STOP_WAIT_S = 15.0
 
 
 def free_port() -> int:
-    """A number that is free for TCP and UDP right now."""
+    """A number that is free for TCP and UDP right now.
+
+    Below the range from which systems take the ports of outgoing connections: one of those would take it before a
+    daemon is started on it.
+    """
     while True:
+        port = random.SystemRandom().randrange(PORT_MIN, PORT_MAX)
         with (
             socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
         ):
-            tcp.bind((HOST, 0))
-            port = int(tcp.getsockname()[1])
             try:
+                tcp.bind((HOST, port))
                 udp.bind((HOST, port))
             except OSError:
                 continue
