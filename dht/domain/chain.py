@@ -6,6 +6,7 @@ it names the digest of the newest one held here, so all members hold prefixes of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from dht.domain.roster import FIRST_EPOCH, Roster, TabletReplicas, check_shape, check_step, decode_link, encode_link
@@ -24,6 +25,7 @@ class Chain:
         pairs = disk.range(Space.ROSTER, self._prefix, self._prefix + b"\xff" * 9)
         self._links = [decode_link(value) for _, value in pairs]
         self._submitted = 0
+        self._recoveries = [b for a, b in itertools.pairwise(self._links) if b.generation > a.generation]
 
     @property
     def newest(self) -> Roster | None:
@@ -56,6 +58,7 @@ class Chain:
                 raise RemoteProtocolError(
                     f"two different links {link.epoch} of domain {self.domain}: the peer belongs to another chain",
                     epoch=link.epoch,
+                    generation=link.generation,
                 )
             return False
         if self.newest is not None:
@@ -67,6 +70,8 @@ class Chain:
         batch = Batch()
         batch.put(Space.ROSTER, self._prefix + link.epoch.to_bytes(8, "big"), encode_link(link))
         self._submitted = self._disk.submit(batch)
+        if self._links and link.generation > self._links[-1].generation:
+            self._recoveries.append(link)
         self._links.append(link)
         return True
 
@@ -82,6 +87,19 @@ class Chain:
             out.append(before)
             epoch = before.epoch
         return out
+
+    def recoveries(self) -> tuple[Roster, ...]:
+        """The links that began a generation without the voters of the one before, oldest first (rule 8)."""
+        return tuple(self._recoveries)
+
+    @property
+    def generation_epoch(self) -> int:
+        """Epoch of the newest of them, 0 if there is none: no earlier epoch is answered for."""
+        return self._recoveries[-1].epoch if self._recoveries else 0
+
+    def survivors(self, old: int, new: int) -> Roster | None:
+        """The newest link that began a generation after link `old`, up to link `new`."""
+        return next((link for link in reversed(self._recoveries) if old < link.epoch <= new), None)
 
     def was_member(self, node: NodeId, incarnation: bytes) -> bool:
         """Whether any link lists this incarnation of the node."""

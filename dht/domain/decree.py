@@ -17,7 +17,7 @@ from dht.domain.chain import Chain
 from dht.domain.messages import DecreeAccept, DecreeAccepted, DecreePrepare, DecreePromise
 from dht.domain.roster import Roster, check_step
 from dht.domain.rules import DomainRules
-from dht.errors import NotServing, StorageError, Unavailable
+from dht.errors import NotServing, RemoteProtocolError, StorageError, Unavailable
 from dht.limits import BACKOFF_MAX_S, BACKOFF_MIN_S
 from dht.model import ZERO, Ballot, NodeId, Struct
 from dht.world import Batch, Chance, Clock, Disk, Space
@@ -64,7 +64,12 @@ class DecreeAcceptor:
             return DecreeAccepted(ZERO, decided)
         state = self._state(request.epoch)
         if request.ballot >= state.promised:
-            check_step(self._chain.link(request.epoch - 1), request.link)
+            before = self._chain.link(request.epoch - 1)
+            if request.link.generation != before.generation:
+                raise RemoteProtocolError(
+                    f"link {request.epoch} of domain {before.domain} begins a generation, which voters do not decide"
+                )
+            check_step(before, request.link)
             state = DecreeState(request.ballot, request.ballot, request.link)
         await self._keep(request.epoch, state)
         return DecreeAccepted(state.promised)

@@ -17,6 +17,7 @@ from dht.domain.asking import ask_each
 from dht.domain.chain import Chain
 from dht.domain.collection import Collection
 from dht.domain.decree import DecreeAcceptor, DecreeProposer
+from dht.domain.generations import Generations
 from dht.domain.health import health
 from dht.domain.membership import Membership
 from dht.domain.messages import (
@@ -151,6 +152,9 @@ class Domain:
             rules,
         )
         self.repair = Repair(self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, node)
+        self.generations = Generations(
+            node, local.incarnation, self.chain, disk, clock, self.ask, self.refresh, self.learn, self._changed
+        )
         self.collection = Collection(
             node, self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, collect_every_s, rules
         )
@@ -162,7 +166,8 @@ class Domain:
     def joined(self) -> bool:
         """Whether the newest link held lists this node, with this incarnation."""
         newest = self.chain.newest
-        return newest is not None and newest.lists(self.local.node_id, self.local.incarnation)
+        listed = newest is not None and newest.lists(self.local.node_id, self.local.incarnation)
+        return listed and not self.generations.superseded
 
     @property
     def removed(self) -> bool:
@@ -193,13 +198,14 @@ class Domain:
 
         `accept`: the question is an accept (only the planted bug behind `seal_on_accept` tells it apart).
         """
-        if self.tablets.serves(tablet) == epoch and epoch > 0:
+        over = self.generations.superseded or epoch < self.chain.generation_epoch
+        if self.tablets.serves(tablet) == epoch and epoch > 0 and not over:
             return
         state = self.tablets.state(tablet)
         newest = self.chain.newest
-        if not self._rules.seal_on_accept and accept and epoch in state.initialised:
+        if not self._rules.seal_on_accept and not over and accept and epoch in state.initialised:
             return
-        if newest is not None and not self._rules.serve_only_initialised and state.sealed < epoch:
+        if newest is not None and not over and not self._rules.serve_only_initialised and state.sealed < epoch:
             replicas = newest.replicas(tablet)
             if replicas.epoch == epoch and self.local.node_id in replicas.nodes:
                 return
@@ -271,7 +277,7 @@ class Domain:
 
     async def stop(self) -> None:
         """End it. Nothing durable is half done."""
-        tasks = [*self._tasks, *([self._refreshing] if self._refreshing is not None else [])]
+        tasks = [*self._tasks, *(t for t in (self._refreshing, self.generations.meeting) if t is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -309,6 +315,8 @@ class Domain:
             raise RemoteProtocolError(f"{type(message).__name__} is no message of a domain")
         if message.domain != self.name:
             raise NotFound(f"domain {message.domain} is not kept on this node; it keeps {self.name}")
+        if self.generations.superseded and not isinstance(message, (AskStatus, AskLinks)):
+            raise NotServing(self.generations.stopped, domain=self.name, roster_epoch=self.chain.epoch)
         match message:
             case AskLinks():
                 await self.chain.durable()
@@ -324,8 +332,7 @@ class Domain:
                 await self._catch_up(message.epoch - 1, sender)
                 return await self._acceptor.accept(message)
             case AskStatus():
-                if message.epoch > self.chain.epoch:
-                    self._refresh_soon()
+                self._compare(sender, message)
                 return self.status()
             case AskJoin():
                 return await self._membership.join(sender, message)
@@ -333,6 +340,13 @@ class Domain:
                 return await self._membership.leave(message)
             case _:
                 return await self._hand_over(sender, message)
+
+    def _compare(self, sender: NodeId, message: AskStatus) -> None:
+        """Who asks may hold newer links, or those of a generation that began without this node."""
+        if message.generation > self.generation:
+            self.generations.meet_soon(sender, message.generation)
+        elif message.epoch > self.chain.epoch:
+            self._refresh_soon()
 
     async def _hand_over(self, sender: NodeId, message: DomainMessage) -> Message:
         match message:
@@ -382,7 +396,7 @@ class Domain:
             copying = self.transfer.remaining.get(tablet, 0)
             marks.append(TabletMark(tablet, current, state.sealed, copying, state.agreed))
         silent = tuple((n, s) for n, s in self.watch.silent_s(self._clock.monotonic()).items())
-        return Status(self.chain.epoch, self.local.incarnation, tuple(marks), silent)
+        return Status(self.chain.epoch, self.local.incarnation, tuple(marks), silent, self.generation)
 
     # ---- background
 
@@ -410,8 +424,14 @@ class Domain:
         others = [m.node_id for m in newest.members if m.node_id != self.local.node_id]
         if only_alive:
             others = [n for n in others if self._network.alive(n)] or others
-        replies = await ask_each(self.ask, others, AskStatus(self.name, self.chain.epoch), Status)
+        if self.generations.superseded:
+            return
+        replies = await ask_each(self.ask, others, AskStatus(self.name, self.chain.epoch, self.generation), Status)
         for node, status in replies.items():
+            if status.generation != self.generation:
+                if status.generation > self.generation:
+                    self.generations.meet_soon(node, status.generation)
+                continue
             self.watch.heard(node, status, self._clock.monotonic())
             self.collection.hear(status.tablets)
             if status.epoch > self.chain.epoch:
@@ -462,7 +482,8 @@ class Domain:
         views = []
         for tablet in range(len(newest.tablets)):
             replicas = newest.replicas(tablet)
-            old = replicas.epoch > rosters.FIRST_EPOCH and self._rules.serve_only_initialised
+            first = max(rosters.FIRST_EPOCH, self.chain.generation_epoch)
+            old = replicas.epoch > first and self._rules.serve_only_initialised
             before = self.chain.link(replicas.epoch - 1).replicas(tablet) if old else None
             views.append(self.watch.in_use(tablet, replicas, before))
         same = tuple(views) == self._views

@@ -159,6 +159,7 @@ class AskStatus(DomainMessage, frozen=True, tag=66):
     """Sent by every member to every other at short intervals: liveness, newest epoch, state of tablets."""
 
     epoch: int
+    generation: int = 0
 
 
 class TabletMark(Struct, frozen=True):
@@ -182,6 +183,7 @@ class Status(Message, frozen=True, tag=67):
     incarnation: bytes
     tablets: tuple[TabletMark, ...]
     silent: tuple[tuple[NodeId, float], ...]
+    generation: int = 0
 
 
 @message

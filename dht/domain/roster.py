@@ -147,6 +147,9 @@ def successor(
 
 def check_step(before: Roster, after: Roster) -> None:
     """Raise RemoteProtocolError unless `after` may follow `before` (rule 5 and the shape of a link)."""
+    if after.domain == before.domain and after.generation > before.generation:
+        _check_recovery(before, after)
+        return
     if after.domain != before.domain or after.generation != before.generation:
         _refuse(after, f"belongs to domain {after.domain} generation {after.generation}")
     if after.epoch != before.epoch + 1 or after.previous != digest(before):
@@ -167,6 +170,19 @@ def check_step(before: Roster, after: Roster) -> None:
             _refuse(after, f"replaces {max(gone, come)} replicas of tablet {tablet}; one epoch replaces at most one")
 
 
+def _check_recovery(before: Roster, after: Roster) -> None:
+    """Rule 8: the first link of a generation has members of the link before only, and new epochs everywhere."""
+    if after.epoch != before.epoch + 1 or after.previous != digest(before):
+        _refuse(after, f"does not follow the link {before.epoch} held here", generation=after.generation)
+    check_shape(after)
+    if len(after.tablets) != len(before.tablets):
+        _refuse(after, "changes the number of tablets, which is fixed for the domain's life")
+    if any(not before.lists(m.node_id, m.incarnation) for m in after.members):
+        _refuse(after, "begins a generation with members that the link before does not have")
+    if set(after.tablet_epochs) != {after.epoch}:
+        _refuse(after, "begins a generation and leaves tablets at epochs of the one before")
+
+
 def check_shape(link: Roster) -> None:
     """Raise RemoteProtocolError unless the link is sound by itself."""
     ids = [m.node_id for m in link.members]
@@ -184,5 +200,6 @@ def check_shape(link: Roster) -> None:
             _refuse(link, f"gives tablet {tablet} replicas that are no set of 1, 2, 3 or 5 members")
 
 
-def _refuse(link: Roster, why: str) -> None:
-    raise RemoteProtocolError(f"link {link.epoch} of domain {link.domain} {why}; it is not taken", epoch=link.epoch)
+def _refuse(link: Roster, why: str, **detail: object) -> None:
+    text = f"link {link.epoch} of domain {link.domain} {why}; it is not taken"
+    raise RemoteProtocolError(text, epoch=link.epoch, **detail)

@@ -62,6 +62,8 @@ class Source:
             raise RemoteProtocolError(
                 f"link {request.link.epoch} does not replace epoch {request.epoch} of tablet {request.tablet}"
             )
+        if self._nothing_left(request):
+            return Sealed(self._incarnation, False, self._tablets.state(request.tablet).floor)
         self._refuse_stranger(request.tablet, request.epoch)
         number = self._tablets.seal(request.tablet, request.epoch)
         self._on_seal(request.tablet)
@@ -71,6 +73,11 @@ class Source:
         state = self._tablets.state(request.tablet)
         contributes = request.epoch in state.initialised or not self._rules.only_initialised_contribute
         return Sealed(self._incarnation, contributes, state.floor)
+
+    def _nothing_left(self, request: AskSeal) -> bool:
+        """Rule 8: a survivor that let the tablet go before the recovery has nothing to add, and must not stop it."""
+        erased = request.epoch <= self._tablets.state(request.tablet).dropped
+        return erased and self._chain.survivors(request.epoch, request.link.epoch) is not None
 
     def headers(self, request: AskHeaders) -> Headers:
         """One page; each register as it is now, which is as good as at the seal: no rule spans registers."""

@@ -101,7 +101,9 @@ class Takeover:
     def _before(self, tablet: int) -> TabletReplicas | None:
         newest = self._chain.newest
         epoch = newest.tablet_epochs[tablet] if newest is not None else 1
-        return self._chain.link(epoch - 1).replicas(tablet) if epoch > 1 else None
+        if epoch <= max(1, self._chain.generation_epoch):
+            return None  # nothing serves the tablet before this epoch
+        return self._chain.link(epoch - 1).replicas(tablet)
 
     def _sealed_already(self, tablet: int) -> bool:
         before = self._before(tablet)
@@ -139,6 +141,8 @@ class Takeover:
             if self._node in replicas.nodes:
                 continue
             state = self._tablets.state(tablet)
+            if newest.member(self._node) is None and state.current < self._chain.generation_epoch:
+                continue  # left out of a recovery: kept for comparison
             if state.initialised:
                 marks = [self._watch.marks.get(n, {}).get(tablet) for n in replicas.nodes]
                 if not all(m is not None and m.initialised >= replicas.epoch for m in marks):

@@ -16,6 +16,7 @@ the copy.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -33,7 +34,7 @@ from dht.domain.messages import (
     Registers,
     Sealed,
 )
-from dht.domain.roster import TabletReplicas, quorums
+from dht.domain.roster import Roster, TabletReplicas, quorums
 from dht.domain.rules import DomainRules
 from dht.domain.source import PAGE_KEYS_MAX
 from dht.domain.tablets import Tablets, tablet_key
@@ -42,6 +43,7 @@ from dht.model import ZERO, Ballot, GroupKey, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Clock, Disk, Space
 
+log = logging.getLogger(__name__)
 COPY_BYTES_PER_S: Final = 16 * 1024 * 1024
 COPY_PASSES_MAX: Final = 3
 COPY_DIFFERENCES_ENOUGH: Final = 64
@@ -198,7 +200,8 @@ class Transfer:
         staging = Staging(self._disk, tablet, target.epoch)
         if not history:
             raise Overtaken  # the first epoch has no old replicas: its founder began initialised
-        if self._tablets.state(tablet).current != history[0].epoch:
+        served_meanwhile = self._chain.survivors(history[0].epoch, target.epoch) is None
+        if served_meanwhile and self._tablets.state(tablet).current != history[0].epoch:
             await self._copy_ahead(tablet, target, history[0], staging)
         early = None if self._rules.seal_before_init else await self._survey_unsealed(tablet, target, history[0])
         contributors, floor = await self._seal(tablet, target, history)
@@ -297,8 +300,11 @@ class Transfer:
         Raises Unavailable while a quorum does not answer.
         """
         link = self._chain.link(target.epoch)
-        for old in history:
-            _, need = quorums(len(old.nodes))
+        for listed in history:
+            old, (_, need) = listed, quorums(len(listed.nodes))
+            if (recovery := self._chain.survivors(listed.epoch, target.epoch)) is not None:
+                old = self._left_of(listed, recovery)
+                need = len(old.nodes)
             replies = await self._ask_seals(AskSeal(self._chain.domain, tablet, old.epoch, link), old, need)
             if len(replies) < need:
                 raise Unavailable(
@@ -308,10 +314,19 @@ class Transfer:
             contributors = {n: old.epoch for n, r in replies.items() if r.initialised}
             if contributors:
                 return contributors, max(r.floor for r in replies.values() if r.initialised)
+        if self._chain.generation_epoch:
+            log.error("tablet %d of domain %s begins empty: no survivor has anything of it", tablet, link.domain)
+            return {}, ZERO
         raise Unavailable(
             f"tablet {tablet} has no initialised replica among those that answered, back to its first epoch; it goes "
             "on when more of them are reachable"
         )
+
+    def _left_of(self, old: TabletReplicas, recovery: Roster) -> TabletReplicas:
+        """Rule 8: of replicas before a recovery, the survivors, with the disks that they had; each has to answer."""
+        members = self._chain.link(old.epoch).members
+        same = [m.node_id for m in members if recovery.lists(m.node_id, m.incarnation)]
+        return TabletReplicas(old.epoch, tuple(n for n in old.nodes if n in same))
 
     async def _ask_seals(self, request: AskSeal, old: TabletReplicas, need: int) -> dict[NodeId, Sealed]:
         """Replies of those that are still the incarnations which the old link lists."""
