@@ -39,6 +39,8 @@ from dht.storage.search import row_order, row_test
 
 FIND_AGAIN_MIN_S = 0.002
 FIND_AGAIN_MAX_S = 0.020
+MAJORITY_WAIT_S = 0.05
+"""How long the replicas asked first have, before the others are asked too."""
 LIMIT_SLACK_ROWS = 16
 """Asked for beyond the limit, so that rows that turn out not to match rarely cost another round."""
 WHOLE_GROUPS_BYTES_MAX = 12 * 1024 * 1024
@@ -214,40 +216,57 @@ class Finder:
             await context.clock.sleep(context.chance.uniform(FIND_AGAIN_MIN_S, FIND_AGAIN_MAX_S))
 
     async def _ask_all(self, query: FindQuery, limit: int, deadline: float) -> tuple[_Collected, list[int]]:
-        """One request to each node; the replies, and the tablets that lack a majority."""
+        """One request to each of as few nodes as cover all tablets, and soon to the others if those do not.
+
+        Returns the replies, and the tablets that lack a majority.
+        """
         context = self._context
         collected = _Collected(context.file.tablet)
         asked: dict[NodeId, list[tuple[int, int, bool]]] = {}
+        rest: dict[NodeId, list[tuple[int, int, bool]]] = {}
         needed = collected.needed
+        order = self._order()
+        ordered: dict[tuple[NodeId, ...], list[NodeId]] = {}
         for tablet in range(len(context.domain.roster.tablets)):
             replicas = context.domain.replicas(tablet)
-            needed[tablet] = quorums(len(replicas.nodes))[0]
-            sender = self._sender(replicas.nodes)
-            for node in replicas.nodes:
-                asked.setdefault(node, []).append((tablet, replicas.epoch, node == sender))
-        senders = {node: frozenset(tablet for tablet, _, rows in tablets if rows) for node, tablets in asked.items()}
-        waiting = {
-            context.spawn(self._ask(node, query, tablets, limit, deadline)): node for node, tablets in asked.items()
-        }
-        heard: dict[NodeId, None] = {}
+            nodes = ordered.get(replicas.nodes)
+            if nodes is None:
+                nodes = ordered[replicas.nodes] = sorted(replicas.nodes, key=lambda node: order.get(node, len(order)))
+            needed[tablet] = quorum = quorums(len(nodes))[0]
+            for i, node in enumerate(nodes):
+                (asked if i < quorum else rest).setdefault(node, []).append((tablet, replicas.epoch, i == 0))
+        waiting: dict[asyncio.Task[FindReplicaReply | None], frozenset[int]] = {}
+
+        def ask(frames: dict[NodeId, list[tuple[int, int, bool]]]) -> None:
+            for node, tablets in frames.items():
+                sends = frozenset([tablet for tablet, _, rows in tablets if rows])
+                waiting[context.spawn(self._ask(node, query, tablets, limit, deadline))] = sends
 
         def missing() -> list[int]:
             return [tablet for tablet, quorum in needed.items() if collected.covered.get(tablet, 0) < quorum]
 
-        while waiting and (missing() or any(senders[n] for n in waiting.values() if n not in heard)):
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        ask(asked)
+        while waiting and (missing() or any(waiting.values())):
+            wait_s = MAJORITY_WAIT_S if rest else None
+            done, _ = await asyncio.wait(waiting, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in waiting if task in done]:
-                node = waiting.pop(task)
-                heard[node] = None
+                sends = waiting.pop(task)
                 reply = task.result()
                 if reply is not None:
-                    collected.add(reply, senders[node])
+                    collected.add(reply, sends)
+            if rest and (not done or not waiting) and missing():
+                ask(rest)
+                rest = {}
         return collected, missing()
 
-    def _sender(self, nodes: tuple[NodeId, ...]) -> NodeId:
-        if self._context.node in nodes:
-            return self._context.node
-        return next((node for node in nodes if self._context.network.alive(node)), nodes[0])
+    def _order(self) -> dict[NodeId, int]:
+        """In what order nodes are asked: this one, then those that live, the same few for all tablets of a find."""
+        context = self._context
+        everybody = dict.fromkeys(node for nodes in dict.fromkeys(context.domain.roster.tablets) for node in nodes)
+        place = {
+            node: (node != context.node, not context.network.alive(node), context.chance.random()) for node in everybody
+        }
+        return {node: i for i, node in enumerate(sorted(everybody, key=place.__getitem__))}
 
     async def _ask(
         self, node: NodeId, query: FindQuery, tablets: list[tuple[int, int, bool]], limit: int, deadline: float

@@ -1,7 +1,8 @@
 """Linearizable reads of many groups at once (DESIGN section 6).
 
-All replicas of a group are asked, one for data and the others for their ballot, and all groups that a replica keeps go
-into one frame. A group is read when a majority stands at one accepted ballot and data of exactly that ballot is at
+A majority of a group's replicas is asked, one for data and the others for their ballot, and all groups that a replica
+keeps go into one frame. Where they do not agree, or one does not answer soon, the others are asked as well. A group is
+read when a majority stands at one accepted ballot and data of exactly that ballot is at
 hand: then that state is chosen, and was the newest chosen one at some time during the read. Where the majority is not
 there (a write is on its way, or was left unfinished) the reader asks again, and then has the coordinator finish it.
 
@@ -34,6 +35,8 @@ from dht.rows import table_prefix
 READ_AGAIN_MIN_S = 0.002
 READ_AGAIN_MAX_S = 0.010
 ROUNDS_BEFORE_SETTLING = 3
+MAJORITY_WAIT_S = 0.03
+"""How long the replicas asked first have, before the others are asked too."""
 _INTENT_PREFIX = table_prefix(SYSTEM_INTENT)
 
 Resolve = Callable[[GroupKey, Intent, float], Awaitable[bool]]
@@ -180,25 +183,44 @@ class Reader:
     # One round.
 
     async def _round(self, wants: list[_Want]) -> int | None:
-        """Ask all replicas of all groups once; the link to catch up with if any of them refused, else None."""
+        """Ask the replicas of all groups once; the link to catch up with if any of them refused, else None."""
         context = self._context
         frames: dict[NodeId, list[_Want]] = {}
+        rest: dict[NodeId, list[_Want]] = {}
         for want in wants:
             replicas = context.replicas(want.key)
             want.begin(replicas.epoch, replicas.nodes)
             if want.source not in replicas.nodes:
                 want.source = self._source(replicas.nodes)
+            first = self._first(replicas.nodes, want.source, want.quorum)
             for node in replicas.nodes:
-                frames.setdefault(node, []).append(want)
-        gathering = _Gathering(len(wants))
+                (frames if node in first else rest).setdefault(node, []).append(want)
+        gathering = _Gathering(len(wants), len(frames), rest)
         for node, asked in frames.items():
             context.spawn(self._ask(node, asked, gathering))
+        if rest:
+            await asyncio.wait((gathering.done,), timeout=MAJORITY_WAIT_S)
+            self._ask_rest(gathering)
         return await gathering.done
+
+    def _ask_rest(self, gathering: _Gathering) -> None:
+        """Ask the replicas that were not asked at first of the groups that are not read yet."""
+        rest, gathering.rest = gathering.rest, {}
+        for node, asked in rest.items():
+            if not gathering.done.done() and (wants := [want for want in asked if not want.finished]):
+                self._context.spawn(self._ask(node, wants, gathering))
 
     def _source(self, nodes: tuple[NodeId, ...]) -> NodeId:
         if self._context.node in nodes:
             return self._context.node
         return next((node for node in nodes if self._context.network.alive(node)), nodes[0])
+
+    def _first(self, nodes: tuple[NodeId, ...], source: NodeId | None, quorum: int) -> list[NodeId]:
+        """A majority with the source in it, those that live before the others, the coordinator before its followers."""
+        others = [node for node in nodes if node != source]
+        if len(others) >= quorum:
+            others.sort(key=lambda node: node != self._context.node and not self._context.network.alive(node))
+        return [*([source] if source is not None else []), *others][:quorum]
 
     async def _ask(self, node: NodeId, wants: list[_Want], gathering: _Gathering) -> None:
         own = node == self._context.node
@@ -226,6 +248,9 @@ class Reader:
             self._context.count("read_replies_lost")
         for want, state in zip(wants, states, strict=True):
             self._take(node, want, state, gathering)
+        gathering.asked -= 1
+        if not gathering.asked and gathering.rest:
+            self._ask_rest(gathering)
 
     def _take(self, node: NodeId, want: _Want, state: ReplicaState | None, gathering: _Gathering) -> None:
         if want.finished or gathering.done.done():
@@ -291,12 +316,15 @@ class Reader:
 class _Gathering:
     """The end of a round: all wants finished. `link`: the newest roster link that a replica told.
 
-    `refused`: a replica did not serve a tablet as we asked, so our view of it is old.
+    `refused`: a replica did not serve a tablet as we asked, so our view of it is old. `asked`: frames at first that are
+    not answered; `rest`: what the other replicas can be asked.
     """
 
-    __slots__ = ("_open", "done", "link", "refused")
+    __slots__ = ("_open", "asked", "done", "link", "refused", "rest")
 
-    def __init__(self, wants: int) -> None:
+    def __init__(self, wants: int, asked: int, rest: dict[NodeId, list[_Want]]) -> None:
+        self.asked = asked
+        self.rest = rest
         self.done: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self.link = 0
         self.refused = False

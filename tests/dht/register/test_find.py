@@ -158,6 +158,31 @@ async def test_find_without_marks_takes_ballots_that_a_majority_names_and_reads_
     await cluster.stop()
 
 
+async def test_read_and_find_ask_one_other_replica_and_the_third_where_that_is_silent():
+    cluster = Cluster(3)
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1)))
+    await cluster[0].commit(transaction(insert(1, {1: 1})))
+    await found(cluster[0], equal(1))
+    await eventually(lambda: all(f.header(key(1)).settled for f in cluster.files.values()))
+    asked: list[tuple[str, bytes]] = []
+    silent: list[bytes] = []
+
+    def drop(sender, to, message):
+        asked.append((type(message).__name__, to))
+        return to in silent
+
+    cluster.wire.drop = drop
+    assert (await cluster[0].read([key(1)]))[0].rows
+    assert await found(cluster[0], equal(1)) == [1]
+    assert [name for name, _ in asked] == ["ReadReplica", "FindReplica"]
+    for other in cluster.ids[1:]:
+        silent[:] = [other]
+        assert (await cluster[0].read([key(1)]))[0].rows
+        assert await found(cluster[0], equal(1)) == [1]
+    await cluster.stop()
+
+
 async def test_find_without_a_majority_is_unavailable():
     cluster = Cluster(3)
     await cluster[0].create_database("db")
