@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -25,9 +27,14 @@ LANES = 10
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
-    with Cluster(tmp_path_factory.mktemp("races"), nodes=3) as cluster:
-        yield open_cells([cluster.url("nova_cell1", node) for node in range(3)])
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("races"), nodes=3) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def cells(cluster: Cluster) -> list[Any]:
+    return open_cells([cluster.url("nova_cell1", node) for node in range(3)])
 
 
 def _claim(admin: Any, uuid: str, state: str) -> object:
@@ -118,3 +125,49 @@ def test_service_create_thousand_calls_of_hundred_names_makes_hundred_rows(cells
     for admin in cells:
         stored = [service["host"] for service in db.service_get_all(fresh(admin))]
         assert sorted(stored) == sorted(made)
+
+
+def _count_up(admin: Any, uuids: list[str], stop: threading.Event, counts: Counter[str]) -> float:
+    """Set the instances' progress to 1, 2, ... in turn; the longest update in seconds. Raises what Nova raises."""
+    from nova.db.main import api as db
+
+    longest_s = 0.0
+    while not stop.is_set():
+        for uuid in uuids:
+            began_s = time.monotonic()
+            db.instance_update_and_get_original(fresh(admin), uuid, {"progress": counts[uuid] + 1})
+            counts[uuid] += 1
+            longest_s = max(longest_s, time.monotonic() - began_s)
+    return longest_s
+
+
+def test_kill_of_a_daemon_novas_updates_through_the_others_go_on(cluster: Cluster, cells: list[Any]) -> None:
+    from nova.db.main import api as db
+
+    # Enough instances for the daemon that dies to be the coordinator of some.
+    uuids = [new_instance(cells[0]) for _ in range(12)]
+    counts: Counter[str] = Counter()
+    stop, doomed = threading.Event(), cluster.nodes[2]
+
+    def act() -> float:
+        try:
+            time.sleep(1.0)
+            doomed.kill()
+            time.sleep(3.0)
+            doomed.start()
+            cluster.wait_whole()
+            time.sleep(1.0)
+        finally:
+            stop.set()
+        return 0.0
+
+    results = together(
+        act, *[partial(_count_up, cells[n % 2], uuids[3 * n : 3 * n + 3], stop, counts) for n in range(4)]
+    )
+    assert not [r for r in results if isinstance(r, Exception)], results
+    assert all(counts[uuid] > 2 for uuid in uuids)
+    longest_s = max(r for r in results if not isinstance(r, Exception))
+    print(f"\nkill -9 under Nova's updates: {counts.total()} acknowledged, longest {longest_s * 1000:.0f} ms")
+    assert longest_s < 10.0
+    for admin in cells:
+        assert {uuid: db.instance_get_by_uuid(fresh(admin), uuid)["progress"] for uuid in uuids} == counts
