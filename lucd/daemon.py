@@ -109,6 +109,7 @@ class Daemon:
                 contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},
                 counters=self._counters,
                 warnings=self._warnings,
+                salvage=self.store.salvage,
             )
         )
         self._bus = Bus()

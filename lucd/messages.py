@@ -86,6 +86,21 @@ class TabletLine(Struct, frozen=True):
     serving: bool
 
 
+class RecoveryLine(Struct, frozen=True):
+    """One time that a majority was lost for good. `findings`: what was done; known where the recovery was ordered.
+
+    `when`: UTC, empty elsewhere. `empty_tablets`: those that began with nothing, as known there.
+    """
+
+    generation: int
+    epoch: int
+    survivors: tuple[str, ...]
+    lost: tuple[str, ...]
+    when: str = ""
+    empty_tablets: tuple[int, ...] = ()
+    findings: tuple[str, ...] = ()
+
+
 @message
 class DomainReply(Message, frozen=True, tag=205):
     """`survivable`: as in the status."""
@@ -96,6 +111,7 @@ class DomainReply(Message, frozen=True, tag=205):
     members: tuple[NodeLine, ...]
     tablets: tuple[TabletLine, ...]
     survivable: tuple[str, ...]
+    recoveries: tuple[RecoveryLine, ...] = ()
 
 
 @message
@@ -124,6 +140,23 @@ class DrainNode(Message, frozen=True, tag=208):
     """Move this PoP's tablets away from the node and take it out of the roster. Replied to when that is decided."""
 
     node_id: str
+
+
+@message
+class RecoverDomain(Message, frozen=True, tag=209):
+    """Begin a new generation of this PoP's domain with the survivors (empty: all that answer), a majority being lost.
+
+    Without `accept_data_loss` it is refused with what it would mean. `timeout_s`: for the tablets to be served again.
+    """
+
+    survivors: tuple[str, ...]
+    accept_data_loss: bool
+    timeout_s: float
+
+
+@message
+class RecoverReply(Message, frozen=True, tag=210):
+    recovery: RecoveryLine
 
 
 def plain(value: Struct) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dht.requests import Done, Store
 from dht.wire.identity import NodeIdentity
 from lucd import messages, version
 from lucd.messages import NodeLine, TabletLine
+from lucd.recovery import Recoverer, Salvage
 
 Counters = Mapping[str, int | float]
 
@@ -42,6 +43,7 @@ class Parts:
     contacts: Callable[[], dict[NodeId, tuple[str, str]]]
     counters: Callable[[], dict[str, Counters]]
     warnings: Callable[[], list[str]]
+    salvage: Salvage
 
 
 class Report:
@@ -50,6 +52,7 @@ class Report:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started_s = time.monotonic()
+        self._recovery = Recoverer(parts.domain, parts.salvage)
 
     async def answer(self, message: Message) -> Struct:
         """Serve one of `lucd.messages`."""
@@ -62,6 +65,8 @@ class Report:
                 return self.domain(message.name)
             case messages.AskWhere():
                 return await self.where(message.key)
+            case messages.RecoverDomain():
+                return await self._recovery.order(message)
             case messages.DrainNode():
                 return await self.drain(message.node_id)
             case _:
@@ -105,6 +110,8 @@ class Report:
             return failed
         if state := parts.state():
             return state
+        if stopped := parts.domain.generations.stopped:
+            return stopped
         if parts.domain.removed:
             return f"removed from domain {parts.domain.name}: wipe the data directory, then join again"
         if not parts.domain.joined:
@@ -135,6 +142,7 @@ class Report:
             tuple(self._member_line(roster, m) for m in roster.members),
             tuple(self._tablet_line(tablet, roster.replicas(tablet)) for tablet in range(len(roster.tablets))),
             tuple(health.get("survivable", ())),
+            self._recovery.all(),
         )
 
     async def where(self, key: GroupKey) -> messages.WhereReply:

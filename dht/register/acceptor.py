@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from dht.errors import NotServing, RemoteProtocolError
 from dht.model import ZERO, Ballot, GroupKey, RowKey
+from dht.register import catalog
 from dht.register.context import Context
 from dht.register.group import digest_after, digest_bytes, is_system
 from dht.register.messages import (
     Accept,
     Accepted,
     Chosen,
+    ListDoubtful,
+    ListDoubtfulReply,
     ListGroups,
     ListGroupsReply,
     Prepare,
@@ -38,6 +41,7 @@ from dht.world import Batch
 
 _NOT_SERVING = ReplicaState(False, ZERO, 0)
 _READ_BYTES_MAX = 16 * 1024 * 1024
+_DOUBTFUL_SCANNED = 2_000
 
 
 class Acceptor:
@@ -185,6 +189,15 @@ class Acceptor:
         mine = [key for key in keys if key.startswith(prefix)]
         ended = len(keys) < request.limit or keys[-1] > prefix + b"\xff"
         return ListGroupsReply(tuple(mine), b"" if ended else keys[-1])
+
+    def list_doubtful(self, request: ListDoubtful) -> ListDoubtfulReply:
+        """Groups of one tablet with intents, and sequences. Raises NotServing where the tablet is not served."""
+        domain = self._context.domain
+        domain.admit(request.tablet, domain.replicas(request.tablet).epoch)
+        keys = self._file.keys(request.tablet, request.after, _DOUBTFUL_SCANNED)
+        intents = tuple(key for key in keys if self._file.header(key).intents)
+        sequences = tuple(key for key in keys if catalog.is_sequence(key))
+        return ListDoubtfulReply(intents, sequences, keys[-1] if len(keys) == _DOUBTFUL_SCANNED else b"")
 
     async def durable(self, number: int, key: GroupKey | None = None) -> None:
         """Wait for the batch; the group's own is then no longer pending."""

@@ -13,11 +13,12 @@ import msgspec
 from dht.errors import Invalid, NotFound, SchemaChanged
 from dht.limits import SEQUENCE_BLOCK_IDS
 from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part, RowKey, TableSpec, Value
-from dht.rows import decode_row, group_key, row_key, split_row_key
+from dht.rows import decode_row, group_key, row_key, split_group_key, split_row_key
 
 REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
 DATABASE_NAME_CHARACTERS_MAX = 64
 SEQUENCE_IDS_MAX = 100_000
+SEQUENCE_FAMILY = "sequence"
 _SEQUENCE_ROW = row_key(0, ())
 _spec_decoder = msgspec.msgpack.Decoder(TableSpec)
 
@@ -84,7 +85,15 @@ def catalog_of(rows: Mapping[RowKey, bytes]) -> tuple[int, list[TableSpec]]:
 
 
 def sequence_group(database: str, name: str) -> GroupKey:
-    return group_key(database, "sequence", (name,))
+    return group_key(database, SEQUENCE_FAMILY, (name,))
+
+
+def is_sequence(key: GroupKey) -> bool:
+    """Whether the group is a sequence's."""
+    try:
+        return split_group_key(key)[1] == SEQUENCE_FAMILY
+    except Invalid:
+        return False
 
 
 def sequence_next(rows: Mapping[RowKey, bytes]) -> int | None:

@@ -235,3 +235,20 @@ class Learn(Message, frozen=True, tag=15):
 @message
 class LearnReply(Message, frozen=True, tag=16):
     pass
+
+
+@message
+class ListDoubtful(Message, frozen=True, tag=17):
+    """Groups of the tablet, behind `after`, that need a look after a recovery (`dht.register.salvage`)."""
+
+    tablet: int
+    after: GroupKey
+
+
+@message
+class ListDoubtfulReply(Message, frozen=True, tag=18):
+    """Groups that hold intents, and sequences. `last`: where to go on; empty when the tablet's end was reached."""
+
+    intents: tuple[GroupKey, ...]
+    sequences: tuple[GroupKey, ...]
+    last: GroupKey

@@ -40,6 +40,7 @@ from dht.register.messages import (
     Kind,
     Learn,
     LearnReply,
+    ListDoubtful,
     ListGroups,
     Operation,
     Prepare,
@@ -50,6 +51,7 @@ from dht.register.resolver import Resolver, below_floor
 from dht.register.rounds import Rounds
 from dht.register.routing import Router
 from dht.register.rules import RULES, Rules
+from dht.register.salvage import Salvage
 from dht.register.sequence import Sequences
 from dht.register.transaction import Transactions
 from dht.storage.registers import RegisterFile
@@ -87,6 +89,7 @@ class StoreNode:
         self._transactions = Transactions(context, self._router, self._reader, self._resolver)
         self._databases = Databases(context, acceptor, self._router, self._reader, self._transactions)
         self._sequences = Sequences(context, self._reader, self._transactions, self._databases.mark)
+        self._salvage = Salvage(context, acceptor, self._reader, self._resolver, self._transactions)
         self._find_server = FindServer(context, acceptor, self._databases.learn_soon)
         self._finder = Finder(context, self._find_server, self._reader, rounds)
         self._answers: dict[type[Struct], Callable[[Any], Awaitable[Message]]] = {
@@ -98,6 +101,7 @@ class StoreNode:
             FindReplica: self._find_server.serve,
             ListGroups: self._list_groups,
             Learn: self._learn,
+            ListDoubtful: self._list_doubtful,
         }
 
     async def start(self) -> None:
@@ -150,6 +154,9 @@ class StoreNode:
 
     async def _list_groups(self, request: ListGroups) -> Message:
         return self._acceptor.list_groups(request)
+
+    async def _list_doubtful(self, request: ListDoubtful) -> Message:
+        return self._acceptor.list_doubtful(request)
 
     async def _learn(self, request: Learn) -> Message:
         await self._databases.learn(request.database, None, self._deadline(PEER_TIMEOUT_S))
@@ -222,6 +229,10 @@ class StoreNode:
                 return "applied" if found == APPLIED else "not_applied"
             if self._context.remaining(deadline) <= 0:
                 raise Unavailable(f"what became of transaction {id.hex()} cannot be learned in time; ask again")
+
+    async def salvage(self, timeout_s: float) -> tuple[str, ...]:
+        """After the domain's recovery: end the intents, raise the sequences; what was done, in sentences."""
+        return await self._salvage.run(self._deadline(timeout_s))
 
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         return await self._databases.names(self._deadline(timeout_s))

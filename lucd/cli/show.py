@@ -126,6 +126,39 @@ def domain_show(name: str, config: Path | None, socket: Path | None, form: str) 
             for t in reply.tablets
         ],
     )
+    _show_recoveries(reply.recoveries)
+
+
+def _show_recoveries(recoveries: tuple[messages.RecoveryLine, ...]) -> None:
+    for line in recoveries:
+        when = f" at {line.when}" if line.when else ""
+        click.echo(f"\ngeneration {line.generation} began{when} at link {line.epoch} without a majority")
+        click.echo(f"  survivors: {' '.join(line.survivors)}")
+        click.echo(f"  lost: {' '.join(line.lost)}")
+        if line.empty_tablets:
+            click.echo(f"  tablets that began empty: {' '.join(map(str, line.empty_tablets))}")
+        for text in line.findings:
+            click.echo(f"  {text}")
+
+
+@domain.command("recover")
+@click.option("--accept-data-loss", is_flag=True, help="Really do it: what only the lost members had is gone.")
+@click.option(
+    "--survivor", "survivors", multiple=True, metavar="NODE_ID", help="Who survived (default: all that answer)."
+)
+@click.option("--timeout", default=120.0, show_default=True, help="Seconds to wait until the tablets are served again.")
+@socket_option
+def domain_recover(
+    survivors: tuple[str, ...], accept_data_loss: bool, timeout: float, config: Path | None, socket: Path | None
+) -> None:
+    """A majority of this PoP's domain is lost for good: go on with the survivors alone.
+
+    Run it on one survivor, once. Members that were not named stop when they meet the others, and have to be wiped.
+    """
+    with client(config, socket, 2 * timeout + 30) as daemon:
+        reply = daemon.call(messages.RecoverDomain(survivors, accept_data_loss, timeout))
+    if isinstance(reply, messages.RecoverReply):
+        _show_recoveries((reply.recovery,))
 
 
 @click.group()

@@ -1,0 +1,57 @@
+"""After a recovery: intents are ended and sequences jump."""
+
+from __future__ import annotations
+
+import pytest
+from register_cluster import Cluster
+from test_store_node import insert, key, row, transaction, update
+
+from dht.register.messages import Kind, Operation
+from dht.register.salvage import SEQUENCE_JUMP_IDS
+
+
+@pytest.fixture
+async def cluster():
+    cluster = Cluster(3)
+    await cluster[0].create_database("db")
+    yield cluster
+    await cluster.stop()
+
+
+async def prepare(store, id: bytes, name, primary) -> None:
+    operation = Operation(Kind.PREPARE, id, update(name, {1: 2}), 1, key(primary), None)
+    await store._router.submit(operation, 0, store._deadline(2.0))
+
+
+async def test_sequence_jumps_beyond_what_anybody_can_have_taken(cluster):
+    before = await cluster[1].reserve_ids("db", "16", 1)
+    findings = await cluster[0].salvage(10.0)
+    assert any("sequence db/sequence/16 jumped" in text for text in findings)
+    assert await cluster[2].reserve_ids("db", "16", 1) >= before + SEQUENCE_JUMP_IDS
+
+
+async def test_intent_without_a_decision_is_dropped_and_named(cluster):
+    for name in ("a", "b"):
+        await cluster[0].commit(transaction(insert(name, columns={1: 1})))
+    await prepare(cluster[0], b"u" * 16, "b", "a")
+    findings = await cluster[1].salvage(10.0)
+    assert [text for text in findings if (b"u" * 16).hex() in text and "db/f/b" in text and "dropped" in text]
+    assert await row(cluster[2], "b") == {1: 1}
+    assert not any(file.header(key("b")).intents for file in cluster.files.values())
+
+
+async def test_intent_of_a_decided_transaction_is_finished_and_named(cluster):
+    for name in ("a", "b"):
+        await cluster[0].commit(transaction(insert(name, columns={1: 1})))
+    id = b"u" * 16
+    await prepare(cluster[0], id, "b", "a")
+    decided = Operation(Kind.COMMIT_PRIMARY, id, update("a", {1: 2}), others=(key("b"),))
+    await cluster[0]._router.submit(decided, 0, cluster[0]._deadline(2.0))
+    findings = await cluster[1].salvage(10.0)
+    assert [text for text in findings if id.hex() in text and "finished" in text]
+    assert await row(cluster[2], "b") == {1: 2}
+
+
+async def test_salvage_of_a_quiet_store_finds_nothing(cluster):
+    await cluster[0].commit(transaction(insert("a")))
+    assert await cluster[0].salvage(10.0) == ()
