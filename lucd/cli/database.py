@@ -54,3 +54,22 @@ def database_drop(name: str, yes: bool, config: Path | None, socket: Path | None
     if not dropped:
         raise NotFound(f"there is no database {name}; `lucd database list` names them")
     click.echo(f"Dropped database {name}.")
+
+
+@database.command("check")
+@click.argument("name")
+@click.option("--repair", is_flag=True, help="Mend what is found, too.")
+@socket_option
+def database_check(name: str, repair: bool, config: Path | None, socket: Path | None) -> None:
+    """Compare the unique entries and sequences of the database NAME with its rows: after `lucd domain recover`."""
+    from nova_bridge.sql.database import Database  # pulls in the SQL door, which other commands do without
+    from nova_bridge.sql.repair import check
+
+    found = 0
+    with store(config, socket, timeout_s=120.0) as opened:
+        if name not in opened.list_databases():
+            raise NotFound(f"there is no database {name}; `lucd database list` names them")
+        for text in check(Database(opened, name, 120.0), repair=repair):
+            found += 1
+            click.echo(text)
+    click.echo(f"{found} found{' and mended, but where it says otherwise' if found and repair else ''}.")

@@ -75,3 +75,9 @@ def test_lost_member_that_starts_again_says_what_to_do_and_serves_nothing(cluste
         assert time.monotonic() < end, state
         time.sleep(0.1)
     assert text_of(cluster.nodes[0].store(), 3) == "new"
+
+
+def test_database_check_runs_on_what_is_left(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    socket = ("--socket", str(cluster.nodes[0].socket))
+    assert run(capsys, "database", "check", "d", *socket) == (0, "0 found.\n")
+    assert run(capsys, "database", "check", "nothing", "--repair", *socket)[0] == 66

@@ -1,0 +1,105 @@
+"""Unique entries and sequences made to fit the rows again, after a recovery lost writes (DESIGN section 5, rule 8).
+
+Rows are what counts. A row without its entry gets one; an entry that names no row with its values goes, or is given to
+the row that has them; where two rows have the same values, both are named and left alone. Safe beside running writers:
+every step is guarded by what it was decided on, and one that loses against a writer is left to the next run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from dht.errors import Conflict
+from dht.model import Change, FindQuery, GroupKey, Guard, GuardKind, Op, Part
+from dht.model import Transaction as StoreTransaction
+from dht.rows import decode_row, group_key, split_group_key
+from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW, owner_columns
+from nova_bridge.sql.commit import ENTRY_ROW
+from nova_bridge.sql.database import Database
+from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Record, Table, Unique
+from nova_bridge.sql.transaction import Place, Transaction
+
+SEQUENCE_FAMILY = "sequence"
+SEQUENCE_JUMP_IDS = 1_000_000
+
+Taken = dict[GroupKey, list[tuple[Table, Unique, Record]]]
+"""By entry: the rows that have its values."""
+
+
+def check(database: Database, *, repair: bool) -> Iterator[str]:
+    """A sentence for each thing that does not fit; with `repair`, it was mended unless the sentence says otherwise."""
+    schema = database.reload()
+    taken: Taken = {}
+    for table in schema.tables.values():
+        records = Transaction(database).find(table, ())
+        yield from _check_sequence(database, table, records, repair)
+        for record in records:
+            for unique in table.uniques:
+                if unique.kind == "entry" and (entry := table.entry_key(unique, record.values)) is not None:
+                    taken.setdefault(entry, []).append((table, unique, record))
+    found = database.store.find(FindQuery(database.name, ENTRY_TABLE, schema.version), database.timeout_s)
+    reserved = [row.group for row in found.rows if split_group_key(row.group)[1] == UNIQUE_FAMILY]
+    for entry in dict.fromkeys([*taken, *reserved]):
+        yield from _check_entry(database, entry, taken.get(entry, []), repair)
+
+
+def _check_sequence(database: Database, table: Table, records: list[Record], repair: bool) -> Iterator[str]:
+    if table.integer_key is None and not table.rowid_key:
+        return
+    numbers = [n for r in records if isinstance(n := r.pk[0], int)]
+    (group,) = database.store.read(
+        [group_key(database.name, SEQUENCE_FAMILY, (table.sequence,))], None, database.timeout_s
+    )
+    following: Any = next((decode_row(row).get(0) for row in (group.rows or {}).values()), 1)
+    if numbers and following <= max(numbers):
+        if repair:
+            database.raise_sequence(table, max(numbers) + SEQUENCE_JUMP_IDS)
+        yield f"the sequence of {table.name} stands at {following}, a row has id {max(numbers)}"
+
+
+def _check_entry(
+    database: Database, entry: GroupKey, rows: list[tuple[Table, Unique, Record]], repair: bool
+) -> Iterator[str]:
+    tx = Transaction(database)
+    raw = next(iter(tx.view(entry).raw(ENTRY_PREFIX).values()), None)
+    owner: Place | None = None
+    if raw is not None:
+        row = decode_row(raw)
+        owner = (bytes(row[OWNER_GROUP]), bytes(row[OWNER_ROW]))  # type: ignore[arg-type]
+    if len(rows) > 1:
+        table, unique, _ = rows[0]
+        names = ", ".join(table.column_names(unique.columns))
+        yield f"rows {[r.pk for _, _, r in rows]} of {table.name} have the same {names}: change or delete all but one"
+        return
+    if rows and owner == (rows[0][2].group, rows[0][2].key):
+        return
+    if rows:
+        table, unique, record = rows[0]
+        columns = {table.number_of(p): record.values[p] for p in unique.columns}
+        new = owner_columns((record.group, record.key))
+        change = Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, new)
+        if owner is not None:
+            change = Change(Op.UPDATE, ENTRY_TABLE, ENTRY_ROW, new, owner_columns(owner))
+        parts: tuple[Part, ...] = (
+            Part(record.group, None, (), (Guard(GuardKind.HAS, table.number, record.pk, columns),)),
+            Part(entry, None, (change,)),
+        )
+        names = ", ".join(table.column_names(unique.columns))
+        text = f"row {record.pk} of {table.name} had no entry for its unique {names}"
+    elif owner is not None:
+        parts = (Part(entry, None, (Change(Op.DELETE, ENTRY_TABLE, ENTRY_ROW, {}, owner_columns(owner)),)),)
+        text = f"the unique entry {split_group_key(entry)[2]} named a row that is gone or has other values"
+    else:
+        return
+    yield text + (_apply(database, parts) if repair else "")
+
+
+def _apply(database: Database, parts: tuple[Part, ...]) -> str:
+    transaction = StoreTransaction(os.urandom(16), database.name, 0, parts)
+    try:
+        database.store.commit(transaction, 0, database.timeout_s)
+    except Conflict as error:
+        return f" (not mended, a writer was faster: {error.message})"
+    return ""
