@@ -315,7 +315,8 @@ class Domain:
             raise RemoteProtocolError(f"{type(message).__name__} is no message of a domain")
         if message.domain != self.name:
             raise NotFound(f"domain {message.domain} is not kept on this node; it keeps {self.name}")
-        if self.generations.superseded and not isinstance(message, (AskStatus, AskLinks)):
+        if self.generations.superseded and not isinstance(message, AskStatus):
+            # Its links neither: who joins must not begin with a chain that is over.
             raise NotServing(self.generations.stopped, domain=self.name, roster_epoch=self.chain.epoch)
         match message:
             case AskLinks():
