@@ -168,7 +168,7 @@ def test_full_disk_of_one_stops_its_votes_and_nothing_else(cluster: Cluster) -> 
     status = third.status()
     assert "store.sqlite" in status["state"]
     assert status["warnings"][0] == status["state"]
-    with Load([third], 840) as load:
+    with Load([third], 40_000) as load:
         time.sleep(1.0)
     assert all("Unavailable" in e or "Storage" in e or "Indeterminate" in e for e in load.errors), load.errors
     assert load.missing(first) == []
