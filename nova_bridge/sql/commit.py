@@ -9,6 +9,8 @@ import sqlite3
 import time
 from typing import Any, NamedTuple
 
+import msgspec
+
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, SchemaChanged
 from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Part
 from dht.model import Transaction as StoreTransaction
@@ -30,6 +32,9 @@ LOCK_WAIT_S = 5.0
 """How long a commit is sent anew, each time as a new transaction, while others that are undecided hold its groups: what
 they leave decides, for example a duplicate, where a deadlock would be told to code that does not run again."""
 LOCK_PAUSE_MAX_S = 0.02
+_SEND_ANEW = ("intent", "window")
+"""Refusals that say nothing of the guards: undecided others, or more of them since the read than a group remembers. As
+a new transaction, which has seen nothing yet, it is decided by its guards."""
 DELETE_ROWS_MAX = 1000
 """Rows in one piece of a transaction that only deletes; a group is never cut."""
 
@@ -112,7 +117,8 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
                 continue
             raise from_store(error) from None
         except Conflict as error:
-            if error.detail.get("what") == "intent" and time.monotonic() - began < LOCK_WAIT_S:
+            if error.detail.get("what") in _SEND_ANEW and time.monotonic() - began < LOCK_WAIT_S:
+                parts = tuple(msgspec.structs.replace(part, seen=None) for part in parts)
                 time.sleep(random.uniform(0, LOCK_PAUSE_MAX_S))
                 continue
             raise _named(error, list(drafts.values())) from None
