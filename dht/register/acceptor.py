@@ -54,7 +54,7 @@ class Acceptor:
         # The batch that holds the newest promise or state of a group, while it may not be durable yet.
         self._pending: dict[GroupKey, int] = {}
 
-    def admit(self, key: GroupKey, ballot: Ballot) -> None:
+    def admit(self, key: GroupKey, ballot: Ballot, *, accept: bool = False) -> None:
         """Raise NotServing unless the ballot's tablet epoch and generation are the ones served here."""
         domain = self._context.domain
         if ballot.generation != domain.generation:
@@ -62,7 +62,7 @@ class Acceptor:
                 f"generation {ballot.generation} is not the domain's, {domain.generation}; fetch the roster",
                 roster_epoch=domain.roster.epoch,
             )
-        domain.admit(self._file.tablet(key), ballot.epoch)
+        domain.admit(self._file.tablet(key), ballot.epoch, accept)
 
     def _header(self, key: GroupKey) -> Header:
         """The register's header; where it has no value, with the promise that collected registers left at least."""
@@ -95,7 +95,7 @@ class Acceptor:
     def accept(self, request: Accept) -> tuple[Accepted, int]:
         """The answer, and the batch that must be durable before it leaves."""
         key, ballot = request.key, request.ballot
-        self.admit(key, ballot)
+        self.admit(key, ballot, accept=True)
         header = self._header(key)
         if ballot < header.promise and self._context.rules.refuse_lower_ballot:
             return Accepted(Verdict.REFUSED, header.promise, header.accepted), self._pending.get(key, 0)

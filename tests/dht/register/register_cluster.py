@@ -101,7 +101,7 @@ class StaticDomain:
     def replicas(self, tablet: int) -> TabletReplicas:
         return TabletReplicas(self.epoch, self.roster.tablets[tablet])
 
-    def admit(self, tablet: int, epoch: int) -> None:
+    def admit(self, tablet: int, epoch: int, accept: bool = False) -> None:
         if epoch != self.epoch or self.me not in self.roster.tablets[tablet]:
             raise NotServing("not here", roster_epoch=self.roster.epoch)
 
