@@ -21,6 +21,8 @@ from nova_bridge.sql.writes import Writer
 class Sight:
     """A row as a statement that changes rows saw it. `mask`: the columns that its WHERE and SET looked at.
 
+    All cursors of the statement share it: for an OR or a subselect SQLite looks at a row through one cursor and takes
+    its number from another.
     SQLite says of an UPDATE of a virtual table that it uses all columns, so they are counted as it asks for them.
     """
 
@@ -176,6 +178,7 @@ class ChangingCursor:
         self._table = table
         self._rows: list[Record] = []
         self._at = self._mask = 0
+        self._row: Record | None = None
         self._sight: Sight | None = None
         self._plain = Cursor(table)
 
@@ -196,16 +199,25 @@ class ChangingCursor:
     def Next(self) -> None:
         """The following row."""
         self._at += 1
-        self._sight = Sight(self._rows[self._at], self._mask) if self._at < len(self._rows) else None
+        if self._at >= len(self._rows):
+            self._row = self._sight = None
+            return
+        row = self._row = self._plain.row = self._rows[self._at]
+        handles, key = self._table.session.handles, (self._table.table.number, self._plain.Rowid())
+        sight = handles.get(key)
+        if sight is None or (sight.record.group, sight.record.key) != (row.group, row.key):
+            sight = handles[key] = Sight(row, 0)
+        sight.mask |= self._mask
+        self._sight = sight
 
     def Column(self, number: int) -> Any:
         """A column that WHERE or SET looks at."""
-        sight = self._sight
-        if sight is None:
+        row, sight = self._row, self._sight
+        if row is None or sight is None:
             raise ValueError("the cursor shows no row")
         if number >= 0:
             sight.mask |= 1 << number
-        return sight.record.values[number]
+        return row.values[number]
 
     def ColumnNoChange(self, number: int) -> Any:
         """A column that the UPDATE leaves alone."""
@@ -213,12 +225,9 @@ class ChangingCursor:
 
     def Rowid(self) -> int:
         """The number by which the row is changed."""
-        if self._sight is None:
+        if self._row is None:
             raise ValueError("the cursor shows no row")
-        self._plain.row = self._sight.record
-        rowid = self._plain.Rowid()
-        self._table.session.handles[self._table.table.number, rowid] = self._sight
-        return rowid
+        return self._plain.Rowid()
 
     def Close(self) -> None:
         """The statement is done."""

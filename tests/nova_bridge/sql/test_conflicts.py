@@ -121,6 +121,23 @@ def test_increment_second_conflicts(two: tuple[Connection, Connection]) -> None:
     assert one(a, "SELECT vcpus FROM instances") == 5
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE instances SET vcpus = vcpus + 1 WHERE host = 'h1' OR task_state = 'x'",
+        "UPDATE instances SET vcpus = (SELECT i.vcpus + 1 FROM instances i WHERE i.id = 1) WHERE id = 1",
+    ],
+)
+def test_increment_by_or_or_subselect_second_conflicts(two: tuple[Connection, Connection], change: str) -> None:
+    a, b = two
+    for side in two:
+        side.execute(change)
+    a.commit()
+    with pytest.raises(ConflictError):
+        b.commit()
+    assert one(a, "SELECT vcpus FROM instances") == 5
+
+
 def test_merge_columns_guard_nothing(two: tuple[Connection, Connection]) -> None:
     for number, side in enumerate(two):
         side.execute("BEGIN")
