@@ -1,8 +1,10 @@
-"""Every rule has a switch. With a rule off the simulator finds a violation within a few seeds; with it on it does not.
+"""Every rule has a switch, and a test that fails when the rule is taken away.
 
-`RARE` names the switches whose breaking shows too seldom for this suite, with the reason; `make soak` with `--off RULE`
-hunts for them.
+`CAUGHT`: with the rule off the simulator finds a violation within a few seeds; with it on it does not. `DIRECTED`: what
+breaks shows too seldom for that, so a hand-made schedule shows it, told with the rule and without.
 """
+
+import importlib
 
 import pytest
 
@@ -33,31 +35,60 @@ CAUGHT = {
     "incarnation_checked": ("replace", range(1, 61)),
 }
 
-_TWO_PROPOSERS = "needs two proposers of one group, and a crash or a lost frame between a prepare and its accept"
-_ONE_CHANGE = "needs a second change of the roster, or a crash, within the milliseconds of a tablet's flip"
-_LOST_COORDINATOR = (
-    "needs the transaction's own node to die between two of its steps while another one meets the intent"
-)
-RARE = {
-    "promise_durable": _TWO_PROPOSERS,
-    "boot_in_ballot": "needs a restart within the round trip of the first prepare, before its flush",
-    "drop_after_failed_accept": _TWO_PROPOSERS,
-    "window_floor": "needs more than 80 writes of a group between two attempts of one transaction",
-    "find_majority": "needs the one replica that missed an accept to answer a find first",
-    "find_lists_unsettled": "needs an accept that reached one replica, and a find that hears it and a stale one",
-    "abort_before_touching_intent": _LOST_COORDINATOR,
-    "decision_kept": _LOST_COORDINATOR,
-    "seal_on_accept": _ONE_CHANGE,
-    "seal_before_init": _ONE_CHANGE,
-    "only_initialised_contribute": _ONE_CHANGE,
-    "init_durable": _ONE_CHANGE,
-    "refuse_stale_init": _ONE_CHANGE,
-    "replace_content": _ONE_CHANGE,
-    "gate_on_majority": _ONE_CHANGE,
-    "decided_by_previous_voters": "needs two members that propose different links while the voters change",
-    "floor_carried": "needs an accept that was on its way during a whole collection and a transfer",
-    "collect_needs_all": "needs a replica that slept through a deletion and its collection",
-    "floor_keeps_promise": "needs an accept that was on its way during a whole collection",
+_REGISTER = "tests.sim.test_rare_rules_register"
+_DOMAIN = "tests.sim.test_rare_rules_domain"
+_COLLECTION = "tests.dht.domain.test_collection"
+_TRANSFER = "tests.dht.domain.test_transfer"
+
+DIRECTED = {
+    # rule: (module, test that tells the story with the rule, test that tells it without; often the same one)
+    "promise_durable": (_REGISTER, "test_promise_durable_forgotten_promise_loses_an_acknowledged_write"),
+    "boot_in_ballot": (_REGISTER, "test_boot_in_ballot_two_values_at_one_ballot_read_differently"),
+    "drop_after_failed_accept": (
+        _REGISTER,
+        "test_drop_after_failed_accept_state_that_nobody_promised_on_loses_an_acknowledged_write",
+    ),
+    "window_floor": (_REGISTER, "test_window_floor_transaction_that_was_forgotten_is_applied_again"),
+    "find_majority": (_REGISTER, "test_find_majority_replica_that_missed_the_write_answers_alone"),
+    "find_lists_unsettled": (
+        _REGISTER,
+        "test_find_lists_unsettled_write_that_is_not_durable_yet_is_told_and_lost",
+    ),
+    "abort_before_touching_intent": (
+        _REGISTER,
+        "test_abort_before_touching_intent_transaction_is_applied_by_half",
+    ),
+    "decision_kept": (_REGISTER, "test_decision_kept_committed_transaction_loses_a_group"),
+    "seal_on_accept": (_DOMAIN, "test_seal_on_accept_late_accept_of_the_old_epoch_is_acknowledged_and_lost"),
+    "seal_before_init": (_DOMAIN, "test_seal_before_init_write_between_survey_and_seal_is_lost"),
+    "only_initialised_contribute": (
+        _TRANSFER,
+        "test_initialise_no_initialised_replica_in_the_epoch_before_recurses",
+        "test_initialise_planted_bug_uninitialised_contribute_loses_the_value",
+    ),
+    "init_durable": (_DOMAIN, "test_init_durable_restart_initialises_again_and_loses_what_was_written_since"),
+    "refuse_stale_init": (_DOMAIN, "test_refuse_stale_init_epoch_below_a_seal_is_not_initialised"),
+    "replace_content": (_DOMAIN, "test_replace_content_row_deleted_while_a_replica_was_away_comes_back_with_it"),
+    "gate_on_majority": (_DOMAIN, "test_gate_on_majority_node_that_leaves_is_let_go_with_the_only_copy"),
+    "decided_by_previous_voters": (
+        _DOMAIN,
+        "test_decided_by_previous_voters_member_that_is_gone_is_asked_for_the_next_link",
+    ),
+    "floor_carried": (
+        _COLLECTION,
+        "test_floor_is_carried_to_a_new_replica",
+        "test_floor_is_lost_at_a_new_replica_without_the_rule",
+    ),
+    "collect_needs_all": (
+        _COLLECTION,
+        "test_replica_without_the_tombstone_keeps_the_others_from_erasing_it",
+        "test_replica_without_the_tombstone_brings_the_dead_back_when_a_majority_is_enough",
+    ),
+    "floor_keeps_promise": (
+        _COLLECTION,
+        "test_collected_register_leaves_what_was_promised_for_it",
+        "test_collected_register_forgets_its_promise_without_the_rule",
+    ),
 }
 
 
@@ -75,7 +106,14 @@ def test_rule_switched_off_is_noticed_and_the_same_seed_passes_with_it(rule: str
     assert run(SCENARIOS[scenario], seed).violations == []
 
 
-def test_every_rule_is_caught_or_explained() -> None:
+def test_every_rule_is_caught_by_chance_or_by_a_schedule_of_its_own() -> None:
     rules = {*Rules.__struct_fields__, *DomainRules.__struct_fields__}
-    assert rules == CAUGHT.keys() | RARE.keys()
-    assert not CAUGHT.keys() & RARE.keys()
+    assert rules == CAUGHT.keys() | DIRECTED.keys()
+    assert not CAUGHT.keys() & DIRECTED.keys()
+
+
+@pytest.mark.parametrize("rule", DIRECTED)
+def test_directed_test_of_a_rule_exists(rule: str) -> None:
+    module, *names = DIRECTED[rule]
+    for name in names:
+        assert callable(getattr(importlib.import_module(module), name, None)), f"{module} has no {name}"
