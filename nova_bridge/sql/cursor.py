@@ -111,6 +111,11 @@ class Cursor:
 
     def _write(self, word: str, sql: str, parameters: Any) -> None:
         connection = self.connection
+        if statements.has_conflict_clause(sql):
+            raise sqlite3.NotSupportedError(
+                f"not supported by this database: {' '.join(sql.split())[:60]}; a conflict ends a statement with an "
+                "error here, catch it in place of OR IGNORE, OR REPLACE or REPLACE INTO"
+            )
         if not connection.in_transaction and connection.isolation_level is not None:
             connection.begin()
         connection.writer.named_columns = statements.inserted_columns(sql)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import apsw
 import msgspec
@@ -162,14 +162,17 @@ class Database:
             schema = self._catalog.replace(before, content.definitions, content.next_table)
             self._schema = schema
 
-    def mark_used(self, table: str) -> Schema:
-        """Every row has its entries now: look-ups may rely on them."""
+    def mark_used(self, table: str, built: Collection[int]) -> Schema:
+        """Every row has its entries of these indexes now: look-ups may rely on them.
+
+        Other indexes of the table stay as they are; somebody else may be building them.
+        """
         with self._lock:
             for _ in range(SCHEMA_ATTEMPTS):
                 before = self.reload()
                 definitions = dict(before.definitions)
                 definition = definitions[table]
-                indexes = tuple(msgspec.structs.replace(i, used=True) for i in definition.indexes)
+                indexes = tuple(msgspec.structs.replace(i, used=i.used or i.id in built) for i in definition.indexes)
                 definitions[table] = msgspec.structs.replace(definition, indexes=indexes)
                 try:
                     return self._publish(before, definitions, before.next_table, self.shadow())

@@ -75,7 +75,7 @@ class Ddl:
             if unique.kind == "entry":
                 _build_entries(self._database, name, unique)
         for name in dict.fromkeys(name for name, _ in built):
-            self._database.mark_used(name)
+            self._database.mark_used(name, {unique.id for of, unique in built if of == name})
 
     def _preview(self, before: Schema) -> dict[str, Table]:
         """The tables as they will be, without publishing anything; errors of SQLite surface here."""

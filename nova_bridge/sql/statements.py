@@ -25,6 +25,17 @@ _INSERT = re.compile(
 )
 
 
+_CONFLICT_CLAUSE = re.compile(
+    r"\s*(?:--[^\n]*(?:\n|$)\s*|/\*.*?\*/\s*)*(?:REPLACE|(?:INSERT|UPDATE)\s+OR\s+(?!ABORT\b)\w+)\b", re.I | re.S
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def has_conflict_clause(sql: str) -> bool:
+    """Whether the statement asks for another end of a conflict than ABORT: REPLACE, OR IGNORE, OR ROLLBACK, OR FAIL."""
+    return _CONFLICT_CLAUSE.match(sql) is not None
+
+
 @functools.lru_cache(maxsize=1024)
 def inserted_columns(sql: str) -> frozenset[str] | None:
     """The columns that an INSERT names, lower case; None: all. The others get their defaults.

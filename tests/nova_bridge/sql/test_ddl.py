@@ -177,3 +177,21 @@ def test_schema_changed_under_a_writer(door: Connection, connect: Connect, ddl: 
             writer.commit()
         writer.execute("UPDATE t SET b = 9, c = 'e' WHERE a = 'x'")
         writer.commit()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "INSERT OR IGNORE INTO t VALUES (1, 'v', 2)",
+        "insert or replace into t values (1, 'v', 2)",
+        "REPLACE INTO t VALUES (1, 'v', 2)",
+        "UPDATE OR IGNORE t SET id = 1",
+    ],
+)
+def test_conflict_clause_is_refused_and_says_what_to_do(door: Connection, sql: str) -> None:
+    before = rows(door, "SELECT * FROM t")
+    with pytest.raises(sqlite3.NotSupportedError, match="catch it"):
+        door.execute(sql)
+    assert rows(door, "SELECT * FROM t") == before
+    door.execute("INSERT OR ABORT INTO t VALUES (9, 'w', 2)")
+    assert len(rows(door, "SELECT * FROM t")) == len(before) + 1
