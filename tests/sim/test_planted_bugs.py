@@ -37,6 +37,7 @@ CAUGHT = {
 
 _REGISTER = "tests.sim.test_rare_rules_register"
 _DOMAIN = "tests.sim.test_rare_rules_domain"
+_FLOORS = "tests.sim.test_rare_rules_collection"
 _COLLECTION = "tests.dht.domain.test_collection"
 _TRANSFER = "tests.dht.domain.test_transfer"
 
@@ -75,9 +76,8 @@ DIRECTED = {
         "test_decided_by_previous_voters_member_that_is_gone_is_asked_for_the_next_link",
     ),
     "floor_carried": (
-        _COLLECTION,
-        "test_floor_is_carried_to_a_new_replica",
-        "test_floor_is_lost_at_a_new_replica_without_the_rule",
+        _FLOORS,
+        "test_floor_carried_transaction_from_before_the_collection_is_applied_again",
     ),
     "collect_needs_all": (
         _COLLECTION,
@@ -85,9 +85,8 @@ DIRECTED = {
         "test_replica_without_the_tombstone_brings_the_dead_back_when_a_majority_is_enough",
     ),
     "floor_keeps_promise": (
-        _COLLECTION,
-        "test_collected_register_leaves_what_was_promised_for_it",
-        "test_collected_register_forgets_its_promise_without_the_rule",
+        _FLOORS,
+        "test_floor_keeps_promise_accept_on_its_way_overwrites_a_later_write",
     ),
 }
 

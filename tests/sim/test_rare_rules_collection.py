@@ -1,0 +1,137 @@
+"""Rules of collection whose breaking random runs show too seldom, with whole production nodes in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from dht.errors import Indeterminate
+from dht.model import Change, GroupKey, Op, Part, Transaction
+from dht.register.messages import Kind, Operation
+from dht.register.node import StoreNode
+from dht.rows import group_key, row_key
+from dht.sim import loop as virtual
+from dht.sim.cluster import Cluster
+from dht.sim.production import ProductionNode, builder
+from tests.sim.bench import failed
+
+BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+KEY = group_key("db", "f", ("g",))
+
+
+class Yard:
+    """A cluster in which nothing is collected but by the story."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.ids = iter(range(1, 1000))
+
+    def node(self, number: int) -> ProductionNode:
+        node = self.cluster.machines[number].node
+        assert isinstance(node, ProductionNode)
+        return node
+
+    def store(self, number: int) -> StoreNode:
+        return self.node(number)._store
+
+    async def grow(self, size: int) -> None:
+        while len(self.cluster.machines) < size:
+            await self.cluster.start(self.cluster.add(founds=not self.cluster.machines))
+            await asyncio.sleep(20.0)
+
+    async def sweep(self) -> None:
+        for _ in range(2):
+            await self.node(0).domain.collection.sweep()
+        assert self.node(0).domain.collection.collected == 1
+
+    def transaction(self, part: Part) -> Transaction:
+        return Transaction(next(self.ids).to_bytes(16, "big"), "db", 0, (part,))
+
+    async def keys(self, number: int, key: GroupKey) -> list[bytes]:
+        (read,) = await self.store(number).read([key])
+        return sorted(read.rows or {})
+
+
+def insert(pk: int) -> Part:
+    return Part(KEY, changes=(Change(Op.INSERT, 1, (pk,), {0: pk}),))
+
+
+def delete(pk: int) -> Part:
+    return Part(KEY, changes=(Change(Op.DELETE, 1, (pk,), {}),))
+
+
+def play(story: Callable[[Yard], Coroutine[Any, Any, None]], *off: str) -> None:
+    async def told() -> None:
+        await story(Yard(Cluster(1, builder((), off, 1, 1e6, 1e6))))
+
+    virtual.run(told(), time_limit_s=1000.0)
+
+
+@BOTH
+def test_floor_carried_transaction_from_before_the_collection_is_applied_again(on: bool) -> None:
+    """A row is inserted, deleted, and its group collected, with its window. Then the tablet gets a second replica.
+
+    The insert is tried again. Only the floor that the replicas of the new epoch took over tells that it is too old.
+    """
+
+    async def story(yard: Yard) -> None:
+        await yard.grow(1)
+        store = yard.store(0)
+        await store.create_database("db")
+        (read,) = await store.read([KEY])
+        old = yard.transaction(Part(KEY, read.ballot, insert(1).changes))
+        await store.commit(old)
+        await store.commit(yard.transaction(delete(1)))
+        await asyncio.sleep(1.0)
+        await yard.sweep()
+        await yard.grow(2)
+        error = await failed(yard.store(1).commit(old, 1))
+        assert isinstance(error, Indeterminate) if on else error is None
+        assert await yard.keys(1, KEY) == ([] if on else [row_key(1, (1,))])
+
+    play(story, *(() if on else ("floor_carried",)))
+
+
+@BOTH
+def test_floor_keeps_promise_accept_on_its_way_overwrites_a_later_write(on: bool) -> None:
+    """A slow proposer is promised its ballot above a tombstone that is collected before its accept comes.
+
+    If the floor is above the tombstone only, the coordinator may write below that ballot: acknowledged. The slow accept
+    then passes, on the state of before.
+    """
+
+    async def story(yard: Yard) -> None:
+        await yard.grow(3)
+        order = yard.node(0).domain.roster.tablets[0]
+        by_id = {machine.node_id: number for number, machine in enumerate(yard.cluster.machines)}
+        first, slow = by_id[order[0]], by_id[order[2]]
+        await yard.store(first).create_database("db")
+        await yard.store(first).commit(yard.transaction(insert(1)))
+        await yard.store(first).commit(yard.transaction(delete(1)))
+        await asyncio.sleep(1.0)
+        rounds = yard.store(slow)._coordinator._rounds
+        accept, go_on = rounds.accept, asyncio.Event()
+
+        async def late(*args: Any) -> bool:
+            await go_on.wait()
+            return await accept(*args)
+
+        rounds.accept = late  # type: ignore[method-assign]
+        operation = Operation(Kind.COMMIT, bytes(16), insert(2))
+        deadline = asyncio.get_running_loop().time() + 60.0
+        coming = asyncio.create_task(failed(yard.store(slow)._coordinator.run(operation, 0, True, deadline)))
+        await asyncio.sleep(1.0)
+        await yard.sweep()
+        if await failed(yard.store(first).commit(yard.transaction(insert(1)))) is not None:
+            # Its first ballot was below the floor, and what it had seen of the group is forgotten: the client runs it
+            # again as a new transaction.
+            await yard.store(first).commit(yard.transaction(insert(1)))
+        go_on.set()
+        error = await coming
+        assert isinstance(error, Indeterminate) if on else error is None
+        assert await yard.keys(first, KEY) == [row_key(1, (1 if on else 2,))]
+
+    play(story, *(() if on else ("floor_keeps_promise",)))
