@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-from collections.abc import Sequence
 
 from sortedcontainers import SortedDict
 
 from dht.errors import StorageError
+from dht.storage.memory import OrderedSpaces
 from dht.world import Batch
 
 FLUSH_MIN_S, FLUSH_MAX_S = 0.000_05, 0.002
@@ -22,12 +22,12 @@ FLUSH_MIN_S, FLUSH_MAX_S = 0.000_05, 0.002
 _Undo = list[tuple[int, bytes, bytes | None]]
 
 
-class SimDisk:
+class SimDisk(OrderedSpaces):
     """`dht.world.Disk` that outlives its node. `slowness` multiplies the time of a flush."""
 
     def __init__(self, chance: random.Random) -> None:
+        super().__init__()
         self._chance = chance
-        self._spaces: dict[int, SortedDict] = {}
         self._unflushed: list[tuple[int, _Undo]] = []
         self._submitted = 0
         self._flushed = 0
@@ -49,23 +49,6 @@ class SimDisk:
         for _, waiter in waiting:
             if not waiter.done():
                 waiter.set_exception(StorageError(reason))
-
-    def get(self, space: int, key: bytes) -> bytes | None:
-        pairs = self._spaces.get(space)
-        return None if pairs is None else pairs.get(key)
-
-    def range(
-        self, space: int, low: bytes, high: bytes | None, *, reverse: bool = False, limit: int | None = None
-    ) -> Sequence[tuple[bytes, bytes]]:
-        pairs = self._spaces.get(space)
-        if pairs is None or (high is not None and high <= low):
-            return []
-        out: list[tuple[bytes, bytes]] = []
-        for key in pairs.irange(low, high, inclusive=(True, False), reverse=reverse):
-            if limit is not None and len(out) >= limit:
-                break
-            out.append((key, pairs[key]))
-        return out
 
     def submit(self, batch: Batch) -> int:
         if self._failed is not None:

@@ -10,21 +10,11 @@ from dht.errors import StorageError
 from dht.world import Batch
 
 
-class MemoryDisk:
-    """`dht.world.Disk` over sorted dictionaries."""
+class OrderedSpaces:
+    """The reading half of `dht.world.Disk` over sorted dictionaries; the simulator's disk has it too."""
 
     def __init__(self) -> None:
         self._spaces: dict[int, SortedDict] = {}
-        self._submitted = 0
-        self._failed: str | None = None
-
-    @property
-    def failed(self) -> str | None:
-        return self._failed
-
-    def fail(self, reason: str) -> None:
-        """Refuse everything from now on, as a real disk does after its first error."""
-        self._failed = reason
 
     def get(self, space: int, key: bytes) -> bytes | None:
         pairs = self._spaces.get(space)
@@ -42,6 +32,23 @@ class MemoryDisk:
                 break
             out.append((key, pairs[key]))
         return out
+
+
+class MemoryDisk(OrderedSpaces):
+    """`dht.world.Disk` over sorted dictionaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._submitted = 0
+        self._failed: str | None = None
+
+    @property
+    def failed(self) -> str | None:
+        return self._failed
+
+    def fail(self, reason: str) -> None:
+        """Refuse everything from now on, as a real disk does after its first error."""
+        self._failed = reason
 
     def submit(self, batch: Batch) -> int:
         if self._failed is not None:
