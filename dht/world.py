@@ -53,6 +53,10 @@ class Network(Protocol):
         """Whether the node answered lately, as far as known; a hint for choosing, never a proof."""
         ...
 
+    def silent_s(self, node: NodeId) -> float:
+        """For how long the node has not been alive, 0 while it is; a hint like `alive`."""
+        ...
+
     def serve(self, answer: Answer) -> None:
         """Set what answers the peers' requests."""
         ...

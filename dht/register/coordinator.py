@@ -33,6 +33,7 @@ from dht.register.context import Context
 from dht.register.group import REFUSED, Delta, GroupState
 from dht.register.messages import Coordinated, Operation
 from dht.register.operations import Blocked
+from dht.register.reach import Reach
 from dht.register.rounds import Rounds, Standing
 
 CACHE_BYTES_MAX = 64 * 1024 * 1024
@@ -72,8 +73,9 @@ class Coordinator:
     `adopt` finishes decisions whose node is gone; set where the node is composed.
     """
 
-    def __init__(self, context: Context, rounds: Rounds) -> None:
+    def __init__(self, context: Context, rounds: Rounds, reach: Reach) -> None:
         self._context = context
+        self._reach = reach
         self._rounds = rounds
         self._groups: OrderedDict[GroupKey, _Group] = OrderedDict()
         self._adopting: dict[GroupKey, None] = {}
@@ -161,7 +163,8 @@ class Coordinator:
         for waiting in {id(waiting): waiting for waiting in batch + held.queue}.values():
             if not waiting.future.done():
                 kind = Indeterminate if waiting.sent else Unavailable
-                waiting.future.set_exception(kind(f"this node cannot coordinate the group: {error.message}"))
+                text = f"this node cannot coordinate the group: {error.message}"
+                waiting.future.set_exception(kind(text, **error.detail))
 
     async def _round(self, standing: Standing, batch: list[_Waiting]) -> bool:
         """Decide the batch. False: nothing was decided, wait and try again with what is still waited for."""
@@ -169,6 +172,7 @@ class Coordinator:
         replicas = context.replicas(standing.key)
         if context.node not in replicas.nodes:
             raise NotServing(f"this node is no replica of group {standing.key.hex()}")
+        self._reach.check(replicas.nodes, f"group {standing.key.hex()} cannot be written")
         fresh = False
         if not self._usable(standing, replicas):
             standing.drop()

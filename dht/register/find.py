@@ -32,6 +32,7 @@ from dht.model import ZERO, Ballot, FindQuery, FindResult, FoundRow, GroupKey, G
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.messages import FindReplica, FindReplicaReply, Wanted
+from dht.register.reach import Reach
 from dht.register.reader import Reader
 from dht.register.rounds import Rounds, expect
 from dht.rows import table_prefix
@@ -174,8 +175,9 @@ class _Collected:
 class Finder:
     """Finds for whoever asks at this node."""
 
-    def __init__(self, context: Context, server: FindServer, reader: Reader, rounds: Rounds) -> None:
+    def __init__(self, context: Context, server: FindServer, reader: Reader, rounds: Rounds, reach: Reach) -> None:
         self._context = context
+        self._reach = reach
         self._server = server
         self._rounds = rounds
         self._reader = reader
@@ -199,6 +201,9 @@ class Finder:
         """Replies that cover every tablet."""
         context = self._context
         while True:
+            tablets = range(len(context.domain.roster.tablets))
+            for nodes in dict.fromkeys(context.domain.replicas(tablet).nodes for tablet in tablets):
+                self._reach.check(nodes, f"table {query.table} cannot be searched")
             collected, missing = await self._ask_all(query, limit, deadline)
             if not missing or not context.rules.find_majority:
                 return collected

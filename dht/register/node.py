@@ -48,6 +48,7 @@ from dht.register.messages import (
 )
 from dht.register.reader import Reader
 from dht.register.resolver import Resolver, below_floor
+from dht.register.reach import Reach
 from dht.register.rounds import Rounds
 from dht.register.routing import Router
 from dht.register.rules import RULES, Rules
@@ -79,9 +80,10 @@ class StoreNode:
         self._context = context
         self._acceptor = acceptor = Acceptor(context)
         rounds = Rounds(context, acceptor)
-        self._coordinator = Coordinator(context, rounds)
-        self._router = Router(context, self._coordinator)
-        self._reader = Reader(context, acceptor, self._coordinator, self._router)
+        reach = Reach(context)
+        self._coordinator = Coordinator(context, rounds, reach)
+        self._router = Router(context, self._coordinator, reach)
+        self._reader = Reader(context, acceptor, self._coordinator, self._router, reach)
         self._resolver = Resolver(context, self._coordinator, self._router, self._reader)
         self._router.unblock = self._resolver.unblock
         self._reader.resolve = self._resolver.resolve
@@ -91,7 +93,7 @@ class StoreNode:
         self._sequences = Sequences(context, self._reader, self._transactions, self._databases.mark)
         self._salvage = Salvage(context, acceptor, self._reader, self._resolver, self._transactions)
         self._find_server = FindServer(context, acceptor, self._databases.learn_soon)
-        self._finder = Finder(context, self._find_server, self._reader, rounds)
+        self._finder = Finder(context, self._find_server, self._reader, rounds, reach)
         self._answers: dict[type[Struct], Callable[[Any], Awaitable[Message]]] = {
             Prepare: self._prepare,
             Accept: self._accept,

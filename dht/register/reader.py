@@ -28,6 +28,7 @@ from dht.register.context import Context
 from dht.register.coordinator import Coordinator
 from dht.register.messages import Kind, Operation, ReadItem, ReadReplica, ReadReplicaReply, ReplicaState, Wanted
 from dht.register.operations import Intent, decode_intent
+from dht.register.reach import Reach
 from dht.register.rounds import expect
 from dht.register.routing import Router
 from dht.rows import table_prefix
@@ -85,8 +86,11 @@ class _Want:
 class Reader:
     """Reads groups for whoever asks at this node."""
 
-    def __init__(self, context: Context, acceptor: Acceptor, coordinator: Coordinator, router: Router) -> None:
+    def __init__(
+        self, context: Context, acceptor: Acceptor, coordinator: Coordinator, router: Router, reach: Reach
+    ) -> None:
         self._context = context
+        self._reach = reach
         self._acceptor = acceptor
         self._coordinator = coordinator
         self._router = router
@@ -135,6 +139,8 @@ class Reader:
         context = self._context
         rounds = 0
         while True:
+            for nodes, want in {context.replicas(want.key).nodes: want for want in wants}.items():
+                self._reach.check(nodes, f"group {want.key.hex()} cannot be read")
             try:
                 async with asyncio.timeout(context.remaining(deadline)):
                     link = await self._round(wants)
@@ -201,6 +207,11 @@ class Reader:
         if rest:
             await asyncio.wait((gathering.done,), timeout=MAJORITY_WAIT_S)
             self._ask_rest(gathering)
+            # Where the first two do not agree it hangs on a third, who may be silent.
+            while not (await asyncio.wait((gathering.done,), timeout=MAJORITY_WAIT_S))[0]:
+                if not any(map(context.network.alive, gathering.unheard)):
+                    context.count("reads_given_up")
+                    gathering.end()
         return await gathering.done
 
     def _ask_rest(self, gathering: _Gathering) -> None:
@@ -233,6 +244,7 @@ class Reader:
             )
             for want in wants
         )
+        gathering.unheard[node] = None
         request = ReadReplica(items)
         states: Sequence[ReplicaState | None] = [None] * len(wants)
         try:
@@ -246,6 +258,7 @@ class Reader:
             gathering.link = max(gathering.link, reply.link)
         except DhtError:
             self._context.count("read_replies_lost")
+        gathering.unheard.pop(node, None)
         for want, state in zip(wants, states, strict=True):
             self._take(node, want, state, gathering)
         gathering.asked -= 1
@@ -317,15 +330,16 @@ class _Gathering:
     """The end of a round: all wants finished. `link`: the newest roster link that a replica told.
 
     `refused`: a replica did not serve a tablet as we asked, so our view of it is old. `asked`: frames at first that are
-    not answered; `rest`: what the other replicas can be asked.
+    not answered; `rest`: what the other replicas can be asked; `unheard`: who was asked and did not answer.
     """
 
-    __slots__ = ("_open", "asked", "done", "link", "refused", "rest")
+    __slots__ = ("_open", "asked", "done", "link", "refused", "rest", "unheard")
 
     def __init__(self, wants: int, asked: int, rest: dict[NodeId, list[_Want]]) -> None:
         self.asked = asked
         self.rest = rest
         self.done: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self.unheard: dict[NodeId, None] = {}
         self.link = 0
         self.refused = False
         self._open = wants
@@ -334,5 +348,9 @@ class _Gathering:
 
     def one_less(self) -> None:
         self._open -= 1
-        if not self._open and not self.done.done():
+        if not self._open:
+            self.end()
+
+    def end(self) -> None:
+        if not self.done.done():
             self.done.set_result(self.link if self.refused else None)

@@ -1,14 +1,14 @@
 """One round to a group's replicas: prepare, accept, or confirm, counted until its quorum is there or out of reach.
 
-All replicas are asked at once, the own one like the others, its disk beside theirs. The round ends at the quorum; what
-comes later is still taken note of: a refusal names a ballot that the coordinator must beat, a replica on another base
-gets the whole state.
+All replicas are asked at once, the own one like the others, its disk beside theirs. The round ends at the quorum, or
+when those that could still make it one have fallen silent; what comes later is still taken note of: a refusal names a
+ballot that the coordinator must beat, a replica on another base gets the whole state.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from dht.domain.roster import TabletReplicas, quorums
@@ -36,26 +36,32 @@ T = TypeVar("T", bound=Struct)
 MARKS_DELAY_S = 0.1
 """Marks are hints, and finds count ballots where they are late: one message and one commit for all of a while."""
 MARKS_GROUPS_MAX = 1_000
+SILENCE_CHECK_S = 0.03
 
 
 class Tally:
     """Votes of one round. `done` is True at the quorum, False when it is out of reach."""
 
-    __slots__ = ("done", "missing", "open")
+    __slots__ = ("_watch", "done", "missing", "open")
 
-    def __init__(self, voters: int, quorum: int) -> None:
+    def __init__(self, voters: Sequence[NodeId], quorum: int, watch: Callable[[Tally], None]) -> None:
         self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.missing = quorum
-        self.open = voters
+        self.open = dict.fromkeys(voters)
+        self._watch: Callable[[Tally], None] | None = watch
 
-    def vote(self, yes: bool) -> None:
-        self.open -= 1
+    def vote(self, node: NodeId, yes: bool) -> None:
+        del self.open[node]
         self.missing -= yes
         if not self.done.done():
             if self.missing <= 0:
                 self.done.set_result(True)
-            elif self.missing > self.open:
+            elif self.missing > len(self.open):
                 self.done.set_result(False)
+            elif not yes and self._watch is not None:
+                # Now it hangs on one who may be silent.
+                watch, self._watch = self._watch, None
+                watch(self)
 
 
 class Standing:
@@ -107,7 +113,7 @@ class Rounds:
         ballot = context.ballot(replicas.epoch, round)
         known = held.accepted if context.node in replicas.nodes else None
         accept_quorum, quorum = quorums(len(replicas.nodes))
-        tally = Tally(len(replicas.nodes), quorum)
+        tally = Tally(replicas.nodes, quorum, self._watch)
         replies: dict[NodeId, Prepared] = {}
         for node in replicas.nodes:
             request = Prepare(key, ballot, None if node == context.node else known)
@@ -147,15 +153,15 @@ class Rounds:
                 reply = expect(answer, Prepared)
         except DhtError as error:
             self._failed(error)
-            tally.vote(False)
+            tally.vote(node, False)
             return
         except BaseException:
-            tally.vote(False)  # a bug here must not leave the round, and with it the group, waiting for ever
+            tally.vote(node, False)  # a bug here must not leave the round, and with it the group, waiting for ever
             raise
         standing.hear(reply.promise)
         if reply.ok and not tally.done.done():
             replies[node] = reply
-        tally.vote(reply.ok)
+        tally.vote(node, reply.ok)
 
     # Accept.
 
@@ -182,7 +188,7 @@ class Rounds:
             state.deleted,
         )
         quorum, _ = quorums(len(replicas.nodes))
-        tally = Tally(len(replicas.nodes), quorum if context.rules.chosen_before_answer else 1)
+        tally = Tally(replicas.nodes, quorum if context.rules.chosen_before_answer else 1, self._watch)
         for node in replicas.nodes:
             context.spawn(self._accept_at(standing, node, request, tally))
         accepted = await tally.done
@@ -205,10 +211,10 @@ class Rounds:
                     reply = await self._send_accept(node, whole)
         except DhtError as error:
             self._failed(error)
-            tally.vote(False)
+            tally.vote(node, False)
             return
         except BaseException:
-            tally.vote(False)
+            tally.vote(node, False)
             raise
         standing.hear(reply.promise)
         if reply.verdict == Verdict.ACCEPTED:
@@ -240,7 +246,7 @@ class Rounds:
         state = standing.state
         assert state is not None
         quorum, _ = quorums(len(replicas.nodes))
-        tally = Tally(len(replicas.nodes), quorum)
+        tally = Tally(replicas.nodes, quorum, self._watch)
         request = ReadReplica((ReadItem(standing.key, replicas.epoch, Wanted.BALLOT),))
         for node in replicas.nodes:
             self._context.spawn(self._confirm_at(node, request, state.ballot, tally))
@@ -258,9 +264,21 @@ class Rounds:
             self._failed(error)
             same = False
         except BaseException:
-            tally.vote(False)
+            tally.vote(node, False)
             raise
-        tally.vote(same)
+        tally.vote(node, same)
+
+    def _watch(self, tally: Tally) -> None:
+        self._context.spawn(self._end_if_silent(tally))
+
+    async def _end_if_silent(self, tally: Tally) -> None:
+        """End the round without a quorum when nobody is left who could make it one."""
+        while not tally.done.done():
+            if not any(map(self._context.network.alive, tally.open)):
+                self._context.count("rounds_given_up")
+                tally.done.set_result(False)
+                return
+            await self._context.clock.sleep(SILENCE_CHECK_S)
 
     def _failed(self, error: DhtError) -> None:
         if isinstance(error, NotServing):

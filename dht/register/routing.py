@@ -26,10 +26,11 @@ from dht.register.context import Context
 from dht.register.coordinator import Coordinator
 from dht.register.messages import Coordinate, Coordinated, Kind, Operation
 from dht.register.operations import Blocked, Intent
+from dht.register.reach import Reach
 from dht.register.rounds import expect
 
 FORWARD_TIMEOUT_S = 3.0
-FORWARD_CHECK_S = 0.1
+FORWARD_CHECK_S = 0.03
 """How often a waiting forward looks whether its coordinator still answers anything at all."""
 PREPARE_WAIT_S = 0.25
 """How long a step of a transaction waits, with intents of its own elsewhere, before it gives way: two that wait for
@@ -41,8 +42,9 @@ Unblock = Callable[[GroupKey, Intent, float], Awaitable[None]]
 class Router:
     """Brings operations to coordinators. `unblock` waits for an intent or ends it; set where the node is composed."""
 
-    def __init__(self, context: Context, coordinator: Coordinator) -> None:
+    def __init__(self, context: Context, coordinator: Coordinator, reach: Reach) -> None:
         self._context = context
+        self._reach = reach
         self._coordinator = coordinator
         self.unblock: Unblock
 
@@ -54,10 +56,18 @@ class Router:
         context = self._context
         key = operation.part.key
         tried: dict[NodeId, None] = {}
-        elsewhere = uncertain = False
+        elsewhere = uncertain = cut_off = False
+        refused = 0
+        """By how many that were tried since the last pause, because they hear no majority."""
         last: DhtError | None = None
         while (left := context.remaining(deadline)) > 0:
-            target = self._target(context.replicas(key), tried)
+            replicas = context.replicas(key)
+            try:
+                self._reach.check_any(replicas.nodes, f"group {key.hex()} cannot be written")
+            except Unavailable as error:
+                last, cut_off = error, True
+                break
+            target = self._target(replicas, tried)
             try:
                 if target == context.node:
                     return await self.execute(operation, attempt, not attempt and not elsewhere, deadline)
@@ -71,6 +81,7 @@ class Router:
                 await self._catch_up(error)
             except Unavailable as error:
                 last = error
+                refused += bool(error.detail.get("cut_off"))
             except (Indeterminate, RemoteProtocolError, StorageError) as error:
                 # A reply that cannot be understood, or a disk that failed on the way, tells nothing either.
                 if error.detail.get("forgotten"):
@@ -80,11 +91,17 @@ class Router:
                 attempt += 1
             tried[target] = None
             if len(tried) >= len(context.replicas(key).nodes):
+                if refused and refused >= sum(map(context.network.alive, tried)):
+                    cut_off = True
+                    break
                 tried.clear()
+                refused = 0
                 await context.back_off()
         why = last.message if last else "no time was left"
         if uncertain:
             raise Indeterminate(f"the outcome of a write to group {key.hex()} is not known: {why}", id=operation.id)
+        if cut_off:
+            raise Unavailable(f"nothing was applied: {why}", cut_off=True)
         raise Unavailable(f"group {key.hex()} cannot be written now, nothing was applied: {why}")
 
     async def _forward(self, target: NodeId, request: Coordinate, timeout_s: float) -> Coordinated:
@@ -132,7 +149,7 @@ class Router:
         context.count("passed_on")
         onward = Coordinate(operation, request.attempt, True, request.timeout_ms)
         try:
-            return expect(await context.network.call(target, onward, request.timeout_ms / 1000), Coordinated)
+            return await self._forward(target, onward, request.timeout_ms / 1000)
         except NotServing:
             raise
         except Unavailable:

@@ -8,14 +8,13 @@ a cut link may be noticed or not; a reply may be lost after the request was serv
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import random
 from collections.abc import Callable, Collection
 
 from dht.codec import Failure, decode, encode
 from dht.errors import DhtError, Indeterminate, Unavailable, rebuild
 from dht.model import NodeId, Struct
-from dht.sim.loop import Process
+from dht.sim.loop import NOWHERE, Process
 from dht.world import Answer
 
 ALIVE_WINDOW_S = 3.0
@@ -119,7 +118,7 @@ class Fabric:
             self._later(self.delay_s(a, b) + self.chance.random() * weather.straggler_s, arrive)
 
     def _later(self, delay_s: float, action: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_later(delay_s, action, context=contextvars.Context())
+        asyncio.get_running_loop().call_later(delay_s, action, context=NOWHERE)
 
 
 class SimNetwork:
@@ -133,6 +132,7 @@ class SimNetwork:
         self._pending: dict[int, tuple[NodeId, asyncio.Future[bytes]]] = {}
         self._next = 0
         self._heard_s: dict[NodeId, float] = {}
+        self._lost_s: dict[NodeId, float] = {}
         self.closed = False
 
     def serve(self, answer: Answer) -> None:
@@ -147,8 +147,15 @@ class SimNetwork:
         heard_s = self._heard_s.get(node)
         return heard_s is None or asyncio.get_running_loop().time() - heard_s < ALIVE_WINDOW_S
 
+    def silent_s(self, node: NodeId) -> float:
+        if self.alive(node):
+            return 0.0
+        lost_s = max(self._lost_s.get(node, 0.0), self._heard_s[node] + ALIVE_WINDOW_S)
+        return asyncio.get_running_loop().time() - lost_s
+
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         fabric, chance = self._fabric, self._fabric.chance
+        loop = asyncio.get_running_loop()
         data = encode(message)
         if self.closed:
             raise Unavailable("this node has stopped", sent=False)
@@ -160,24 +167,27 @@ class SimNetwork:
             raise Unavailable(f"no link to {fabric.names.get(to)}", sent=False)
         self._next += 1
         number = self._next
-        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[bytes] = loop.create_future()
         self._pending[number] = (to, reply)
         fabric.carry(self._node, to, message, lambda: _request_arrives(fabric, self._node, to, data, number, self))
+        late = loop.call_later(timeout_s, _late, reply)
         try:
-            async with asyncio.timeout(timeout_s):
-                raw = await reply
+            raw = await reply
         except TimeoutError:
             self._silent(to)
             raise Indeterminate(f"no reply from {fabric.names.get(to)} within {timeout_s} s") from None
         finally:
+            late.cancel()
             self._pending.pop(number, None)
-        self._heard_s[to] = asyncio.get_running_loop().time()
+        self._heard_s[to] = loop.time()
         answer = decode(raw)
         if isinstance(answer, Failure):
             raise rebuild(answer.code, answer.message, answer.detail)
         return answer
 
     def _silent(self, node: NodeId) -> None:
+        if self.alive(node):
+            self._lost_s[node] = asyncio.get_running_loop().time()
         self._heard_s[node] = -ALIVE_WINDOW_S
 
     def lose_link(self, node: NodeId) -> None:
@@ -185,7 +195,7 @@ class SimNetwork:
         for to, reply in list(self._pending.values()):
             if to == node and self._fabric.chance.random() < 0.5:
                 asyncio.get_running_loop().call_later(
-                    self._fabric.chance.random() * BROKEN_LINK_NOTICED_S, _break, reply, context=contextvars.Context()
+                    self._fabric.chance.random() * BROKEN_LINK_NOTICED_S, _break, reply, context=NOWHERE
                 )
 
     def request_arrives(self, sender: NodeId, data: bytes, number: int, caller: SimNetwork) -> None:
@@ -219,6 +229,11 @@ def _request_arrives(fabric: Fabric, sender: NodeId, to: NodeId, data: bytes, nu
     peer = fabric.endpoint(to)
     if peer is not None:
         peer.request_arrives(sender, data, number, caller)
+
+
+def _late(reply: asyncio.Future[bytes]) -> None:
+    if not reply.done():
+        reply.set_exception(TimeoutError())
 
 
 def _break(reply: asyncio.Future[bytes]) -> None:

@@ -1,7 +1,9 @@
 """One link to a proven peer: frames in both directions over one WebSocket.
 
 Frames that are queued in the same turn of the loop leave as one WebSocket message. An empty message is a sign of life,
-sent when nothing else was for a while.
+sent when nothing else was for a while, more often while a request of the peer is being served: so silence towards
+somebody who waits means more than silence towards one who does not. Who hears nothing himself says so in place of the
+sign of life, for a link that carries one way only is of no use to either side.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,11 +36,19 @@ MESSAGE_BYTES_TARGET = 1024 * 1024
 MESSAGE_BYTES_MAX = FRAME_BYTES_MAX + MESSAGE_BYTES_TARGET
 SERVING_REQUESTS_MAX = 4096
 SIGN_OF_LIFE_S = 0.15
+SIGN_WHILE_SERVING_S = 0.04
 ALIVE_S = 0.4
 """Who was not heard for so long does not count as alive."""
+SUSPECT_S = 0.2
+"""Nor does who was not heard for so long, and a round trip, while a request to him waits."""
+ROUND_TRIP_MAX_S = 0.5
+DEAF = b"\0"
+"""The message of a peer that does not hear this node."""
 SILENCE_MAX_S = 3.0
 """Who was not heard for so long loses the link."""
 CLOSE_WAIT_S = 0.5
+_TCP_INFO_BYTES = 104
+_TCP_INFO_RTT_AT = 68
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +61,7 @@ class Link:
 
     def __init__(
         self,
-        socket: WebSocket,
+        web_socket: WebSocket,
         peer: PeerIdentity,
         dialed: bool,
         answer: Callable[[bytes, Message], Awaitable[Struct]],
@@ -59,8 +71,11 @@ class Link:
         self.peer = peer
         self.dialed = dialed
         self.closed = False
+        self.deaf = False
+        """Whether the peer says that it hears nothing."""
+        self._suspected = False
         self._loop = asyncio.get_running_loop()
-        self._socket = socket
+        self._socket = web_socket
         self._answer = answer
         self._counters = counters
         self._on_close = on_close
@@ -71,12 +86,13 @@ class Link:
         self._queue: list[bytes] = []
         self._queue_bytes = 0
         self._wakeup: asyncio.Future[None] | None = None
-        self.heard_s = self._sent_s = self._loop.time()
+        self.heard_s = self._sent_s = self._asked_s = self._loop.time()
 
     @property
     def alive(self) -> bool:
-        """Whether the peer was heard within ALIVE_S."""
-        return not self.closed and self._loop.time() - self.heard_s < ALIVE_S
+        """Whether the peer was heard within ALIVE_S, hears this node, and leaves no request in silence."""
+        unheard = self.closed or self.deaf or self._suspected
+        return not unheard and self._loop.time() - self.heard_s < ALIVE_S
 
     @property
     def busy(self) -> bool:
@@ -90,6 +106,8 @@ class Link:
         frame = frames.encode_frame(request_id, frames.timeout_ms(timeout_s), message)
         self._enqueue(frame)
         waiter: asyncio.Future[msgspec.Raw] = self._loop.create_future()
+        if not self._waiting:
+            self._asked_s = self._loop.time()
         self._waiting[request_id] = waiter
         timer = self._loop.call_later(timeout_s, self._expire, waiter, message, timeout_s)
         try:
@@ -115,7 +133,9 @@ class Link:
                         self._counters["garbage"] += 1
                     break
                 self.heard_s = self._loop.time()
-                if message.data:
+                self._suspected = False
+                self.deaf = message.data == DEAF
+                if message.data and not self.deaf:
                     self._receive(message.data)
         except RemoteProtocolError as error:
             self._counters["garbage"] += 1
@@ -137,12 +157,31 @@ class Link:
                 await self._socket.close()
 
     def tick(self, now_s: float) -> None:
-        """Called every few hundredths of a second: signs of life, and the end of a link that has gone silent."""
-        if now_s - self.heard_s > SILENCE_MAX_S:
+        """Called every few hundredths of a second: signs of life, suspicion, the end of a link that has gone silent."""
+        silent_s = now_s - self.heard_s
+        if silent_s > SILENCE_MAX_S:
             self.close()
-        elif now_s - self._sent_s > SIGN_OF_LIFE_S and not self._queue:
-            self._queue.append(b"")
+            return
+        waited_s = min(silent_s, now_s - self._asked_s) if self._waiting else 0.0
+        if waited_s > SUSPECT_S and not self._suspected and waited_s > SUSPECT_S + self._round_trip_s():
+            self._suspected = True
+        hears = silent_s < ALIVE_S
+        pause_s = SIGN_OF_LIFE_S if hears and not self._serving else SIGN_WHILE_SERVING_S
+        if now_s - self._sent_s > pause_s and not self._queue:
+            self._queue.append(b"" if hears else DEAF)
             self._wake()
+
+    def _round_trip_s(self) -> float:
+        """As the kernel measured it, so that a far peer is not suspected for its distance."""
+        connection = self._socket.get_extra_info("socket")
+        if connection is None:
+            return 0.0
+        try:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:
+            return 0.0
+        (microseconds,) = struct.unpack_from("I", info, _TCP_INFO_RTT_AT)
+        return min(ROUND_TRIP_MAX_S, float(microseconds) / 1e6)
 
     def close(self) -> None:
         """End the link now. Requests in flight become Indeterminate; what is being served goes on unheard."""

@@ -38,7 +38,10 @@ STRANGER_S = 3.0
 """How long a connection to the port may last without a proven peer."""
 ADDRESSES_MAX = 10_000
 REDIAL_MIN_S = 0.05
-REDIAL_MAX_S = 2.0
+REDIAL_MAX_S = 0.5
+"""Short, because it is what a healed network waits for; a dial that nobody answers costs next to nothing."""
+FAILURES_BEFORE_REFUSAL = 2
+"""After so many failed dials nobody waits for the next: messages to the peer are refused at once."""
 TICK_S = 0.05
 RETIRED_WAIT_S = 1.0
 RETIRED_ROUNDS_MAX = 30
@@ -67,9 +70,13 @@ def format_address(host: str, port: int) -> str:
 class _Peer:
     """What is known of one other node: where it is, the link to it, the attempt to get one."""
 
-    __slots__ = ("address", "dialing", "failures", "link", "proven", "timer")
+    __slots__ = ("address", "alive_s", "dialing", "failures", "link", "proven", "timer", "why")
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: float) -> None:
+        self.alive_s = now_s
+        """When the peer was last seen alive, or first heard of."""
+        self.why = ""
+        """What the last dial failed for."""
         self.address: tuple[str, int] | None = None
         self.link: Link | None = None
         self.dialing: asyncio.Task[Link] | None = None
@@ -107,6 +114,7 @@ class LinkNetwork:
         self._session: aiohttp.ClientSession | None = None
         self._ticking: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
+        self._started_s = 0.0
         self.port = 0
 
     def serve(self, answer: Answer) -> None:
@@ -144,6 +152,7 @@ class LinkNetwork:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False
         )
+        self._started_s = asyncio.get_running_loop().time()
         self._tick()
         for node_id in list(self._peers):
             self._dial(node_id)
@@ -177,7 +186,7 @@ class LinkNetwork:
             return
         if node_id not in self._peers and len(self._peers) >= ADDRESSES_MAX:
             raise Unavailable(f"the address book holds {ADDRESSES_MAX} nodes: forget some first", sent=False)
-        peer = self._peers.setdefault(node_id, _Peer())
+        peer = self._peers.setdefault(node_id, _Peer(asyncio.get_running_loop().time()))
         if peer.address != (host, port):
             peer.address = (host, port)
             peer.failures = 0
@@ -205,11 +214,18 @@ class LinkNetwork:
         return [peer.link.peer for peer in self._peers.values() if peer.link is not None]
 
     def alive(self, node: NodeId) -> bool:
-        """Whether the node was heard within the last 0.4 s (`dht.wire.link.ALIVE_S`)."""
+        """Whether the node was heard lately (`dht.wire.link.Link.alive`)."""
         if node == self.identity.node_id:
             return True
         peer = self._peers.get(node)
         return peer is not None and peer.link is not None and peer.link.alive
+
+    def silent_s(self, node: NodeId) -> float:
+        """As `dht.world.Network.silent_s`."""
+        peer = self._peers.get(node)
+        if self.alive(node):
+            return 0.0
+        return asyncio.get_running_loop().time() - (self._started_s if peer is None else peer.alive_s)
 
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         """As `dht.world.Network.call`."""
@@ -248,6 +264,10 @@ class LinkNetwork:
         name = type(message).__name__
         if peer is None or peer.address is None or self._session is None:
             raise Unavailable(f"{name} was not sent: the address of node {to.hex()} is not known", sent=False)
+        if peer.failures >= FAILURES_BEFORE_REFUSAL:
+            # It is dialled again and again by itself; waiting calls would only pile up.
+            text = f"{name} was not sent: no link to node {to.hex()} at {format_address(*peer.address)}: {peer.why}"
+            raise Unavailable(text, sent=False)
         dialing = self._dial(to)
         try:
             async with asyncio.timeout(timeout_s):
@@ -283,6 +303,7 @@ class LinkNetwork:
             return await self._connect(peer.address, node_id, DIAL_TIMEOUT_S)
         except DhtError as error:
             peer.failures += 1
+            peer.why = error.message
             if peer.failures == 1:
                 log.info("no link to node %s at %s: %s", node_id.hex(), peer.address, error.message)
             raise
@@ -401,7 +422,7 @@ class LinkNetwork:
     def _register(self, link: Link) -> Link:
         """Make the link the pair's one, or retire it; returns the one to use."""
         node_id = link.peer.node_id
-        peer = self._peers.setdefault(node_id, _Peer())
+        peer = self._peers.setdefault(node_id, _Peer(asyncio.get_running_loop().time()))
         old = peer.link
         if old is not None and not self._replaces(link, old):
             self._retire(link)
@@ -468,6 +489,10 @@ class LinkNetwork:
                     # This process stood still, so it could not hear anybody.
                     peer.link.heard_s += own_pause_s
                 peer.link.tick(now_s)
+            if own_pause_s > TICK_S:
+                peer.alive_s += own_pause_s
+            if peer.link is not None and peer.link.alive:
+                peer.alive_s = now_s
         self._turn_out_strangers(now_s)
         self._ticked_s = now_s
         self._ticking = loop.call_later(TICK_S, self._tick)

@@ -66,6 +66,8 @@ class LocalNode:
         self.config = path / "lucd.conf"
         self.bootstrap = list(bootstrap)
         self.options = options
+        self.launcher: list[str] = []
+        """What the daemon's command line begins with, if it is not started as it is."""
         self._process: subprocess.Popen[bytes] | None = None
         self._clients: dict[float, BlockingClient] = {}
         path.mkdir(parents=True)
@@ -94,7 +96,7 @@ class LocalNode:
         """Start the process; raises Unavailable with its log's end when it ends or is not ready in time."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "lucd.cli.main", "run", "--config", str(self.config)],
+                [*self.launcher, sys.executable, "-m", "lucd.cli.main", "run", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -208,10 +210,14 @@ class Daemons:
             bootstrap = [self.nodes[0].address] if self.nodes else []
         self._made += 1
         number = self._made
-        node = LocalNode(number, self.path / f"n{number}", bootstrap, pop or self._pop, self._options + options)
+        node = self.make_node(number, self.path / f"n{number}", bootstrap, pop or self._pop, self._options + options)
         self.cluster = node.make_directory(self.cluster)
         self.nodes.append(node)
         return node
+
+    def make_node(self, number: int, path: Path, bootstrap: Sequence[str], pop: str, options: str) -> LocalNode:
+        """Where a subclass has its daemons elsewhere."""
+        return LocalNode(number, path, bootstrap, pop, options)
 
     def start(self) -> None:
         """Start all that do not run, in order, and wait until every tablet has all its replicas."""

@@ -66,6 +66,9 @@ class _End:
     def alive(self, node: NodeId) -> bool:
         return node in self._bench.running
 
+    def silent_s(self, node: NodeId) -> float:
+        return 0.0
+
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         bench = self._bench
         try:

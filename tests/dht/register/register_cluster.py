@@ -38,6 +38,10 @@ class Wire:
         self.loss = 0.0
         self.delay_s = 0.0
         self.cut: set[NodeId] = set()
+        self.hung: set[NodeId] = set()
+        """Nodes that answer nothing and are not missed by their links."""
+        self.silent_s = 0.0
+        """For how long those that are not alive are not, as the links see it."""
         self.drop = lambda sender, to, message: False
         self.messages: dict[str, int] = {}
         self.encoded = True
@@ -54,15 +58,22 @@ class WireEnd:
         self.node = node
 
     def alive(self, node: NodeId) -> bool:
-        return node in self.wire.nodes and node not in self.wire.cut and self.node not in self.wire.cut
+        gone = self.wire.cut | self.wire.hung
+        return node in self.wire.nodes and node not in gone and self.node not in self.wire.cut
 
     def serve(self, answer) -> None:
         pass
+
+    def silent_s(self, node: NodeId) -> float:
+        return 0.0 if self.alive(node) else self.wire.silent_s
 
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         wire = self.wire
         name = type(message).__name__
         wire.messages[name] = wire.messages.get(name, 0) + 1
+        if to in wire.hung:
+            await asyncio.sleep(timeout_s)
+            raise Indeterminate("no reply in time")
         if not self.alive(to):
             raise Unavailable("no link", sent=False)
         if wire.delay_s:

@@ -179,6 +179,74 @@ async def test_silent_peer_is_not_alive_within_half_a_second():
         await until(lambda: not a.network.alive(b.id), 0.6)
 
 
+async def test_peer_that_leaves_a_request_in_silence_is_suspected(monkeypatch):
+    monkeypatch.setattr(link, "ALIVE_S", 60.0)
+    monkeypatch.setattr(link, "SILENCE_MAX_S", 60.0)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        b.network._ticking.cancel()
+        await asyncio.sleep(2 * link.SUSPECT_S)
+        assert a.network.alive(b.id), "nobody waits for it"
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 2.0), 5.0))
+        await until(lambda: not a.network.alive(b.id), 1.0)
+        await call
+        assert a.network.alive(b.id), "it answered after all"
+
+
+async def test_peer_that_is_slow_to_answer_is_not_suspected(monkeypatch):
+    monkeypatch.setattr(link, "SIGN_OF_LIFE_S", 0.9 * link.ALIVE_S)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 1.0), 5.0))
+        await until(lambda: b.served)
+        while not call.done():
+            assert a.network.alive(b.id)
+            await asyncio.sleep(0.02)
+
+
+async def test_peer_that_does_not_hear_this_node_is_not_alive(monkeypatch):
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        sending = a.network._peers[b.id].link._socket
+
+        async def lose(data):
+            pass
+
+        monkeypatch.setattr(sending, "send_bytes", lose)
+        await until(lambda: not b.network.alive(a.id), 2.0)
+        await until(lambda: not a.network.alive(b.id), 1.0)
+        assert time.monotonic() - a.network._peers[b.id].link.heard_s < link.ALIVE_S, "it is heard all the time"
+        monkeypatch.undo()
+        await until(lambda: a.network.alive(b.id) and b.network.alive(a.id))
+
+
+async def test_silence_is_counted_from_the_last_sign_of_life():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        assert a.network.silent_s(b.id) == 0.0
+        await b.network.stop()
+        await until(lambda: a.network.silent_s(b.id) > 0.3)
+        assert a.network.silent_s(b.id) < 5.0
+
+
+async def test_calls_to_a_peer_that_cannot_be_dialled_do_not_wait(monkeypatch):
+    monkeypatch.setattr(links, "DIAL_TIMEOUT_S", 0.1)
+    async with nodes(1) as (a,):
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen(1)
+            a.network.set_address(bytes(20), "127.0.0.1", deaf.getsockname()[1])
+            await until(lambda: a.network._peers[bytes(20)].failures >= links.FAILURES_BEFORE_REFUSAL)
+            monkeypatch.setattr(links, "DIAL_TIMEOUT_S", 30.0)
+            with pytest.raises(Unavailable, match="does not answer") as caught:
+                async with asyncio.timeout(1.0):
+                    await a.network.call(bytes(20), Ask("x"), 10.0)
+            assert caught.value.detail["sent"] is False
+
+
 async def test_two_nodes_that_dial_at_once_keep_one_link(monkeypatch):
     monkeypatch.setattr(links, "RETIRED_WAIT_S", 0.2)
     for _ in range(3):

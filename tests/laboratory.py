@@ -1,0 +1,190 @@
+"""Networks for tests: every host has a network namespace of its own, and one router between them loses what it is told.
+
+Packets are dropped in the router, without a word to either side, as a cable that was pulled out drops them: by
+direction, and datagrams alone if so wished. The namespaces belong to processes that sleep and end with the laboratory;
+nothing of the machine's own network is touched. Needs iproute2 and util-linux, and the right to make namespaces: root,
+or a system that lets every user have them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dht.errors import DhtError
+from lucd import messages
+from lucd.demo.daemons import LocalNode
+from tests.cluster import Cluster
+
+_RULES_FROM = 100
+"""Priorities of the router's rules that drop packets; the system's own are 0 and above 32,000."""
+
+
+class Namespace:
+    """One network namespace, alive as long as the process that sleeps in it. `within`: a namespace to be born in."""
+
+    def __init__(self, within: Namespace | None = None) -> None:
+        own = ["unshare", "--net", "--kill-child"]
+        if within is not None:
+            own = [*within.enter, *own]
+        elif os.geteuid():
+            own = ["unshare", "--user", "--map-root-user", "--net", "--kill-child"]
+        self._process = subprocess.Popen(
+            [*own, "sh", "-c", "echo there; exec sleep infinity"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        if self._process.stdout.readline() != b"there\n":
+            why = self._process.stderr.read().decode().strip()
+            raise RuntimeError(f"no network namespace could be made ({why}): run as root, or let users have namespaces")
+        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        self.enter = ["nsenter", "--target", str(self.pid), *user, "--net"]
+        """What a command begins with that is to run inside."""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def run(self, *lines: str) -> None:
+        """Shell commands, inside; raises with what they say when one fails."""
+        done = subprocess.run(
+            [*self.enter, "sh", "-ec", "\n".join(lines)], capture_output=True, text=True, check=False, timeout=20
+        )
+        if done.returncode:
+            raise RuntimeError(f"{lines} failed: {done.stderr.strip()}")
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+class Laboratory:
+    """`hosts` hosts, numbered from 0, each with one address, behind one router."""
+
+    def __init__(self, hosts: int) -> None:
+        self.router = Namespace()
+        self.hosts: list[Namespace] = []
+        self._rules = 0
+        try:
+            self.router.run("ip link set lo up", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+            for _ in range(hosts):
+                self.add()
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self) -> int:
+        """One more host; its number."""
+        number = len(self.hosts)
+        host = Namespace(self.router)
+        self.hosts.append(host)
+        self.router.run(
+            f"ip link add r{number} type veth peer name e netns {host.pid}",
+            f"ip address add {self._gateway(number)}/24 dev r{number}",
+            f"ip link set r{number} up",
+        )
+        host.run(
+            "ip link set lo up",
+            f"ip address add {self.address(number)}/24 dev e",
+            "ip link set e up",
+            f"ip route add default via {self._gateway(number)}",
+            # bbr, the default of some systems, adds to small exchanges.
+            "echo reno > /proc/sys/net/ipv4/tcp_congestion_control",
+        )
+        return number
+
+    @staticmethod
+    def address(host: int) -> str:
+        return f"10.77.{host}.2"
+
+    @staticmethod
+    def _gateway(host: int) -> str:
+        return f"10.77.{host}.1"
+
+    def cut(self, side: Sequence[int], other: Sequence[int], *, one_way: bool = False, datagrams: bool = False) -> None:
+        """Lose all packets from one side to the other, and back unless `one_way`; `datagrams`: only UDP."""
+        pairs = [(a, b) for a in side for b in other]
+        if not one_way:
+            pairs += [(b, a) for a, b in pairs]
+        kind = "ipproto udp " if datagrams else ""
+        lines = []
+        for a, b in pairs:
+            self._rules += 1
+            where = f"from {self.address(a)} to {self.address(b)}"
+            lines.append(f"ip rule add priority {_RULES_FROM + self._rules} {where} {kind}blackhole")
+        self.router.run(*lines)
+
+    def heal(self) -> None:
+        """Carry every packet again."""
+        self.router.run(*(f"ip rule delete priority {_RULES_FROM + n + 1}" for n in range(self._rules)))
+        self._rules = 0
+
+    def close(self) -> None:
+        for host in [*self.hosts, self.router]:
+            host.close()
+
+
+class LaboratoryNode(LocalNode):
+    """A daemon on a host of its own. Its admin address is out of reach; its Unix socket answers instead."""
+
+    def __init__(
+        self, laboratory: Laboratory, number: int, path: Path, bootstrap: Sequence[str], pop: str, options: str
+    ) -> None:
+        self.host = number - 1
+        self._laboratory = laboratory
+        super().__init__(number, path, bootstrap, pop, options)
+        self.launcher = laboratory.hosts[self.host].enter
+
+    @property
+    def address(self) -> str:
+        return f"{self._laboratory.address(self.host)}:{self.port}"
+
+    def get(self, path: str) -> tuple[int, str]:
+        status = self.status()
+        return (200 if status.get("ready") else 503 if status else 0), str(status.get("state"))
+
+    def status(self) -> dict[str, Any]:
+        try:
+            reply = self.client().call(messages.AskStatus(), 5.0, connect_wait_s=0.0)
+        except DhtError:
+            return {}
+        return messages.plain(reply)
+
+
+class LaboratoryCluster(Cluster):
+    """`Cluster` whose daemons have hosts of their own. `laboratory` cuts and heals; daemons count from 0 there."""
+
+    def __init__(self, logs: Path, nodes: int = 3, pop: str = "pop1", options: str = "") -> None:
+        self.laboratory = Laboratory(nodes)
+        try:
+            super().__init__(logs, nodes, pop, options)
+        except BaseException:
+            self.laboratory.close()
+            raise
+
+    def make_node(self, number: int, path: Path, bootstrap: Sequence[str], pop: str, options: str) -> LocalNode:
+        while len(self.laboratory.hosts) < number:
+            self.laboratory.add()
+        return LaboratoryNode(self.laboratory, number, path, bootstrap, pop, options)
+
+    def _clean(self, keep_logs: bool) -> None:
+        self.laboratory.close()
+        super()._clean(keep_logs)
+
+
+def wait_until(condition: Any, timeout_s: float, what: str, pause_s: float = 0.02) -> float:
+    """Seconds until the condition held; raises AssertionError when it does not in time."""
+    began_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began_s < timeout_s, f"{what}: not within {timeout_s:.0f} s"
+        time.sleep(pause_s)
+    return time.monotonic() - began_s
