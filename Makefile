@@ -2,13 +2,14 @@
 # Each target makes what it needs: a virtual environment below this folder, never anything outside it.
 
 VENV := .venv
+VENV_33 := .venv-nova33
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SEEDS ?= 1000
 ROUNDS ?= 1000
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak races nova-suites bench rabbitmq sample clean
+.PHONY: demo test lint soak races nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -31,6 +32,11 @@ races: $(VENV)/.test
 
 nova-suites: $(VENV)/.test
 	$(PY) tests/nova_suites/run.py
+
+# The release before: both doors' tests and Nova's own, in a virtual environment of their own.
+nova-33: $(VENV_33)/.test
+	$(VENV_33)/bin/python -m pytest tests/nova_bridge
+	$(VENV_33)/bin/python tests/nova_suites/run.py
 
 bench: $(VENV)/.test
 	$(PY) -m tests.bench.run
@@ -57,5 +63,12 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[nova,test]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV_33)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	python3 -m venv $(VENV_33)
+	sed 's/^nova==.*/nova==33.0.2/' constraints.txt > $(VENV_33)/constraints.txt
+	$(VENV_33)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint $(VENV_33)/constraints.txt --editable '.[nova,test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_33) build dist *.egg-info
