@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 
 import click
 
+from dht.sim.planted import switched_off
 from dht.sim.scenario import Scenario, Verdict, run
-from dht.sim.scenarios import SCENARIOS
+from dht.sim.scenarios import NAMES, scenario
+from dht.sim.swarm import SWARM
 
-_NAMES = list(SCENARIOS)
 _SHOWN_VIOLATIONS = 5
+_QUEUED_PER_JOB = 8
+_TOLD_EVERY_S = 60.0
 
 
 @click.group()
@@ -24,13 +28,13 @@ def main() -> None:
 
 @main.command(name="run")
 @click.option("--seed", type=int, required=True, help="Seed of the run.")
-@click.option("--scenario", type=click.Choice(_NAMES), default="everything", show_default=True)
+@click.option("--scenario", "name", type=click.Choice(NAMES), default=SWARM, show_default=True)
 @click.option("--trace", is_flag=True, help="Print the story of the run even if it passed.")
 @click.option("--off", multiple=True, metavar="RULE", help="Switch a rule of the registers or of the domain off.")
 @click.option("--quiet", is_flag=True, help="Print no story, not even of a failure.")
-def run_command(seed: int, scenario: str, trace: bool, off: tuple[str, ...], quiet: bool) -> None:
+def run_command(seed: int, name: str, trace: bool, off: tuple[str, ...], quiet: bool) -> None:
     """Run one seed and print the verdict; a failure prints the story. Exit code 1: a violation."""
-    verdict = run(_without(scenario, off), seed)
+    verdict = run(_without(name, seed, off), seed)
     if trace or (verdict.violations and not quiet):
         click.echo("\n".join(verdict.trace))
     click.echo(_line(verdict))
@@ -45,21 +49,21 @@ def run_command(seed: int, scenario: str, trace: bool, off: tuple[str, ...], qui
 @click.option("--seeds", type=click.IntRange(min=1), default=1000, show_default=True, help="How many seeds.")
 @click.option("--first", type=int, default=0, show_default=True, help="The first seed.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes at a time.")
-@click.option("--scenario", "scenarios", type=click.Choice(_NAMES), multiple=True, help="Default: all, in turn.")
+@click.option("--scenario", "scenarios", type=click.Choice(NAMES), multiple=True, help="Default: the swarm.")
 @click.option("--off", multiple=True, metavar="RULE", help="Switch a rule off; failures are then what is wanted.")
 @click.option("--stop", is_flag=True, help="Stop at the first failure.")
 def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tuple[str, ...], stop: bool) -> None:
     """Run many seeds; print those that fail and how to replay them. Exit code 1: at least one failed."""
-    names = scenarios or tuple(_NAMES)
-    work = [(names[seed % len(names)], off, seed) for seed in range(first, first + seeds)]
+    names = scenarios or (SWARM,)
+    work = ((names[seed % len(names)], off, seed) for seed in range(first, first + seeds))
     started = time.monotonic()
     failed = undecided = done = operations = 0
     counters: dict[str, int] = {}
+    told_s = started
     with ProcessPoolExecutor(jobs) as pool:
-        queue = iter(work)
-        waiting = [pool.submit(_run_one, *one) for one in islice(queue, jobs * 2)]
+        waiting = deque(pool.submit(_run_one, *one) for one in islice(work, jobs * _QUEUED_PER_JOB))
         while waiting:
-            verdict = waiting.pop(0).result()
+            verdict = waiting.popleft().result()
             done += 1
             undecided += verdict.undecided
             operations += sum(verdict.counts.values())
@@ -70,7 +74,10 @@ def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tup
                 _report(verdict, off)
                 if stop:
                     break
-            waiting += [pool.submit(_run_one, *one) for one in islice(queue, 1)]
+            waiting.extend(pool.submit(_run_one, *one) for one in islice(work, 1))
+            if time.monotonic() - told_s >= _TOLD_EVERY_S:
+                told_s = time.monotonic()
+                click.echo(f"... {done} runs, {operations} operations in {told_s - started:.0f} s, {failed} failed")
         for future in waiting:
             future.cancel()
     click.echo("counters: " + " ".join(f"{name}={n}" for name, n in sorted(counters.items())))
@@ -82,23 +89,17 @@ def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tup
     sys.exit(1 if failed else 0)
 
 
-def _run_one(scenario: str, off: tuple[str, ...], seed: int) -> Verdict:
-    verdict = run(_without(scenario, off), seed)
+def _run_one(name: str, off: tuple[str, ...], seed: int) -> Verdict:
+    verdict = run(_without(name, seed, off), seed)
     verdict.trace.clear()  # the parent prints only how to get it again
     return verdict
 
 
-def _without(name: str, off: tuple[str, ...]) -> Scenario:
-    from dht.domain.rules import DomainRules
-    from dht.register.rules import Rules
-
-    known = {**dict.fromkeys(Rules.__struct_fields__, 0), **dict.fromkeys(DomainRules.__struct_fields__, 1)}
-    for rule in off:
-        if rule not in known:
-            raise click.BadParameter(f"there is no rule {rule!r}; rules: {', '.join(known)}")
-    return SCENARIOS[name].without(
-        rules=tuple(r for r in off if known[r] == 0), domain_rules=tuple(r for r in off if known[r] == 1)
-    )
+def _without(name: str, seed: int, off: tuple[str, ...]) -> Scenario:
+    try:
+        return switched_off(scenario(name, seed), off)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _line(verdict: Verdict) -> str:

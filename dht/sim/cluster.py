@@ -14,12 +14,14 @@ from dht.errors import DhtError, Indeterminate, Unavailable
 from dht.model import NodeId
 from dht.requests import Store
 from dht.sim.clock import SimClock
-from dht.sim.disk import SimDisk
+from dht.sim.disk import Content, SimDisk
 from dht.sim.loop import Process, VirtualLoop
 from dht.sim.network import Fabric, SimNetwork
 
 T = TypeVar("T")
 TRACE_LINES_MAX = 200_000
+SETTLE_PATIENCE_S = 300.0
+SETTLE_LOOK_EVERY_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,14 @@ class Cluster:
         self.machines.append(Machine(name, node_id, pop, disk, SimClock(), incarnation, founds))
         return number
 
+    def adopt(self, node_id: NodeId, incarnation: bytes, boots: int, disk: Content) -> int:
+        """A machine that was a member already, with its disk, switched off; returns its number."""
+        number = self.add()
+        machine = self.machines[number]
+        machine.node_id, machine.incarnation, machine.boots = node_id, incarnation, boots
+        machine.disk.fill(disk)
+        return number
+
     async def start(self, number: int) -> None:
         """Boot the machine's node; returns when its start has ended."""
         machine = self.machines[number]
@@ -175,6 +185,11 @@ class Cluster:
         for future in asked:
             if not future.done():
                 future.set_exception(Indeterminate(f"{machine.name} crashed during the request"))
+
+    def shut(self, number: int) -> None:
+        """As `crash`, but the disk has everything that the node wrote."""
+        self.machines[number].disk.flush()
+        self.crash(number)
 
     def wipe(self, number: int) -> None:
         """Crash, and an empty disk in the place of the old one: a new incarnation."""
@@ -231,6 +246,16 @@ class Cluster:
     def settled(self) -> bool:
         """Whether every machine runs, and its node has nothing left to do."""
         return all(m.retired or (m.node is not None and m.answering and m.node.settled) for m in self.machines)
+
+    async def settle(self, patience_s: float = SETTLE_PATIENCE_S) -> None:
+        """Wait until every node belongs to the cluster and serves what it should."""
+        clock = self.machines[0].clock
+        deadline_s = clock.monotonic() + patience_s
+        while not self.settled():
+            if clock.monotonic() > deadline_s:
+                raise AssertionError(f"the cluster did not settle within {patience_s:.0f} s without faults")
+            await clock.sleep(SETTLE_LOOK_EVERY_S)
+        self.say("settled")
 
     async def drain(self, number: int) -> None:
         """Have the machine's node leave; retire the machine when it is out. Asks until that is so."""

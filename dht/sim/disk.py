@@ -8,18 +8,20 @@ told), and drops the rest whole: a torn batch does not exist, because the produc
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import random
 
 from sortedcontainers import SortedDict
 
 from dht.errors import StorageError
+from dht.sim.loop import NOWHERE
 from dht.storage.memory import OrderedSpaces
 from dht.world import Batch
 
 FLUSH_MIN_S, FLUSH_MAX_S = 0.000_05, 0.002
 
 _Undo = list[tuple[int, bytes, bytes | None]]
+Content = dict[int, list[tuple[bytes, bytes]]]
+"""Everything on a disk, by key space."""
 
 
 class SimDisk(OrderedSpaces):
@@ -86,6 +88,20 @@ class SimDisk(OrderedSpaces):
             self._flush = None
         return len(lost)
 
+    def flush(self) -> None:
+        """End the flush that goes on, and whatever waits for the next, now."""
+        if self._flush is not None:
+            self._flush.cancel()
+            self._end_flush(self._submitted)
+
+    def content(self) -> Content:
+        """All that it holds, flushed or not."""
+        return {space: list(pairs.items()) for space, pairs in self._spaces.items()}
+
+    def fill(self, content: Content) -> None:
+        """Put this onto an empty disk."""
+        self._spaces = {space: SortedDict(pairs) for space, pairs in content.items()}
+
     def wipe(self) -> None:
         """An empty disk in the old one's place."""
         self.crash()
@@ -104,9 +120,7 @@ class SimDisk(OrderedSpaces):
     def _start_flush(self) -> None:
         delay_s = self._chance.uniform(FLUSH_MIN_S, FLUSH_MAX_S) * self.slowness
         # an empty context: a flush goes on while the node that asked for it is paused
-        self._flush = asyncio.get_running_loop().call_later(
-            delay_s, self._end_flush, self._submitted, context=contextvars.Context()
-        )
+        self._flush = asyncio.get_running_loop().call_later(delay_s, self._end_flush, self._submitted, context=NOWHERE)
 
     def _end_flush(self, number: int) -> None:
         self._flush = None

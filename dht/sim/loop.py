@@ -18,13 +18,14 @@ import contextvars
 import gc
 import heapq
 import random
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 STEPS_MAX = 5_000_000
 FAREWELL_STEPS_MAX = 200_000
+TASKS_SWEPT_AT_LEAST = 256
 
 
 class Stuck(AssertionError):
@@ -41,7 +42,7 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self.frozen = False
-        self.kept: list[asyncio.Handle] = []
+        self.kept: list[_Handle] = []
         self.context = contextvars.copy_context()
         self.context.run(_process.set, self)
 
@@ -51,20 +52,51 @@ class Process:
 
 
 _process: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
+NOWHERE = contextvars.Context()
+"""The context of callbacks that belong to no process: the network's and the disks'. They run one at a time."""
+
+
+class _Handle:
+    """What asyncio.Handle is, without its debugging: most of a run's time goes through here."""
+
+    __slots__ = ("args", "callback", "cancelled_", "context", "when_s")
+
+    def __init__(
+        self, callback: Any, args: tuple[Any, ...], context: contextvars.Context | None, when_s: float
+    ) -> None:
+        self.callback: Callable[..., Any] | None = callback
+        self.args = args
+        self.context = contextvars.copy_context() if context is None else context
+        self.when_s = when_s
+        self.cancelled_ = False
+
+    def cancel(self) -> None:
+        self.cancelled_ = True
+        self.callback, self.args = None, ()
+
+    def cancelled(self) -> bool:
+        return self.cancelled_
+
+    def when(self) -> float:
+        return self.when_s
+
+    def __repr__(self) -> str:
+        return f"callback {self.callback!r} due at {self.when_s:.6f} s"
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
     """`shuffle`: callbacks that are ready at the same moment run in this generator's order, not first in, first out."""
 
-    _ready: collections.deque[asyncio.Handle]
+    _ready: collections.deque[_Handle]
 
     def __init__(self, shuffle: random.Random | None = None) -> None:
         super().__init__()
         self._now_s = 0.0
         self._shuffle = shuffle
-        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _Handle]] = []
         self._timers_set = 0
         self._tasks: dict[asyncio.Task[Any], Process | None] = {}
+        self._tasks_swept_at = TASKS_SWEPT_AT_LEAST
         self.steps = 0
         self.steps_max = STEPS_MAX
         self.time_limit_s: float | None = None
@@ -74,20 +106,39 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now_s
 
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
+        handle = _Handle(callback, args, context, self._now_s)
+        self._ready.append(handle)
+        return handle
+
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Any = None
-    ) -> asyncio.TimerHandle:
-        self._check_closed()  # type: ignore[attr-defined]
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+    ) -> Any:
+        timer = _Handle(callback, args, context, when)
         self._timers_set += 1
         heapq.heappush(self._timers, (when, self._timers_set, timer))
         return timer
 
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
+        return self.call_at(self._now_s + delay, callback, *args, context=context)
+
     def create_task(self, coro: Any, *, name: Any = None, context: Any = None) -> Any:
-        task = super().create_task(coro, name=name, context=context)
-        self._tasks[task] = (context or contextvars.copy_context()).get(_process)
-        task.add_done_callback(self._forget_task, context=contextvars.Context())
+        if len(self._tasks) >= self._tasks_swept_at:
+            self._sweep()
+        if context is None:
+            context = contextvars.copy_context()
+        task = asyncio.Task(coro, loop=self, name=name, context=context)
+        self._tasks[task] = context.get(_process)
         return task
+
+    def _sweep(self) -> None:
+        """Forget the tasks that have ended."""
+        self._tasks = {task: process for task, process in self._tasks.items() if not task.done()}
+        self._tasks_swept_at = max(TASKS_SWEPT_AT_LEAST, 2 * len(self._tasks))
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         raise RuntimeError(f"the simulator has no threads: {func!r} would leave virtual time")
@@ -97,9 +148,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         process.frozen = False
         self._ready.extend(process.kept)
         process.kept.clear()
-
-    def _forget_task(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.pop(task, None)
 
     def _note_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -114,7 +162,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         timers, ready = self._timers, self._ready
-        while timers and timers[0][2]._cancelled:
+        while timers and timers[0][2].cancelled_:
             heapq.heappop(timers)
         if not ready:
             if not timers:
@@ -131,22 +179,26 @@ class VirtualLoop(asyncio.BaseEventLoop):
             ready.extend(batch)
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if handle._cancelled:
+            if handle.cancelled_:
                 continue
-            process: Process | None = handle._context.get(_process)  # type: ignore[attr-defined]
+            context = handle.context
+            process = context.get(_process)
             if process is not None and process.frozen:
                 process.kept.append(handle)
                 continue
             self.steps += 1
-            handle._run()
+            try:
+                context.run(handle.callback, *handle.args)  # type: ignore[arg-type]
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self.call_exception_handler({"message": "a callback failed", "exception": error, "handle": handle})
         if self.steps > self.steps_max:
             raise Stuck(f"more than {self.steps_max} steps\n" + self.dump())
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Cancelled timers stay in the heap until they come up; a run is too short for them to matter."""
-
     def dump(self) -> str:
         """The unfinished tasks, one a line: process, name, where it waits."""
+        self._sweep()
         lines = [f"virtual time {self._now_s:.6f} s, step {self.steps}, {len(self._tasks)} unfinished tasks"]
         for task, process in self._tasks.items():
             state = "" if process is None else f"[{process.name}{' frozen' if process.frozen else ''}] "
@@ -156,6 +208,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def farewell(self) -> None:
         """Cancel every task, frozen ones too, and run until they have ended."""
         self.time_limit_s, self._shuffle = None, None
+        self._sweep()
         for process in _distinct(self._tasks.values()):
             self.resume(process)
         limit = self.steps + FAREWELL_STEPS_MAX
@@ -163,6 +216,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             for task in list(self._tasks):
                 task.cancel()
             self.run_until_complete(asyncio.sleep(0))
+            self._sweep()
 
 
 def _distinct(processes: Any) -> Iterator[Process]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from dht.sim.scenario import Faults, Scenario
+from dht.sim.swarm import SWARM, swarm
 from dht.sim.workload import Mix
 
 _ONE_LIST: Final = Mix(append=5, read=3, cell=0, bag=0, find=0, transact=0, owner=0, draw=0, lists=1)
@@ -127,3 +128,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         ),
     )
 }
+
+NAMES: Final = (SWARM, *SCENARIOS)
+
+
+def scenario(name: str, seed: int) -> Scenario:
+    """What runs under this name with this seed: of the swarm, every seed is a scenario of its own."""
+    return swarm(seed) if name == SWARM else SCENARIOS[name]

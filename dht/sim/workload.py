@@ -102,7 +102,14 @@ class Bench:
     history: History = field(default_factory=History)
     errors: list[str] = field(default_factory=list)
     timeout_s: float = 3.0
+    operations_max: int | None = None
+    """After so many operations the clients stop by themselves."""
+    operations: int = 0
     stopping: bool = False
+
+    @property
+    def over(self) -> bool:
+        return self.stopping or (self.operations_max is not None and self.operations >= self.operations_max)
 
 
 def list_group(i: int) -> GroupKey:
@@ -161,7 +168,8 @@ class Client:
         ]
         weights = [weight for weight, _ in kinds]
         clock = self.bench.cluster.machines[0].clock
-        while not self.bench.stopping:
+        while not self.bench.over:
+            self.bench.operations += 1
             self.choose_machine()
             await self.chance.choices(kinds, weights)[0][1]()
             await clock.sleep(self.chance.expovariate(1 / mix.pace_s))
