@@ -113,7 +113,7 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
         try:
             database.store.commit(transaction, 0, database.timeout_s)
         except SchemaChanged as error:
-            if tx.adopt(database.reload()):
+            if tx.adopt(database.reload(), to_commit=True):
                 continue
             raise from_store(error) from None
         except Conflict as error:
@@ -154,15 +154,15 @@ def _collect(tx: Transaction, rows: Rows, foreign_keys: bool) -> dict[GroupKey, 
         draft = drafts.setdefault(place[0], _Draft())
         _add_row(table, pending, draft)
         _add_unique_guards(table, pending, draft)
-        if foreign_keys and pending.current is None:
+        if foreign_keys:
             _add_child_guards(tx, table, pending, draft)
         for unique in table.uniques:
             if unique.kind == "entry":
                 _add_step(table, unique, place, pending, steps)
-    for group, number, pk in tx.foreign_guards:
+    for group, number, pk, key in tx.foreign_guards:
         if group in drafts and not _is_own(tx, group, number, pk):
             parent = tx.schema.by_number[number]
-            guard = Guard(GuardKind.HAS, number, pk, {}, "foreign_key")
+            guard = Guard(GuardKind.HAS, number, pk, dict(key), "foreign_key")
             drafts[group].guard(guard, Meaning(parent, parent.primary))
     for key, step in steps.items():
         change = _entry_change(step)
@@ -207,7 +207,7 @@ def _add_unique_guards(table: Table, pending: Pending, draft: _Draft) -> None:
 
 
 def _add_child_guards(tx: Transaction, table: Table, pending: Pending, draft: _Draft) -> None:
-    """A parent leaves its group only while no row of the group refers to it."""
+    """A parent's key leaves its group only while no row of the group refers to it."""
     old = pending.base
     if old is None:
         return
@@ -216,10 +216,18 @@ def _add_child_guards(tx: Transaction, table: Table, pending: Pending, draft: _D
             continue
         _, positions = parent_of(tx.schema, foreign)
         values = [old.values[p] for p in positions]
-        if None not in values:
+        if None not in values and not _has_parent(tx, table, old.group, positions, values):
             columns = {child.number_of(c): v for c, v in zip(foreign.columns, values, strict=True)}
             guard = Guard(GuardKind.UNIQUE, child.number, (), columns, "foreign_key")
             draft.guard(guard, Meaning(child, foreign.columns))
+
+
+def _has_parent(tx: Transaction, table: Table, group: GroupKey, positions: tuple[int, ...], key: list[Any]) -> bool:
+    """Whether a row that this transaction leaves in the group has the key: the same one, or another in its place."""
+    return any(
+        place[0] == group and p.current is not None and [p.current.values[at] for at in positions] == key
+        for place, p in tx.overlay[table.number].items()
+    )
 
 
 def _add_step(table: Table, unique: Unique, place: Place, pending: Pending, steps: dict[GroupKey, _Step]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import apsw
 
-from dht.errors import DhtError
+from dht.errors import DhtError, SchemaChanged
 from nova_bridge.sql import fixture, statements
 from nova_bridge.sql.commit import commit
 from nova_bridge.sql.cursor import Cursor
@@ -250,11 +250,13 @@ class Connection:
 
     def reload_schema(self) -> bool:
         """Learn a newer catalog after a failure. Returns whether running the statement again may help."""
-        before = self.database.schema
-        if self.tx.written or self.database.reload() is before:
+        newest = self.database.reload()
+        if newest is self._schema:
             return False
-        if not self.in_transaction or not self._savepoints:
+        if not self.in_transaction:
             self.tx.reset()
+        elif newest is not self.tx.schema and not self.tx.adopt(newest):
+            raise SchemaChanged("a table that this transaction uses has other columns now; run the transaction again")
         return True
 
     def executescript(self, script: str) -> Cursor:

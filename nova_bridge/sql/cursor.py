@@ -17,7 +17,7 @@ from nova_bridge.sql.values import adapt_all
 if TYPE_CHECKING:
     from nova_bridge.sql.connection import Connection
 
-_READS = frozenset({"SELECT", "WITH", "VALUES", "EXPLAIN"})
+_READS = frozenset({"SELECT", "VALUES", "EXPLAIN"})
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE"})
 _SCHEMA = frozenset({"CREATE", "DROP", "ALTER"})
 _NOTHING_TO_DO = frozenset({"VACUUM", "ANALYZE", "REINDEX"})
@@ -68,13 +68,16 @@ class Cursor:
 
     def _route(self, sql: str, parameters: Any) -> None:
         connection = self.connection
-        word = statements.first_word(sql)
+        word, body = statements.first_word(sql), sql
+        if word == "WITH":
+            body = statements.after_with(sql)
+            word = statements.first_word(body)
         if word in _SCHEMA:
             connection.define(sql)
         elif word in _READS or word in _WRITES:
             connection.flush_script()
             if word in _WRITES:
-                self._write(word, sql, parameters)
+                self._write(word, body, sql, parameters)
             elif statements.asks_for_schema(sql):
                 self._ask_shadow(sql, parameters)
             else:
@@ -109,16 +112,16 @@ class Cursor:
         self._with_reloads(sql, parameters)
         self.connection.end_statement()
 
-    def _write(self, word: str, sql: str, parameters: Any) -> None:
+    def _write(self, word: str, body: str, sql: str, parameters: Any) -> None:
         connection = self.connection
-        if statements.has_conflict_clause(sql):
+        if statements.has_conflict_clause(body):
             raise sqlite3.NotSupportedError(
                 f"not supported by this database: {' '.join(sql.split())[:60]}; a conflict ends a statement with an "
                 "error here, catch it in place of OR IGNORE, OR REPLACE or REPLACE INTO"
             )
         if not connection.in_transaction and connection.isolation_level is not None:
             connection.begin()
-        connection.writer.named_columns = statements.inserted_columns(sql)
+        connection.writer.named_columns = statements.inserted_columns(body)
         connection.changing = word in {"UPDATE", "DELETE"}
         try:
             engine = self._with_reloads(sql, parameters)
@@ -163,6 +166,10 @@ class Cursor:
                     raise
                 connection.tx.rollback_to(mark)
                 self._fetch_without_in_lists(engine, sql, parameters)
+            finally:
+                if connection.handles:
+                    looked_at = [(number, s.record, s.mask) for (number, _), s in connection.handles.items()]
+                    connection.tx.mark_looked_at(looked_at)
             connection.writer.finish_statement()
         except BaseException:
             connection.writer.checks.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -30,10 +31,14 @@ class IdBlocks:
     def __init__(self) -> None:
         self._blocks: dict[str, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
+        self._pid = os.getpid()
 
     def take(self, table: Table, above: int, reserve: Callable[[int, int], int]) -> int:
         """An id above `above`; `reserve(count, above)` asks the store."""
         with self._lock:
+            if self._pid != os.getpid():
+                # After a fork the parent goes on drawing from the blocks that both hold.
+                self._pid, self._blocks = os.getpid(), {}
             following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
             following = max(following, above + 1)
             if following >= end:

@@ -17,6 +17,11 @@ _PREFIX_BYTES = 11
 _NONE: dict[RowKey, Record] = {}
 
 
+def table_part(key: RowKey) -> bytes:
+    """The part of a row key that says which table it is of."""
+    return key[:_PREFIX_BYTES]
+
+
 class GroupView:
     """One group at one ballot. Shared by transactions, so never changed after it is made but for lazy decoding."""
 
@@ -29,7 +34,7 @@ class GroupView:
         self.size_bytes = 0
         for row_key, data in rows.items():
             self.size_bytes += len(row_key) + len(data)
-            self._raw.setdefault(row_key[:_PREFIX_BYTES], {})[row_key] = data
+            self._raw.setdefault(table_part(row_key), {})[row_key] = data
 
     def records(self, table: Table) -> dict[RowKey, Record]:
         """The table's rows in this group, by row key and in its order."""

@@ -57,7 +57,10 @@ def parent_of(schema: Schema, foreign: Foreign) -> tuple[Table, tuple[int, ...]]
 
 
 def check_child(tx: Transaction, table: Table, record: Record, changed: Collection[int] | None) -> None:
-    """Every parent that the row names exists. A parent in the row's own group is guarded until the commit."""
+    """Every parent that the row names exists.
+
+    A parent in a group that the transaction writes anyway is guarded until the commit.
+    """
     for foreign in table.foreign:
         if changed is not None and set(foreign.columns).isdisjoint(changed):
             continue
@@ -69,8 +72,10 @@ def check_child(tx: Transaction, table: Table, record: Record, changed: Collecti
         found = equal(tx, parent, dict(zip(positions, key, strict=True)))
         if not found:
             raise _foreign_failed(table, foreign)
-        if found[0].group == record.group and tx.pending(parent, found[0]).base is not None:
-            tx.guard_parent(record.group, parent, found[0].pk)
+        stored = tx.pending(parent, found[0]).base
+        if stored is not None and all(stored.values[p] == v for p, v in zip(positions, key, strict=True)):
+            columns = [(parent.number_of(p), v) for p, v in zip(positions, key, strict=True) if p not in parent.primary]
+            tx.guard_parent(stored.group, parent, stored.pk, tuple(columns))
 
 
 def children_of(

@@ -19,15 +19,35 @@ _PRAGMA = re.compile(r"\s*PRAGMA\s+(?:[\"\w]+\s*\.\s*)?(\w+)\s*(?:[=(]\s*['\"]?(
 
 _NAME = r"(?:\"(?:[^\"]|\"\")+\"|`[^`]+`|\[[^\]]+\]|\w+)"
 _INSERT = re.compile(
-    rf"\s*(?:INSERT(?:\s+OR\s+\w+)?|REPLACE)\s+INTO\s+(?:{_NAME}\s*\.\s*)?{_NAME}\s*"
+    rf"\s*(?:--[^\n]*(?:\n|$)\s*|/\*.*?\*/\s*)*(?:INSERT(?:\s+OR\s+\w+)?|REPLACE)\s+INTO\s+(?:{_NAME}\s*\.\s*)?{_NAME}\s*"
     rf"(?:(DEFAULT\s+VALUES)|\(\s*({_NAME}(?:\s*,\s*{_NAME})*)\s*\))?",
-    re.I,
+    re.I | re.S,
 )
 
 
 _CONFLICT_CLAUSE = re.compile(
     r"\s*(?:--[^\n]*(?:\n|$)\s*|/\*.*?\*/\s*)*(?:REPLACE|(?:INSERT|UPDATE)\s+OR\s+(?!ABORT\b)\w+)\b", re.I | re.S
 )
+
+
+_TOKENS = re.compile(
+    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|[()]"
+    r"|\b(?:SELECT|VALUES|INSERT|UPDATE|DELETE|REPLACE)\b",
+    re.I | re.S,
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def after_with(sql: str) -> str:
+    """A statement that begins with WITH, from the verb on that its common table expressions are for."""
+    depth = 0
+    for match in _TOKENS.finditer(sql):
+        token = match.group()
+        if token in "()":
+            depth += 1 if token == "(" else -1
+        elif not depth and token[0].isalpha():
+            return sql[match.start() :]
+    return sql
 
 
 @functools.lru_cache(maxsize=1024)

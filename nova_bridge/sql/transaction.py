@@ -23,13 +23,14 @@ from dht.model import (
 )
 from dht.rows import decode_row
 from nova_bridge.sql.database import Database
-from nova_bridge.sql.groups import GroupView
+from nova_bridge.sql.groups import GroupView, table_part
 from nova_bridge.sql.matching import matches, order_records
 from nova_bridge.sql.schema import Record, Schema, Table, Unique
 
 SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
 PAGE_ROWS = 1000
+MARKS_MAX = 4096
 _MISSING: Any = object()
 
 Place = tuple[GroupKey, RowKey]
@@ -63,7 +64,7 @@ class Transaction:
         self._values: dict[tuple[int, int, GroupKey], dict[tuple[Any, ...], Place]] = {}
         self._newest: dict[tuple[int, GroupKey], int] = {}
         self.journal: list[tuple[dict[Any, Any], Any, Any]] = []
-        self.foreign_guards: dict[tuple[GroupKey, int, tuple[Value, ...]], None] = {}
+        self.foreign_guards: dict[tuple[GroupKey, int, tuple[Value, ...], tuple[tuple[int, Value], ...]], None] = {}
         self._own_pk: dict[tuple[int, tuple[Value, ...]], Place] = {}
         self._views: dict[GroupKey, GroupView] = {}
         self._ballots: dict[GroupKey, Ballot] = {}
@@ -71,6 +72,7 @@ class Transaction:
         self._by_pk: dict[int, dict[tuple[Value, ...], Record]] = {}
         self._indexed: set[tuple[int, GroupKey]] = set()
         self._reads: dict[Record, int] = {}
+        self._marks: list[tuple[Iterable[Record], int]] = []
         self._stale: dict[Place, dict[int, Any]] = {}
         self._finds: dict[Any, list[Record]] = {}
         self._siblings: dict[GroupKey, tuple[int, list[GroupKey]]] = {}
@@ -84,11 +86,21 @@ class Transaction:
             self._schema = self.database.schema
         return self._schema
 
-    def adopt(self, schema: Schema) -> bool:
-        """Go on with a newer schema, if the tables that were changed are still the same. Returns whether they are."""
+    def adopt(self, schema: Schema, *, to_commit: bool = False) -> bool:
+        """Go on with a newer schema, if the tables that were read and changed are still the same.
+
+        Returns whether they are. Before a commit, what was only read does not matter any more.
+        """
         old = self.schema
-        if schema is old or any(not schema.same_table(old, number) for number in self.overlay):
+        touched = set(self.overlay)
+        if not to_commit:
+            self._fold_reads()
+            met = {table_part(record.key) for record in self._reads} | {table_part(key) for _, key in self._stale}
+            touched.update(number for number, table in old.by_number.items() if table.prefix in met)
+        if schema is old or not all(schema.same_table(old, number) for number in touched):
             return False
+        if not to_commit:
+            self._keep_reads(None)
         self._schema = schema
         return True
 
@@ -143,14 +155,19 @@ class Transaction:
         self._ballots[key] = ballot
         self.seen.setdefault(key, ballot)
 
-    def _keep_reads(self, key: GroupKey) -> None:
-        """What was read of an older ballot still guards what will be written."""
+    def _keep_reads(self, key: GroupKey | None) -> None:
+        """What was read of an older ballot, or schema, still guards what will be written. `key` None: all groups."""
+        self._fold_reads()
         for record, mask in self._reads.items():
-            if record.group == key:
-                kept = self._stale.setdefault((key, record.key), {})
+            if key is None or record.group == key:
+                kept = self._stale.setdefault((record.group, record.key), {})
                 for position, value in enumerate(record.values):
                     if mask >> position & 1:
                         kept.setdefault(position, value)
+        if key is None:
+            self._views, self._found, self._finds, self._values = {}, {}, {}, {}
+            self._newest, self._by_pk, self._indexed = {}, {}, set()
+            return
         self._views.pop(key, None)
         self._found.pop(key, None)
         self._finds.clear()
@@ -377,10 +394,27 @@ class Transaction:
     # Writes.
 
     def mark_read(self, records: Iterable[Record], mask: int) -> None:
-        """The statement saw these columns of these rows."""
+        """The statement saw these columns of these rows. Noted only: most transactions change nothing they read."""
+        self._marks.append((records, mask))
+        if len(self._marks) >= MARKS_MAX:
+            self._fold_reads()
+
+    def mark_looked_at(self, sights: Iterable[tuple[int, Record, int]]) -> None:
+        """What a statement that changes rows saw: (table's number, row, columns), those that it changed included."""
         reads = self._reads
-        for record in records:
+        for number, record, mask in sights:
             reads[record] = reads.get(record, 0) | mask
+            own = self.overlay.get(number)
+            pending = own.get((record.group, record.key)) if own else None
+            if pending is not None and pending.current is not None:
+                reads[pending.current] = reads.get(pending.current, 0) | mask
+
+    def _fold_reads(self) -> None:
+        reads, marks = self._reads, self._marks
+        self._marks = []
+        for records, mask in marks:
+            for record in records:
+                reads[record] = reads.get(record, 0) | mask
 
     def pending(self, table: Table, record: Record) -> Pending:
         """The row's state before the next change."""
@@ -395,12 +429,15 @@ class Transaction:
         base = before.base
         if base is None:
             return before.guards
+        self._fold_reads()
         read = self._columns_read(table, base)
         if before.current is not None:
             read |= self._reads.get(before.current, 0)
+        stale = self._stale.get(place, {})
+        for position in stale:
+            read |= 1 << position
         for position in set_columns:
             mask |= read & 1 << position
-        stale = self._stale.get(place, {})
         guards = dict(before.guards)
         for position, value in enumerate(base.values):
             if mask >> position & 1 and position not in before.columns:
@@ -435,6 +472,7 @@ class Transaction:
             if taken is not None:
                 self._set(self.own_entries, taken, place)
         if pending.current is not None and before is not None:
+            self._fold_reads()
             self._reads[pending.current] = self._reads.get(before, 0)
         self._set(own, place, pending)
         if pending.current is not None and table.integer_key is not None:
@@ -443,9 +481,11 @@ class Transaction:
             if known is not None and isinstance(number := pending.current.pk[0], int):
                 self._newest[table.number, place[0]] = max(known, number)
 
-    def guard_parent(self, group: GroupKey, table: Table, pk: tuple[Value, ...]) -> None:
-        """A row of this group must exist when the transaction commits."""
-        self._set(self.foreign_guards, (group, table.number, pk), None)
+    def guard_parent(
+        self, group: GroupKey, table: Table, pk: tuple[Value, ...], columns: tuple[tuple[int, Value], ...]
+    ) -> None:
+        """A row of this group must exist, and have these columns, by number, when the transaction commits."""
+        self._set(self.foreign_guards, (group, table.number, pk, columns), None)
 
     def _set(self, target: dict[Any, Any], key: Any, value: Any) -> None:
         self.journal.append((target, key, target.get(key, _MISSING)))

@@ -20,7 +20,12 @@ SCHEMA = [
     # another group than its instance
     "CREATE TABLE migrations (id INTEGER NOT NULL PRIMARY KEY, instance_uuid VARCHAR(36),"
     " FOREIGN KEY (instance_uuid) REFERENCES instances (uuid))",
+    # in its instance's group, without a foreign key
+    "CREATE TABLE tags (resource_id VARCHAR(36) NOT NULL, tag VARCHAR(80) NOT NULL, PRIMARY KEY (resource_id, tag))",
     "CREATE TABLE tree (id INTEGER NOT NULL PRIMARY KEY, parent INTEGER REFERENCES tree (id))",
+    # parent and child in the one group of a whole family
+    "CREATE TABLE flavors (id INTEGER NOT NULL PRIMARY KEY, name TEXT UNIQUE)",
+    "CREATE TABLE flavor_extra_specs (id INTEGER NOT NULL PRIMARY KEY, flavor TEXT REFERENCES flavors (name))",
     "CREATE TABLE boxes (id INTEGER NOT NULL PRIMARY KEY)",
     "CREATE TABLE things (id INTEGER NOT NULL PRIMARY KEY, box INTEGER REFERENCES boxes ON DELETE CASCADE)",
     "CREATE TABLE notes (id INTEGER NOT NULL PRIMARY KEY, box INTEGER REFERENCES boxes ON DELETE SET NULL)",
@@ -121,3 +126,49 @@ def test_pragma_turns_checks_off_and_on(connect: Connect) -> None:
     assert connection.execute("PRAGMA foreign_keys").fetchall() == [(1,)]
     with pytest.raises(sqlite3.IntegrityError, match=FAILED):
         connection.execute("INSERT INTO migrations (instance_uuid) VALUES ('nobody')")
+
+
+def test_referenced_column_changed_meanwhile_child_refused_at_commit(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    a.execute("INSERT INTO flavors VALUES (1, 'left')")
+    a.commit()
+    b.execute("INSERT INTO flavor_extra_specs VALUES (1, 'left')")
+    a.execute("UPDATE flavors SET name = 'right' WHERE id = 1")
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        b.commit()
+
+
+def test_child_added_meanwhile_referenced_column_stays(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    a.execute("INSERT INTO flavors VALUES (1, 'left')")
+    a.commit()
+    b.execute("UPDATE flavors SET name = 'right' WHERE id = 1")
+    a.execute("INSERT INTO flavor_extra_specs VALUES (1, 'left')")
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        b.commit()
+
+
+def test_referenced_column_changed_and_child_added_in_one_transaction(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    a.execute("INSERT INTO flavors VALUES (1, 'left'), (2, 'top')")
+    a.commit()
+    b.execute("UPDATE flavors SET name = 'right' WHERE id = 1")
+    b.execute("INSERT INTO flavor_extra_specs VALUES (1, 'right')")
+    b.execute("DELETE FROM flavors WHERE id = 2")
+    b.execute("INSERT INTO flavors VALUES (3, 'top')")
+    b.execute("INSERT INTO flavor_extra_specs VALUES (2, 'top')")
+    b.execute("UPDATE flavors SET id = 4 WHERE id = 3")
+    b.commit()
+    assert a.execute("SELECT id, name FROM flavors ORDER BY id").fetchall() == [(1, "right"), (4, "top")]
+
+
+def test_parent_in_another_group_that_is_written_too_is_guarded(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    b.execute("INSERT INTO migrations (instance_uuid) VALUES ('u1')")
+    b.execute("INSERT INTO tags (resource_id, tag) VALUES ('u1', 'moving')")
+    a.execute("DELETE FROM instances")
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=FAILED):
+        b.commit()
