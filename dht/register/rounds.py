@@ -219,7 +219,7 @@ class Rounds:
         standing.hear(reply.promise)
         if reply.verdict == Verdict.ACCEPTED:
             standing.behind.pop(node, None)
-        tally.vote(reply.verdict == Verdict.ACCEPTED)
+        tally.vote(node, reply.verdict == Verdict.ACCEPTED)
 
     async def _send_accept(self, node: NodeId, request: Accept) -> Accepted:
         if node == self._context.node:
