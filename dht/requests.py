@@ -129,6 +129,26 @@ class AskOutcomeReply(Message, frozen=True, tag=115):
     outcome: str
 
 
+@message
+class RaiseFence(Message, frozen=True, tag=116):
+    """No transaction made under an older catalog than `version` shall change the groups that begin with `prefixes`.
+
+    Done in slices: `first` is 0, then what the reply says.
+    """
+
+    database: str
+    version: int
+    prefixes: tuple[bytes, ...]
+    first: int = 0
+
+
+@message
+class RaiseFenceReply(Message, frozen=True, tag=117):
+    """`following`: where to go on; -1 when the fence is raised everywhere."""
+
+    following: int
+
+
 class Store(Protocol):
     """Errors: see `dht.errors`. `timeout_s` bounds the whole call; None means limits.REQUEST_TIMEOUT_S."""
 
@@ -149,6 +169,10 @@ class Store(Protocol):
     async def outcome(
         self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
     ) -> str: ...
+
+    async def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int: ...
 
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
 
@@ -177,6 +201,10 @@ class BlockingStore(Protocol):
     def outcome(
         self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
     ) -> str: ...
+
+    def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int: ...
 
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
 

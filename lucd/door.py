@@ -63,6 +63,9 @@ async def ask_store(store: Store, message: Message, timeout_s: float) -> Message
             return requests.Done()
         case requests.AskOutcome():
             return requests.AskOutcomeReply(await store.outcome(message.id, message.key, message.seen, timeout_s))
+        case requests.RaiseFence():
+            following = await store.fence(message.database, message.version, message.prefixes, message.first, timeout_s)
+            return requests.RaiseFenceReply(following)
         case requests.ListDatabases():
             return requests.ListDatabasesReply(await store.list_databases(timeout_s))
         case requests.CreateDatabase():

@@ -93,12 +93,14 @@ class AskSeal(DomainMessage, frozen=True, tag=60):
 class Sealed(Message, frozen=True, tag=61):
     """Sealed durably. `initialised`: whether this replica was ever initialised at the epoch, so may contribute.
 
-    `floor`: promise of the registers that this replica has no trace of.
+    `floor`: promise of the registers that this replica has no trace of. `versions`: of the catalogs, by encoded name of
+    the database, as this replica told them with its promises (`dht.register.fence`).
     """
 
     incarnation: bytes
     initialised: bool
     floor: Ballot
+    versions: dict[bytes, int] = {}
 
 
 @message

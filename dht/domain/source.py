@@ -63,7 +63,8 @@ class Source:
                 f"link {request.link.epoch} does not replace epoch {request.epoch} of tablet {request.tablet}"
             )
         if self._nothing_left(request):
-            return Sealed(self._incarnation, False, self._tablets.state(request.tablet).floor)
+            floor = self._tablets.state(request.tablet).floor
+            return Sealed(self._incarnation, False, floor, self._registers.told_versions())
         self._refuse_stranger(request.tablet, request.epoch)
         number = self._tablets.seal(request.tablet, request.epoch)
         self._on_seal(request.tablet)
@@ -72,7 +73,7 @@ class Source:
         self._refuse_stranger(request.tablet, request.epoch)
         state = self._tablets.state(request.tablet)
         contributes = request.epoch in state.initialised or not self._rules.only_initialised_contribute
-        return Sealed(self._incarnation, contributes, state.floor)
+        return Sealed(self._incarnation, contributes, state.floor, self._registers.told_versions())
 
     def _nothing_left(self, request: AskSeal) -> bool:
         """Rule 8: a survivor that let the tablet go before the recovery has nothing to add, and must not stop it."""

@@ -40,7 +40,7 @@ from dht.domain.source import PAGE_KEYS_MAX
 from dht.domain.tablets import Tablets, tablet_key
 from dht.errors import DhtError, RemoteProtocolError, Unavailable
 from dht.model import ZERO, Ballot, GroupKey, NodeId, Struct
-from dht.storage.registers import RegisterFile
+from dht.storage.registers import Header, RegisterFile
 from dht.world import Batch, Clock, Disk, Space
 
 log = logging.getLogger(__name__)
@@ -61,14 +61,16 @@ class Overtaken(Exception):
 class Best:
     """Per register the highest accepted ballot among the contributors, who has it, and the highest marks."""
 
-    def __init__(self, highest: bool = True) -> None:
+    def __init__(self, highest: bool = True, promises: bool = True) -> None:
+        self._promises = promises
+        self.versions: dict[bytes, int] = {}
         self.marks: dict[GroupKey, tuple[RegisterMark, NodeId]] = {}
         self.floor = ZERO
         self._highest = highest
 
     def add(self, source: NodeId, mark: RegisterMark) -> None:
-        """A register that was only promised has no content; its promise is below every ballot of the new epoch."""
-        if mark.accepted == ZERO:
+        """One that was only promised has no content, but that there was a promise matters (`dht.register.fence`)."""
+        if mark.accepted == ZERO and not self._promises:
             return
         known = self.marks.get(mark.key)
         if known is None:
@@ -204,9 +206,11 @@ class Transfer:
         if served_meanwhile and self._tablets.state(tablet).current != history[0].epoch:
             await self._copy_ahead(tablet, target, history[0], staging)
         early = None if self._rules.seal_before_init else await self._survey_unsealed(tablet, target, history[0])
-        contributors, floor = await self._seal(tablet, target, history)
+        versions: dict[bytes, int] = {}
+        contributors, floor = await self._seal(tablet, target, history, versions)
         best = early or await self._survey(tablet, target, contributors, sealed=True)
         best.floor = max(best.floor, floor)
+        best.versions = versions
         await self._fetch(
             tablet, target, best, dict.fromkeys(history[0].nodes, history[0].epoch) | contributors, staging
         )
@@ -293,10 +297,11 @@ class Transfer:
     # ---- seal
 
     async def _seal(
-        self, tablet: int, target: TabletReplicas, history: Sequence[TabletReplicas]
+        self, tablet: int, target: TabletReplicas, history: Sequence[TabletReplicas], versions: dict[bytes, int]
     ) -> tuple[dict[NodeId, int], Ballot]:
         """Initialised replicas of sealed quorums, each with the epoch that it may be asked at; and their highest floor.
 
+        Into `versions`: the newest catalogs that any of those sealed told, initialised or not.
         Raises Unavailable while a quorum does not answer.
         """
         link = self._chain.link(target.epoch)
@@ -311,6 +316,9 @@ class Transfer:
                     f"tablet {tablet} cannot move to epoch {target.epoch}: {len(replies)} of {need} needed replicas of "
                     f"epoch {old.epoch} sealed it; it goes on when more of them are reachable"
                 )
+            for reply in replies.values():
+                for database, version in reply.versions.items():
+                    versions[database] = max(version, versions.get(database, 0))
             contributors = {n: old.epoch for n, r in replies.items() if r.initialised}
             if contributors:
                 return contributors, max(r.floor for r in replies.values() if r.initialised)
@@ -344,7 +352,7 @@ class Transfer:
     async def _survey(
         self, tablet: int, target: TabletReplicas, contributors: Mapping[NodeId, int], *, sealed: bool
     ) -> Best:
-        best = Best(self._rules.highest_ballot_wins)
+        best = Best(self._rules.highest_ballot_wins, self._rules.promises_carried)
         for node, epoch in contributors.items():
             after, more = b"", True
             while more:
@@ -378,7 +386,7 @@ class Transfer:
         """Stage what is missing. A register may have moved on since the survey; what comes is newer then."""
         missing: dict[NodeId, list[GroupKey]] = {}
         for key, (mark, source) in best.marks.items():
-            if not self._has(key, mark.accepted, staging):
+            if mark.accepted != ZERO and not self._has(key, mark.accepted, staging):
                 missing.setdefault(source, []).append(key)
         for source, keys in missing.items():
             self._check(tablet, target)
@@ -404,6 +412,8 @@ class Transfer:
                 marked = msgspec.structs.replace(own, promise=mark.promise, chosen=mark.chosen)
                 if marked != own:
                     self._registers.write(batch, key, marked, {})
+            elif mark.accepted == ZERO:
+                self._registers.replace(batch, key, Header(mark.promise), {})
             elif staging.accepted(key) == mark.accepted:
                 copy = staging.copy(key)
                 header = msgspec.structs.replace(
@@ -419,6 +429,8 @@ class Transfer:
                 if key not in best.marks:
                     self._registers.erase(batch, key)
         staging.discard(batch)
+        if self._rules.versions_carried:
+            self._registers.tell_versions(batch, best.versions)
         self._tablets.initialise(batch, tablet, target.epoch, before, best.floor)
         return self._tablets.flip(batch, tablet)
 

@@ -90,7 +90,8 @@ class Acceptor:
             rows = self._file.rows(key)
         if not self._context.rules.promise_durable:
             number = 0
-        return Prepared(ok, header.promise, header.accepted, rows, self._window_floor(key, header.accepted)), number
+        floor = self._window_floor(key, header.accepted)
+        return Prepared(ok, header.promise, header.accepted, rows, floor, self._file.told_version(key)), number
 
     def accept(self, request: Accept) -> tuple[Accepted, int]:
         """The answer, and the batch that must be durable before it leaves."""
@@ -115,7 +116,7 @@ class Acceptor:
         number = self._submit(key, batch)
         if not self._context.rules.accept_durable:
             number = 0
-        return Accepted(Verdict.ACCEPTED, promise, ballot), number
+        return Accepted(Verdict.ACCEPTED, promise, ballot, self._file.told_version(key)), number
 
     def _fits(self, header: Header, request: Accept) -> bool:
         """Whether the delta is on the state held here and leads to the digest."""

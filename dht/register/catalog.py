@@ -13,7 +13,7 @@ import msgspec
 from dht.errors import Invalid, NotFound, SchemaChanged
 from dht.limits import SEQUENCE_BLOCK_IDS
 from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part, RowKey, TableSpec, Value
-from dht.rows import decode_row, group_key, row_key, split_group_key, split_row_key
+from dht.rows import decode_row, encode_row, group_key, row_key, split_group_key, split_row_key
 
 REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
 DATABASE_NAME_CHARACTERS_MAX = 64
@@ -82,6 +82,21 @@ def catalog_of(rows: Mapping[RowKey, bytes]) -> tuple[int, list[TableSpec]]:
             except msgspec.MsgspecError as error:
                 raise Invalid(f"the catalog's row {pk} has no table spec in column 0: {error}") from None
     return version, specs
+
+
+def emptied(key: GroupKey, rows: Mapping[RowKey, bytes]) -> dict[RowKey, bytes | None]:
+    """What empties a group of a database that was dropped.
+
+    Of a catalog the versions and table numbers used up stay, so that those of a database of the same name go on from
+    there: nobody takes one of the old ones for one of the new.
+    """
+    delta: dict[RowKey, bytes | None] = dict.fromkeys(rows)
+    head = row_key(CATALOG_TABLE, (0,))
+    if head in rows and split_group_key(key)[1] == CATALOG_FAMILY:
+        row = decode_row(rows[head])
+        version = row.get(0)
+        delta[head] = encode_row({**row, 0: version + 1 if isinstance(version, int) else 1})
+    return delta
 
 
 def sequence_group(database: str, name: str) -> GroupKey:

@@ -239,7 +239,9 @@ class Coordinator:
                 waiting.seen = max(state.ballot, state.floor)
             step: Delta = {}
             try:
-                step, at, outcome = operations.perform(state, operation, waiting.seen, waiting.attempt, ballot, rules)
+                step, at, outcome = operations.perform(
+                    state, operation, waiting.seen, waiting.attempt, ballot, rules, standing.version
+                )
                 waiting.answer = Coordinated(at, outcome)
             except Blocked as blocked:
                 blocked.sent = waiting.sent

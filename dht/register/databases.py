@@ -41,6 +41,8 @@ class Databases:
         self._names: dict[str, Value] = {}
         self._names_until = 0.0
         self._learning: dict[str, asyncio.Lock] = {}
+        # The batch that made the indexes follow the version that they follow.
+        self._following: dict[str, int] = {}
 
     # The registry.
 
@@ -60,11 +62,15 @@ class Databases:
         known = database in self._names and self._context.clock.monotonic() < self._names_until
         if not known and database not in await self.names(deadline):
             raise catalog.no_such_database(database)
-        if version and version < self._context.file.spec_version(database):
-            # A database dropped and made again begins anew, so the catalog itself has the word.
+        followed = self._context.file.spec_version(database)
+        if version and version < followed:
+            # After a recovery that lost writes the catalog may be older than this node knows, so it has the word.
             current = await self.learn(database, version, deadline)
             if version < current:
                 raise catalog.schema_changed(database, version, current)
+        elif version > followed and not self._learns(database):
+            # The announcement was lost. The commit need not wait: what it needs to know came with it.
+            self._context.spawn(self.learn_soon(database, version))
 
     async def follow(self, database: str, version: int, deadline: float) -> None:
         """For whoever asks a find: know the table's primary key, which this node may have had no other cause to learn.
@@ -156,21 +162,35 @@ class Databases:
             self._context.count("catalogs_not_learned")
             return self._context.file.spec_version(database)
 
+    def _learns(self, database: str) -> bool:
+        lock = self._learning.get(database)
+        return lock is not None and lock.locked()
+
+    async def confirm(self, database: str, version: int) -> int:
+        """Follow that version or a newer one durably, if it can be learned in time; the one that is followed then."""
+        followed = self._context.file.spec_version(database)
+        if followed < version:
+            followed = await self.learn_soon(database, version)
+        await self._context.disk.durable(self._following.get(database, 0))
+        return followed
+
     async def learn(self, database: str, version: int | None, deadline: float) -> int:
         """Make the indexes follow the catalog, unless they follow that version (0: any); the one that they follow then.
 
-        A version that is not the caller's may be higher too: the database may have been dropped and made again.
+        A version that is not the caller's may be higher too.
         """
         file = self._context.file
         if version is not None and version in (0, file.spec_version(database)):
             return file.spec_version(database)
         async with self._learning.setdefault(database, asyncio.Lock()):
+            if version is not None and version == file.spec_version(database):
+                return version
             (group,) = await self._reader.read([catalog.catalog_group(database)], None, deadline)
             current, specs = catalog.catalog_of(group.rows or {})
             if version is None or current != file.spec_version(database):
                 batch = Batch()
                 file.set_specs(batch, database, current, specs)
-                self._context.disk.submit(batch)
+                self._following[database] = self._context.disk.submit(batch)
                 self._context.count("catalogs_learned")
             return file.spec_version(database)
 

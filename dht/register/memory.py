@@ -194,6 +194,12 @@ class MemoryStore:
             key, state, group.evaluate(state, catalog.sequence_moved(key, current, following)), self._next_ballot()
         )
 
+    def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int:
+        """Nothing is ever on its way here: a commit is compared with the catalog and applied in one step."""
+        return -1
+
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         with self._lock:
             return tuple(catalog.databases_of(self._state(catalog.REGISTRY_GROUP).data()))
@@ -219,12 +225,17 @@ class MemoryStore:
             self._write(catalog.REGISTRY_GROUP, state, delta, self._next_ballot())
             for tablet in range(64):
                 for key in self._file.keys(tablet):
-                    if split_group_key(key)[0] == name:
+                    if split_group_key(key)[0] == name and key != catalog.catalog_group(name):
                         batch = Batch()
                         self._file.erase(batch, key)
                         self._disk.submit(batch)
                         self._states.pop(key, None)
+            key = catalog.catalog_group(name)
+            state = self._state(key)
+            if state.data():
+                self._write(key, state, catalog.emptied(key, state.data()), self._next_ballot())
+            version, _ = catalog.catalog_of(state.data())
             batch = Batch()
-            self._file.set_specs(batch, name, 0, ())
+            self._file.set_specs(batch, name, version, ())
             self._disk.submit(batch)
             return True

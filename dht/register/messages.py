@@ -26,6 +26,7 @@ class Prepared(Message, frozen=True, tag=2):
     """`promise`: the acceptor's promise after the request; above the asked ballot means refused.
 
     `floor`: of the window of a register without a value, for earlier ones in its place may have been collected.
+    `version`: of the database's catalog, as the acceptor knows it; on this promise nothing older is proposed.
     """
 
     ok: bool
@@ -33,6 +34,7 @@ class Prepared(Message, frozen=True, tag=2):
     accepted: Ballot
     rows: dict[RowKey, bytes] | None
     floor: Ballot = ZERO
+    version: int = 0
 
 
 @message
@@ -62,9 +64,12 @@ class Verdict(enum.IntEnum):
 
 @message
 class Accepted(Message, frozen=True, tag=4):
+    """`version`: as in `Prepared`, for the promise that the accept brought along."""
+
     verdict: Verdict
     promise: Ballot
     accepted: Ballot
+    version: int = 0
 
 
 class Wanted(enum.IntEnum):
@@ -142,7 +147,8 @@ class Kind(enum.IntEnum):
 class Operation(Struct, frozen=True):
     """One step on one group.
 
-    `part_index`: for the errors. `primary`, `primary_seen`: of a PREPARE. `others`: of a COMMIT_PRIMARY.
+    `part_index`: for the errors. `primary`, `primary_seen`: of a PREPARE. `others`: of a COMMIT_PRIMARY. `version`: of
+    the catalog under which the transaction was made, 0 where it does not matter (`dht.register.fence`).
     """
 
     kind: Kind
@@ -152,6 +158,7 @@ class Operation(Struct, frozen=True):
     primary: GroupKey = b""
     primary_seen: Ballot | None = None
     others: tuple[GroupKey, ...] = ()
+    version: int = 0
 
 
 @message
@@ -252,3 +259,26 @@ class ListDoubtfulReply(Message, frozen=True, tag=18):
     intents: tuple[GroupKey, ...]
     sequences: tuple[GroupKey, ...]
     last: GroupKey
+
+
+@message
+class AskFence(Message, frozen=True, tag=19):
+    """Follow the catalog at this version or a newer one, durably; then list the groups that begin with `prefixes`."""
+
+    database: str
+    version: int
+    prefixes: tuple[bytes, ...]
+    tablets: tuple[int, ...]
+    epochs: tuple[int, ...]
+
+
+@message
+class Fenced(Message, frozen=True, tag=20):
+    """`version`: what is followed durably. `tablets`: those served at the asked epochs, as far as they fit.
+
+    `keys`: of each of them all groups of which anything is known here, were it only a promise.
+    """
+
+    version: int
+    tablets: tuple[int, ...]
+    keys: tuple[tuple[GroupKey, ...], ...]

@@ -29,10 +29,12 @@ from dht.register.admission import check_query, check_transaction
 from dht.register.context import Context, Identity, Tablets
 from dht.register.coordinator import Coordinator
 from dht.register.databases import Databases
+from dht.register.fence import Fence
 from dht.register.find import Finder, FindServer
 from dht.register.group import APPLIED, FORGOTTEN, UNDECIDED, intent_key
 from dht.register.messages import (
     Accept,
+    AskFence,
     Chosen,
     ChosenReply,
     Coordinate,
@@ -46,9 +48,9 @@ from dht.register.messages import (
     Prepare,
     ReadReplica,
 )
+from dht.register.reach import Reach
 from dht.register.reader import Reader
 from dht.register.resolver import Resolver, below_floor
-from dht.register.reach import Reach
 from dht.register.rounds import Rounds
 from dht.register.routing import Router
 from dht.register.rules import RULES, Rules
@@ -92,6 +94,7 @@ class StoreNode:
         self._databases = Databases(context, acceptor, self._router, self._reader, self._transactions)
         self._sequences = Sequences(context, self._reader, self._transactions, self._databases.mark)
         self._salvage = Salvage(context, acceptor, self._reader, self._resolver, self._transactions)
+        self._fence = Fence(context, acceptor, rounds, self._resolver, self._databases.confirm)
         self._find_server = FindServer(context, acceptor, self._databases.learn_soon)
         self._finder = Finder(context, self._find_server, self._reader, rounds, reach)
         self._answers: dict[type[Struct], Callable[[Any], Awaitable[Message]]] = {
@@ -104,6 +107,7 @@ class StoreNode:
             ListGroups: self._list_groups,
             Learn: self._learn,
             ListDoubtful: self._list_doubtful,
+            AskFence: self._fence.serve,
         }
 
     async def start(self) -> None:
@@ -231,6 +235,11 @@ class StoreNode:
                 return "applied" if found == APPLIED else "not_applied"
             if self._context.remaining(deadline) <= 0:
                 raise Unavailable(f"what became of transaction {id.hex()} cannot be learned in time; ask again")
+
+    async def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int:
+        return await self._fence.raise_to(database, version, prefixes, first, self._deadline(timeout_s))
 
     async def salvage(self, timeout_s: float) -> tuple[str, ...]:
         """After the domain's recovery: end the intents, raise the sequences; what was done, in sentences."""

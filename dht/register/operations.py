@@ -16,11 +16,11 @@ import msgspec
 
 from dht.errors import Conflict, DhtError
 from dht.model import SYSTEM_DECISION, ZERO, Ballot, GroupKey, Part, RowKey, Struct, TransactionId
-from dht.register import group
+from dht.register import catalog, group
 from dht.register.group import ABORTED, APPLIED, FORGOTTEN, UNDECIDED, Delta, GroupState, decision_key, intent_key
 from dht.register.messages import Kind, Operation
 from dht.register.rules import Rules
-from dht.rows import decode_row, encode_row, table_prefix
+from dht.rows import decode_row, encode_row, split_group_key, table_prefix
 
 
 class Intent(Struct, frozen=True):
@@ -31,6 +31,7 @@ class Intent(Struct, frozen=True):
     primary_seen: Ballot | None
     part: Part
     part_index: int
+    version: int = 0
 
 
 class Decision(Struct, frozen=True):
@@ -69,14 +70,23 @@ def decisions(rows: dict[RowKey, bytes]) -> list[Decision]:
 
 
 def perform(
-    state: GroupState, operation: Operation, seen: Ballot | None, attempt: int, ballot: Ballot, rules: Rules
+    state: GroupState,
+    operation: Operation,
+    seen: Ballot | None,
+    attempt: int,
+    ballot: Ballot,
+    rules: Rules,
+    version: int = 0,
 ) -> tuple[Delta, Ballot, int]:
-    """(delta, ballot at which it is or was applied, outcome). Raises what refuses it, or Blocked."""
+    """(delta, ballot at which it is or was applied, outcome). Raises what refuses it, or Blocked.
+
+    `version`: the newest catalog that the promise of the ballot named (`dht.register.fence`).
+    """
     match operation.kind:
         case Kind.COMMIT | Kind.COMMIT_PRIMARY:
-            return _commit(state, operation, seen, attempt, ballot, rules)
+            return _commit(state, operation, seen, attempt, ballot, rules, version)
         case Kind.PREPARE:
-            return _prepare(state, operation, seen, attempt, ballot, rules)
+            return _prepare(state, operation, seen, attempt, ballot, rules, version)
         case Kind.FINISH | Kind.ROLL_BACK:
             return _end(state, operation, ballot)
         case Kind.ABORT:
@@ -88,7 +98,7 @@ def perform(
             return {}, state.ballot, APPLIED
         case Kind.EMPTY:
             _check_free(state, operation.id)
-            return dict.fromkeys(state.data()), ballot, APPLIED
+            return catalog.emptied(operation.part.key, state.data()), ballot, APPLIED
 
 
 def must_record(operation: Operation, attempt: int, rules: Rules) -> bool:
@@ -126,12 +136,26 @@ def _check_free(state: GroupState, id: TransactionId) -> None:
                 raise Blocked(decode_intent(row))
 
 
+def _check_version(operation: Operation, version: int, rules: Rules) -> None:
+    """Raise SchemaChanged for what was made under an older catalog; what is recorded as done was done before."""
+    if 0 < operation.version < version and rules.version_with_promise:
+        database = str(split_group_key(operation.part.key)[0])
+        raise catalog.schema_changed(database, operation.version, version)
+
+
 def _commit(
-    state: GroupState, operation: Operation, seen: Ballot | None, attempt: int, ballot: Ballot, rules: Rules
+    state: GroupState,
+    operation: Operation,
+    seen: Ballot | None,
+    attempt: int,
+    ballot: Ballot,
+    rules: Rules,
+    version: int,
 ) -> tuple[Delta, Ballot, int]:
     found = _recall(state, operation, seen, attempt, rules)
     if found is not None:
         return {}, found[0], APPLIED
+    _check_version(operation, version, rules)
     _check_free(state, operation.id)
     delta = group.evaluate(state, operation.part, operation.part_index)
     if rules.window:
@@ -143,7 +167,13 @@ def _commit(
 
 
 def _prepare(
-    state: GroupState, operation: Operation, seen: Ballot | None, attempt: int, ballot: Ballot, rules: Rules
+    state: GroupState,
+    operation: Operation,
+    seen: Ballot | None,
+    attempt: int,
+    ballot: Ballot,
+    rules: Rules,
+    version: int,
 ) -> tuple[Delta, Ballot, int]:
     found = _recall(state, operation, seen, attempt, rules)
     if found is not None:
@@ -152,8 +182,16 @@ def _prepare(
     key = intent_key(operation.id)
     if key in state.intents:
         return {}, state.ballot, APPLIED
+    _check_version(operation, version, rules)
     group.evaluate(state, operation.part, operation.part_index)
-    intent = Intent(operation.id, operation.primary, operation.primary_seen, operation.part, operation.part_index)
+    intent = Intent(
+        operation.id,
+        operation.primary,
+        operation.primary_seen,
+        operation.part,
+        operation.part_index,
+        operation.version,
+    )
     delta: Delta = {key: encode_row({0: msgspec.msgpack.encode(intent)})}
     # The intent goes when its changes come: the group never holds both.
     group.check_size(state, delta)

@@ -14,7 +14,7 @@ from dht.model import Ballot, GroupKey, Part, RowKey, TransactionId
 from dht.register import operations
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
-from dht.register.group import ABORTED, APPLIED, FLOOR_KEY, FORGOTTEN, unpack_ballot
+from dht.register.group import ABORTED, APPLIED, FLOOR_KEY, FORGOTTEN, intent_key, unpack_ballot
 from dht.register.messages import Kind, Operation
 from dht.register.operations import Intent
 from dht.register.reader import Reader
@@ -63,6 +63,12 @@ class Resolver:
             return False
         await self.end(key, intent.id, outcome == APPLIED, deadline)
         return True
+
+    async def open_intent(self, key: GroupKey, id: TransactionId, deadline: float) -> Intent | None:
+        """The transaction's intent in the group, if it is there."""
+        _, rows = await self._reader.system_rows(key, deadline)
+        row = rows.get(intent_key(id))
+        return None if row is None else operations.decode_intent(row)
 
     async def outcome(self, intent: Intent, deadline: float) -> int | None:
         """APPLIED, ABORTED, or None: the primary has not decided."""

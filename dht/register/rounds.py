@@ -68,10 +68,11 @@ class Standing:
     """What a coordinator holds of one group. The rules of its use are in `dht.register.coordinator`.
 
     `state` and `promised` belong together: a quorum promised that ballot on that state. `heard`: the highest ballot
-    that anybody named. `behind`: replicas that need the whole state next time.
+    that anybody named. `behind`: replicas that need the whole state next time. `version`: the newest catalog that the
+    promises named (`dht.register.fence`).
     """
 
-    __slots__ = ("behind", "heard", "key", "promised", "settled", "size_bytes", "state")
+    __slots__ = ("behind", "heard", "key", "promised", "settled", "size_bytes", "state", "version")
 
     def __init__(self, key: GroupKey) -> None:
         self.key = key
@@ -81,6 +82,7 @@ class Standing:
         self.settled = False
         self.behind: dict[NodeId, None] = {}
         self.size_bytes = 0
+        self.version = 0
 
     def drop(self) -> None:
         """Forget state and promise: nothing is proposed before the next prepare."""
@@ -129,6 +131,7 @@ class Rounds:
         window_floor = max(reply.floor for reply in replies.values()) if best.accepted == ZERO else ZERO
         standing.state = GroupState(rows or {}, best.accepted, window_floor)
         standing.promised = ballot
+        standing.version = max(standing.version, *(reply.version for reply in replies.values()))
         standing.behind.clear()
         same = [reply for reply in replies.values() if reply.accepted == best.accepted]
         # A chosen mark would prove as much, but a reader needs a majority that stands there.
@@ -219,6 +222,7 @@ class Rounds:
         standing.hear(reply.promise)
         if reply.verdict == Verdict.ACCEPTED:
             standing.behind.pop(node, None)
+            standing.version = max(standing.version, reply.version)
         tally.vote(node, reply.verdict == Verdict.ACCEPTED)
 
     async def _send_accept(self, node: NodeId, request: Accept) -> Accepted:

@@ -24,6 +24,8 @@ class Rules(Struct, frozen=True):
     find_majority: a find waits for a majority of each tablet. reads_resolve_intents: a read asks the primary.
     abort_before_touching_intent: a resolver ends the transaction at its primary first. decision_kept: the decision
     record stays until every group has acknowledged. prepare_before_commit: the primary commits after all prepared.
+    version_with_promise: nothing is proposed that was made under an older catalog than its promises named.
+    fence_settles_groups, fence_ends_intents: what was begun under an older catalog is chosen or dead behind a fence.
     """
 
     promise_durable: bool = True
@@ -48,6 +50,9 @@ class Rules(Struct, frozen=True):
     abort_before_touching_intent: bool = True
     decision_kept: bool = True
     prepare_before_commit: bool = True
+    version_with_promise: bool = True
+    fence_settles_groups: bool = True
+    fence_ends_intents: bool = True
 
 
 RULES = Rules()

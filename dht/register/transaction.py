@@ -52,7 +52,7 @@ class Transactions:
             (part,) = await self._pinned((part,), deadline)
         while True:
             try:
-                operation = Operation(Kind.COMMIT, transaction.id, part)
+                operation = Operation(Kind.COMMIT, transaction.id, part, version=transaction.catalog_version)
                 return (await self._router.submit(operation, attempt, deadline)).ballot
             except Conflict as error:
                 if not blind or error.detail.get("what") != "window" or self._context.remaining(deadline) <= 0:
@@ -75,16 +75,17 @@ class Transactions:
         primary = parts[first]
         others = tuple(part.key for index, part in enumerate(parts) if index != first)
         ballots: list[Ballot | None] = [None] * len(parts)
+        version = transaction.catalog_version
         work = []
         for index, part in enumerate(parts):
             if index != first:
-                step = Operation(Kind.PREPARE, transaction.id, part, index, primary.key, primary.seen)
+                step = Operation(Kind.PREPARE, transaction.id, part, index, primary.key, primary.seen, version=version)
                 work.append(self._context.spawn(self._prepare(step, attempt, deadline, ballots)))
         failures: list[DhtError] = []
         if self._context.rules.prepare_before_commit:
             failures = [error for task in work if (error := await task) is not None]
         if not failures:
-            step = Operation(Kind.COMMIT_PRIMARY, transaction.id, primary, first, others=others)
+            step = Operation(Kind.COMMIT_PRIMARY, transaction.id, primary, first, others=others, version=version)
             try:
                 ballots[first] = (await self._router.submit(step, attempt, deadline)).ballot
             except DhtError as error:

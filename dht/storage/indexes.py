@@ -34,10 +34,11 @@ _MISSING: Final = encode_value(None)
 
 
 class StoredSpecs(Struct, frozen=True):
-    """What Space.SPEC holds of a database."""
+    """What Space.SPEC holds of a database. `told`: a version that other replicas named, if it is newer."""
 
     version: int
     tables: tuple[TableSpec, ...]
+    told: int = 0
 
 
 _decode_specs = msgspec.msgpack.Decoder(StoredSpecs).decode
@@ -62,10 +63,12 @@ class TableIndexes:
 
 @dataclass(slots=True)
 class DatabaseIndexes:
-    """`tables`: by the table's encoded number."""
+    """`tables`: by the table's encoded number. `told`: the newest version known, followed by the indexes or not."""
 
     version: int
     tables: dict[bytes, TableIndexes]
+    told: int = 0
+    specs: tuple[TableSpec, ...] = ()
 
 
 def database_prefix(group: GroupKey) -> bytes:
@@ -107,7 +110,10 @@ class Indexes:
                 stored = _decode_specs(value)
             except msgspec.MsgspecError as error:
                 raise StorageError(f"the table specs of a database cannot be read ({error}); wipe the node") from None
-            self._databases[name] = DatabaseIndexes(stored.version, _tables_of(name, stored.tables))
+            told = max(stored.version, stored.told)
+            self._databases[name] = DatabaseIndexes(
+                stored.version, _tables_of(name, stored.tables), told, stored.tables
+            )
 
     def version(self, database: str) -> int:
         """The catalog version whose indexes are complete here; 0 before the first."""
@@ -171,7 +177,24 @@ class Indexes:
             batch.put(Space.SPEC, name, value)
         else:
             batch.delete(Space.SPEC, name)
-        self._databases[name] = DatabaseIndexes(version, tables)
+        self._databases[name] = DatabaseIndexes(version, tables, version, tuple(specs))
+
+    def told(self, database: bytes) -> int:
+        """The newest catalog version that this node knows of; the argument encoded. 0 before the first."""
+        known = self._databases.get(database)
+        return 0 if known is None else known.told
+
+    def all_told(self) -> dict[bytes, int]:
+        """`told` of every database, by its encoded name."""
+        return {name: known.told for name, known in self._databases.items() if known.told}
+
+    def tell(self, batch: Batch, database: bytes, version: int) -> None:
+        """Into the batch: that there is this version, which the indexes need not follow yet."""
+        known = self._databases.setdefault(database, DatabaseIndexes(0, {}))
+        if version > known.told:
+            known.told = version
+            value = msgspec.msgpack.encode(StoredSpecs(known.version, known.specs, version))
+            batch.put(Space.SPEC, database, value)
 
     def _fill(self, batch: Batch, table: bytes, indexes: TableIndexes, added: list[Index]) -> None:
         if not added:

@@ -134,12 +134,30 @@ class RegisterFile:
         pairs = self._disk.range(Space.REGISTER, low, prefix + PREFIX_END, limit=limit)
         return [pair[0][_TABLET_BYTES:] for pair in pairs]
 
+    def keys_with(self, tablet: int, prefix: bytes) -> list[GroupKey]:
+        """Groups of the tablet that have a header and whose key begins so."""
+        low = tablet.to_bytes(_TABLET_BYTES, "big") + prefix
+        return [pair[0][_TABLET_BYTES:] for pair in self._disk.range(Space.REGISTER, low, low + PREFIX_END)]
+
     def tablet(self, key: GroupKey) -> int:
         return tablet_of(key, self._tablets)
 
     def spec_version(self, database: str) -> int:
         """The catalog version that the indexes of the database follow; 0 before the first."""
         return self._indexes.version(database)
+
+    def told_version(self, key: GroupKey) -> int:
+        """The newest catalog version of the group's database that this node knows of, followed or not."""
+        return self._indexes.told(database_prefix(key))
+
+    def told_versions(self) -> dict[bytes, int]:
+        """The same of every database, by its encoded name."""
+        return self._indexes.all_told()
+
+    def tell_versions(self, batch: Batch, versions: Mapping[bytes, int]) -> None:
+        """Into the batch: versions that other replicas told. In force at once."""
+        for database, version in versions.items():
+            self._indexes.tell(batch, database, version)
 
     def set_specs(self, batch: Batch, database: str, version: int, specs: Sequence[TableSpec]) -> None:
         """Into the batch: the table specs, new indexes filled from the rows, and old ones dropped.

@@ -270,6 +270,12 @@ class SocketStore:
     ) -> str:
         return self._ask(requests.AskOutcome(id, key, seen), requests.AskOutcomeReply, timeout_s).outcome
 
+    def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int:
+        message = requests.RaiseFence(database, version, tuple(prefixes), first)
+        return self._ask(message, requests.RaiseFenceReply, timeout_s).following
+
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         return self._ask(requests.ListDatabases(), requests.ListDatabasesReply, timeout_s).names
 

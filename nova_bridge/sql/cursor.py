@@ -119,6 +119,11 @@ class Cursor:
                 f"not supported by this database: {' '.join(sql.split())[:60]}; a conflict ends a statement with an "
                 "error here, catch it in place of OR IGNORE, OR REPLACE or REPLACE INTO"
             )
+        if statements.returns_rows(body):
+            raise sqlite3.NotSupportedError(
+                f"not supported by this database: {' '.join(sql.split())[:60]}; read the rows by a SELECT in place of "
+                "RETURNING"
+            )
         if not connection.in_transaction and connection.isolation_level is not None:
             connection.begin()
         connection.writer.named_columns = statements.inserted_columns(body)

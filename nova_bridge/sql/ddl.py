@@ -148,7 +148,7 @@ def _build_entries(database: Database, name: str, unique: Unique) -> None:
 
 
 def _reserve(database: Database, table: Table, unique: Unique, record: Record, entry: bytes) -> None:
-    columns = {table.number_of(p): record.values[p] for p in unique.columns}
+    columns = {table.number_of(p): record.stored(p) for p in unique.columns}
     parts = (
         Part(record.group, None, (), (Guard(GuardKind.HAS, table.number, record.pk, columns),)),
         Part(entry, None, (Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, owner_columns((record.group, record.key))),)),

@@ -77,7 +77,7 @@ def _check_entry(
         return
     if rows:
         table, unique, record = rows[0]
-        columns = {table.number_of(p): record.values[p] for p in unique.columns}
+        columns = {table.number_of(p): record.stored(p) for p in unique.columns}
         new = owner_columns((record.group, record.key))
         change = Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, new)
         if owner is not None:

@@ -112,6 +112,27 @@ class Record:
     def __init__(self, group: GroupKey, key: RowKey, pk: tuple[Value, ...], values: tuple[Any, ...]) -> None:
         self.group, self.key, self.pk, self.values = group, key, pk, values
 
+    def stored(self, position: int) -> Value:
+        """The column as the store has it, which is what a guard compares."""
+        value: Value = self.values[position]
+        return value
+
+
+class AgedRecord(Record):
+    """A row from before columns were added with a default: the store has nothing of them, `values` the default."""
+
+    __slots__ = ("lacks",)
+
+    def __init__(
+        self, group: GroupKey, key: RowKey, pk: tuple[Value, ...], values: tuple[Any, ...], lacks: frozenset[int]
+    ) -> None:
+        super().__init__(group, key, pk, values)
+        self.lacks = lacks
+
+    def stored(self, position: int) -> Value:
+        """None for what the row lacks."""
+        return None if position in self.lacks else super().stored(position)
+
 
 class Table:
     """A table ready for use. Everything is by position in the row unless its name says number."""
@@ -156,7 +177,10 @@ class Table:
         """The record of a stored row."""
         get = row.get
         values = tuple([get(number, default) for number, default in self._fields])
-        return Record(group, key, tuple([values[p] for p in self.primary]), values)
+        pk = tuple([values[p] for p in self.primary])
+        if self.unindexed and (lacks := [p for p in self.unindexed if self._fields[p][0] not in row]):
+            return AgedRecord(group, key, pk, values, frozenset(lacks))
+        return Record(group, key, pk, values)
 
     def record(self, values: tuple[Any, ...]) -> Record:
         """The record of a row that this process made."""

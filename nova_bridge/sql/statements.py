@@ -30,11 +30,18 @@ _CONFLICT_CLAUSE = re.compile(
 )
 
 
+_QUOTED = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"
 _TOKENS = re.compile(
-    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|[()]"
-    r"|\b(?:SELECT|VALUES|INSERT|UPDATE|DELETE|REPLACE)\b",
+    _QUOTED + r"|[()]|\b(?:SELECT|VALUES|INSERT|UPDATE|DELETE|REPLACE)\b",
     re.I | re.S,
 )
+_RETURNING = re.compile(_QUOTED + r"|\bRETURNING\b", re.I | re.S)
+
+
+@functools.lru_cache(maxsize=1024)
+def returns_rows(sql: str) -> bool:
+    """Whether a change has a RETURNING clause, for which a virtual table would give NULLs."""
+    return any(match.group()[0] in "Rr" for match in _RETURNING.finditer(sql))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -101,9 +108,7 @@ def pragma(sql: str) -> tuple[str, str | None]:
 def split(script: str) -> Iterator[str]:
     """The statements of a script, each without its semicolon; quotes and comments are respected."""
     start = at = 0
-    for match in re.finditer(
-        r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|;", script, re.S
-    ):
+    for match in re.finditer(_QUOTED + "|;", script, re.S):
         if match.group() == ";":
             at = match.start()
             if statement := script[start:at].strip():

@@ -161,9 +161,9 @@ class Transaction:
         for record, mask in self._reads.items():
             if key is None or record.group == key:
                 kept = self._stale.setdefault((record.group, record.key), {})
-                for position, value in enumerate(record.values):
+                for position in range(len(record.values)):
                     if mask >> position & 1:
-                        kept.setdefault(position, value)
+                        kept.setdefault(position, record.stored(position))
         if key is None:
             self._views, self._found, self._finds, self._values = {}, {}, {}, {}
             self._newest, self._by_pk, self._indexed = {}, {}, set()
@@ -439,9 +439,9 @@ class Transaction:
         for position in set_columns:
             mask |= read & 1 << position
         guards = dict(before.guards)
-        for position, value in enumerate(base.values):
-            if mask >> position & 1 and position not in before.columns:
-                guards.setdefault(position, stale.get(position, value))
+        for position in range(len(base.values)):
+            if mask >> position & 1 and position not in before.columns and position not in guards:
+                guards[position] = stale[position] if position in stale else base.stored(position)
         return guards
 
     def _columns_read(self, table: Table, record: Record) -> int:

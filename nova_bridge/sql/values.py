@@ -40,7 +40,7 @@ def coerce(affinity: str, value: Any) -> Any:
     if affinity == TEXT:
         if kind is str:
             return value
-        return str(value) if kind is int else repr(value) if kind is float else value
+        return str(value) if kind is int else _text(value) if kind is float else value
     if affinity in (INTEGER, NUMERIC):
         if kind is int:
             return value
@@ -53,10 +53,16 @@ def coerce(affinity: str, value: Any) -> Any:
     return value
 
 
+def _text(number: float) -> str:
+    """As SQLite writes a real: 15 digits, with a point always."""
+    digits, e, exponent = f"{number + 0.0:.15g}".partition("e")
+    return f"{digits}{'' if '.' in digits or not digits[-1].isdigit() else '.0'}{e}{exponent}".replace("inf", "Inf")
+
+
 def _number(text: str) -> Value:
     """The text as a number if SQLite would read it as one, else the text itself."""
     stripped = text.strip(" \t\n\r\f\v")
-    if not stripped or "_" in stripped or stripped[-1] not in "0123456789.":
+    if not stripped or "_" in stripped or not stripped.isascii() or stripped[-1] not in "0123456789.":
         return text
     try:
         number = int(stripped)

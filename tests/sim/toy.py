@@ -119,6 +119,11 @@ class ToyNode:
     ) -> str:
         return self.shared.outcome(id, key, seen)
 
+    async def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int:
+        return self.shared.fence(database, version, prefixes, first)
+
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         return self.shared.list_databases()
 

@@ -218,8 +218,13 @@ async def test_database_is_created_once_and_dropped_with_its_groups():
     assert await cluster[2].list_databases() == ()
     assert await cluster[0].create_database("db")
     assert (await cluster[2].read([key(1)]))[0].rows == {}
-    await eventually(lambda: cluster[0].commit(transaction(catalog(1))))
-    assert await found(cluster[2], equal(1)) == []
+    again = catalog(9)
+    again = Part(again.key, changes=(Change(Op.UPDATE, 0, (0,), {0: 9}, {0: 8}), again.changes[1]))
+    await cluster[0].commit(transaction(again, version=9))  # versions go on, so that no old one passes for a new one
+    assert await found(cluster[2], msgspec.structs.replace(equal(1), catalog_version=9)) == []
+    with pytest.raises(SchemaChanged):
+        await cluster[2].commit(transaction(insert(2, {1: 1}), version=7))
+    assert (await cluster[0].read([key(2)]))[0].rows == {}
     await cluster.stop()
 
 

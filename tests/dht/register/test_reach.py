@@ -64,8 +64,8 @@ async def test_node_that_was_cut_off_just_now_tries_on(cluster):
 
 
 async def test_write_that_was_sent_before_the_cut_is_told_as_unknown(cluster):
-    await cluster[0].commit(write())
     coordinator = next(store for store in cluster.wire.nodes.values() if store._router.coordinates(KEY))
+    await coordinator.commit(write())
     cluster.wire.hung.update(node for node, store in cluster.wire.nodes.items() if store is not coordinator)
     waiting = asyncio.ensure_future(coordinator.commit(write(), 0, 60.0))
     await asyncio.sleep(0.05)

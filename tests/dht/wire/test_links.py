@@ -195,7 +195,7 @@ async def test_peer_that_leaves_a_request_in_silence_is_suspected(monkeypatch):
 
 
 async def test_peer_that_is_slow_to_answer_is_not_suspected(monkeypatch):
-    monkeypatch.setattr(link, "SIGN_OF_LIFE_S", 0.9 * link.ALIVE_S)
+    monkeypatch.setattr(link, "SIGN_OF_LIFE_S", 0.7 * link.ALIVE_S)
     async with nodes(2) as (a, b):
         a.knows(b)
         call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 1.0), 5.0))

@@ -1,0 +1,177 @@
+"""Rules of the fence between two versions of a catalog: one hand-made schedule for each, with the rule and without it.
+
+In each of them a new rule is published that writers have to keep, one replica is away, and the fence is raised over the
+others. A search then tells which rows there are. With the rule no other row ever comes to light; without it a
+transaction that was made under the older catalog does, after the search that should have seen it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dht.errors import SchemaChanged, Unavailable
+from dht.model import Change, Comparison, Constraint, FindQuery, GroupKey, Op, Part, Struct
+from dht.register.messages import Accept, AskFence, FindReplica, Kind, Learn, Operation, ReadReplica
+from dht.register.rules import Rules
+from dht.rows import decode_row, group_key
+from dht.sim.clock import SimClock
+from tests.sim.bench import Bench, Gate, failed, insert, play, update
+
+BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+CATALOG = group_key("db", "catalog", ())
+FENCED = (group_key("db", "f", ()),)
+
+
+async def publish(bench: Bench, version: int = 2) -> None:
+    """A new version of the catalog, through node 0."""
+    part = Part(CATALOG, changes=(Change(Op.UPDATE, 0, (0,), {0: version}),))
+    await bench[0].commit(bench.transaction(part))
+    await asyncio.sleep(0.5)
+
+
+async def fence(bench: Bench, timeout_s: float = 20.0) -> int:
+    following = 0
+    while following >= 0:
+        following = await bench[0].fence("db", 2, FENCED, following, timeout_s)
+    return following
+
+
+async def found(bench: Bench, number: int, value: int) -> list[object]:
+    """Column 0 of the rows whose column 1 has the value, asked under the new catalog."""
+    query = FindQuery("db", 1, 2, (Constraint(1, Comparison.EQ, (value,)),))
+    return [decode_row(row.row)[0] for row in (await bench[number].find(query)).rows]
+
+
+async def deaf(sender: int, to: int, message: Struct) -> bool:
+    """Node 2 hears nothing of the new catalog, neither when it is announced nor by a fence or a find."""
+    return not (to == 2 and isinstance(message, (Learn, AskFence, FindReplica)))
+
+
+async def propose(bench: Bench, number: int, part: Part, version: int, timeout_s: float = 1.0) -> object:
+    """As `Bench.propose`, made under a version of the catalog."""
+    operation = Operation(Kind.COMMIT, bench.transaction(part).id, part, version=version)
+    return await bench[number]._coordinator.run(operation, 0, True, SimClock().monotonic() + timeout_s)
+
+
+@BOTH
+def test_version_with_promise_replica_that_missed_the_catalog_commits_under_the_old_one(on: bool) -> None:
+    """A group begins after the fence, at a coordinator that never heard of the new catalog."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        bench.gate = deaf
+        await publish(bench)
+        await fence(bench)
+        assert await found(bench, 0, 7) == []
+        error = await failed(bench[2].commit(bench.transaction(insert(bench.key(2), {0: "late", 1: 7}), version=1)))
+        return type(error), await bench.row(0, bench.key(2))
+
+    wrong = (type(None), {0: "late", 1: 7})
+    assert play(story, Rules(version_with_promise=on)) == ((SchemaChanged, None) if on else wrong)
+
+
+@BOTH
+def test_fence_settles_groups_value_of_a_minority_comes_to_light_after_it(on: bool) -> None:
+    """Node 2 alone accepted a write before the fence, and is away. Later 0 is, and 1 has to go on from what 2 has."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(2)
+
+        async def lonely(sender: int, to: int, message: Struct) -> bool:
+            return not (sender == 2 and to != 2 and isinstance(message, Accept))
+
+        bench.gate = lonely
+        await failed(propose(bench, 2, insert(key, {0: "late", 1: 7}), 1, 0.2))
+        bench.gate = away(2)
+        await publish(bench)
+        await fence(bench)
+        seen = await found(bench, 0, 7)
+        bench.gate = away(0)
+        return seen, await bench.row(1, key)
+
+    assert play(story, Rules(fence_settles_groups=on)) == ([], None if on else {0: "late", 1: 7})
+
+
+@BOTH
+def test_fence_settles_groups_promise_from_before_it_is_used_after_it(on: bool) -> None:
+    """Node 2 coordinates a group and holds the promise for its next write, made under the old catalog."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(2)
+        await propose(bench, 2, insert(key, {0: "first", 1: 1}), 1)
+        bench.gate = away(2)
+        await publish(bench)
+        await fence(bench)
+        seen = await found(bench, 0, 7)
+        bench.gate = deaf
+        error = await failed(propose(bench, 2, update(key, {1: 7}), 1))
+        return seen, type(error), await bench.row(0, key)
+
+    expected = ([], SchemaChanged, {0: "first", 1: 1}) if on else ([], type(None), {0: "first", 1: 7})
+    assert play(story, Rules(fence_settles_groups=on)) == expected
+
+
+@BOTH
+def test_fence_ends_intents_transaction_prepared_before_it_commits_after_it(on: bool) -> None:
+    """The commit of its first group, which is not behind the fence, is on its way on a promise of old; 2 answers no
+    reads, so nobody finishes it."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key, primary = bench.key(1), elsewhere(bench)
+        await propose(bench, 2, Part(primary, changes=(Change(Op.INSERT, 2, (1,), {0: 1}),)), 1)
+        go_on = asyncio.create_task(asyncio.sleep(0.9))
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Accept) and message.key == primary and sender == 2 != to:
+                await asyncio.wait((go_on,))
+            return await deaf(sender, to, message) and not (to == 2 and isinstance(message, ReadReplica))
+
+        bench.gate = gate
+        changes = (Change(Op.UPDATE, 2, (1,), {0: 2}), Change(Op.INSERT, 2, (2,), {0: 2}))
+        both = bench.transaction(insert(key, {0: "late", 1: 7}), Part(primary, changes=changes), version=1)
+        late = asyncio.create_task(failed(bench[2].commit(both, timeout_s=30.0)))
+        await asyncio.sleep(0.1)
+        await publish(bench)
+        await fence(bench)
+        seen = await found(bench, 1, 7)
+        await late
+        await asyncio.sleep(1.0)
+        return seen, await bench.row(1, key)
+
+    assert play(story, Rules(fence_ends_intents=on)) == (["late"] if on else [], {0: "late", 1: 7})
+
+
+def test_fence_without_a_majority_is_refused_and_can_be_repeated() -> None:
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        await publish(bench)
+
+        async def alone(sender: int, to: int, message: Struct) -> bool:
+            return sender == to
+
+        bench.gate = alone
+        error = await failed(fence(bench, 2.0))
+        bench.gate = deaf
+        return type(error), await fence(bench)
+
+    assert play(story, Rules()) == (Unavailable, -1)
+
+
+def away(number: int) -> Gate:
+    """Nothing goes to the node or comes from it."""
+
+    async def gate(sender: int, to: int, message: Struct) -> bool:
+        return number not in (sender, to)
+
+    return gate
+
+
+def elsewhere(bench: Bench) -> GroupKey:
+    """A group of another family that node 2 coordinates."""
+    keys = (group_key("db", "g", (n,)) for n in range(100))
+    return next(key for key in keys if bench.files[0].tablet(key) % 3 == 2)
