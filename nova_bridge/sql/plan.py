@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     """`terms` in the order of the arguments. `mask`: the columns that the statement uses of this table.
 
     `cut`: the arguments that hold LIMIT and OFFSET, where the store may cut because it judges all conditions.
+    `sort`: column positions to sort the rows of a group by, which is in the order of the primary key.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Plan(NamedTuple):
     mask: int
     order: Order | None
     cut: tuple[int, ...] = ()
+    sort: tuple[int, ...] = ()
 
 
 class Planner:
@@ -109,7 +111,8 @@ class Planner:
             for argument, (_, i) in zip(cut, sorted(limits), strict=True):
                 info.set_aConstraintUsage_argvIndex(i, argument + 1)
             order = order or Order(tuple(self.table.number_of(p) for p in self.table.primary))
-        plan = Plan(kind, tuple(terms), key, unique, self._mask(info), order, cut)
+        sort = self._index_order(equal) if kind in {"family", "whole"} else ()
+        plan = Plan(kind, tuple(terms), key, unique, self._mask(info), order, cut, sort)
         number = self._numbers.get(plan)
         if number is None:
             number = self._numbers[plan] = len(self.plans)
@@ -181,6 +184,19 @@ class Planner:
             return None
         return Order(tuple(self.table.number_of(c) for c in columns), descending.pop())
 
+    def _index_order(self, equal: dict[int, tuple[int, int]]) -> tuple[int, ...]:
+        """The columns behind the equalities in the index that a real table would be read by.
+
+        A statement without ORDER BY may expect nothing, but gets that index's order from SQLite and InnoDB, and some
+        of Nova's statements live by it.
+        """
+        run, columns = max(
+            ((self._equality_run(columns, equal), columns) for columns in self.table.indexes),
+            key=lambda choice: choice[0],
+            default=(0, ()),
+        )
+        return columns[run:] if run else ()
+
     def _estimate(self, info: apsw.IndexInfo, kind: str, equal: dict[int, tuple[int, int]], lists: int) -> None:
         match kind:
             case "key" | "entry":
@@ -200,17 +216,22 @@ class Planner:
         info.estimatedRows, info.estimatedCost = rows, cost
 
     def _indexed_columns(self, equal: dict[int, tuple[int, int]]) -> int:
-        best = 0
-        for columns in self.table.indexes:
-            length = 0
-            while length < len(columns) and columns[length] in equal:
-                length += 1
-            best = max(best, length)
-        return best
+        return max((self._equality_run(columns, equal) for columns in self.table.indexes), default=0)
+
+    @staticmethod
+    def _equality_run(columns: Sequence[int], equal: dict[int, tuple[int, int]]) -> int:
+        return sum(1 for _ in itertools.takewhile(equal.__contains__, columns))
 
     def run(self, tx: Transaction, number: int, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
         """Answer xFilter."""
-        plan, table = self.plans[number], self.table
+        plan = self.plans[number]
+        records = self._run(tx, plan, arguments, whole_groups)
+        if plan.sort and len(records) > 1:
+            records = sorted(records, key=lambda record: [sort_key(record.values[p]) for p in plan.sort])
+        return records
+
+    def _run(self, tx: Transaction, plan: Plan, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
+        table = self.table
         if plan.kind == "whole":
             return tx.rows(table, table.family_group(()))
         if plan.kind in {"key", "family", "entry"}:
@@ -220,7 +241,8 @@ class Planner:
         constraints = self._constraints(plan, arguments)
         if constraints is None:
             return []
-        return tx.find(table, constraints, plan.order, _limit(plan, arguments), whole_groups)
+        limit = _limit(plan, arguments) if len(constraints) == len(plan.terms) else None
+        return tx.find(table, constraints, plan.order, limit, whole_groups)
 
     def _by_keys(self, tx: Transaction, plan: Plan, keys: list[tuple[Any, ...]]) -> list[Record]:
         table = self.table
@@ -238,6 +260,8 @@ class Planner:
         lists = []
         product = 1
         for position, value in zip(plan.key, arguments, strict=False):
+            if self._as_numbers(position, value):
+                return None
             values = self._values(position, value)
             if plan.unique is not None and position == plan.unique.deleted and values != [0]:
                 return None
@@ -254,6 +278,12 @@ class Planner:
             return sorted(found, key=sort_key)
         return [coerce(affinity, value)]
 
+    def _as_numbers(self, position: int, value: Any) -> bool:
+        """Whether a text column is compared with a number, as which '1' and '01' are the same: SQLite judges alone."""
+        if self.table.affinities[position] != TEXT:
+            return False
+        return any(type(v) in (int, float) for v in (value if isinstance(value, (set, frozenset)) else (value,)))
+
     def _constraints(self, plan: Plan, arguments: Sequence[Any]) -> tuple[Constraint, ...] | None:
         """None where a NULL makes a condition that no row can meet."""
         result = []
@@ -261,6 +291,8 @@ class Planner:
             number = self.table.number_of(term.position)
             if term.comparison in (Comparison.IS_NULL, Comparison.NOT_NULL):
                 result.append(Constraint(number, term.comparison))
+            elif self._as_numbers(term.position, value):
+                continue
             elif isinstance(value, (set, frozenset)):
                 result.append(Constraint(number, Comparison.IN, tuple(self._values(term.position, value))))
             elif value is None:
