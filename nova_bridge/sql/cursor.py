@@ -17,8 +17,6 @@ from nova_bridge.sql.values import adapt_all
 if TYPE_CHECKING:
     from nova_bridge.sql.connection import Connection
 
-_READS = frozenset({"SELECT", "VALUES", "EXPLAIN"})
-_WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE"})
 _SCHEMA = frozenset({"CREATE", "DROP", "ALTER"})
 _NOTHING_TO_DO = frozenset({"VACUUM", "ANALYZE", "REINDEX"})
 _VACUUM_INTO = re.compile(r"\s*VACUUM\b.*\bINTO\b", re.IGNORECASE | re.DOTALL)
@@ -68,20 +66,19 @@ class Cursor:
 
     def _route(self, sql: str, parameters: Any) -> None:
         connection = self.connection
-        word, body = statements.first_word(sql), sql
-        if word == "WITH":
-            body = statements.after_with(sql)
-            word = statements.first_word(body)
-        if word in _SCHEMA:
-            connection.define(sql)
-        elif word in _READS or word in _WRITES:
+        shape = statements.shape(sql)
+        word = shape.word
+        if word in statements.READS:
             connection.flush_script()
-            if word in _WRITES:
-                self._write(word, body, sql, parameters)
-            elif statements.asks_for_schema(sql):
+            if shape.asks_for_schema:
                 self._ask_shadow(sql, parameters)
             else:
                 self._read(sql, parameters)
+        elif word in statements.WRITES:
+            connection.flush_script()
+            self._write(shape, sql, parameters)
+        elif word in _SCHEMA:
+            connection.define(sql)
         elif word == "PRAGMA":
             connection.flush_script()
             self._pragma(sql)
@@ -112,29 +109,23 @@ class Cursor:
         self._with_reloads(sql, parameters)
         self.connection.end_statement()
 
-    def _write(self, word: str, body: str, sql: str, parameters: Any) -> None:
+    def _write(self, shape: statements.Shape, sql: str, parameters: Any) -> None:
         connection = self.connection
-        if statements.has_conflict_clause(body):
+        if shape.refused:
             raise sqlite3.NotSupportedError(
-                f"not supported by this database: {' '.join(sql.split())[:60]}; a conflict ends a statement with an "
-                "error here, catch it in place of OR IGNORE, OR REPLACE or REPLACE INTO"
-            )
-        if statements.returns_rows(body):
-            raise sqlite3.NotSupportedError(
-                f"not supported by this database: {' '.join(sql.split())[:60]}; read the rows by a SELECT in place of "
-                "RETURNING"
+                f"not supported by this database: {' '.join(sql.split())[:60]}; {shape.refused}"
             )
         if not connection.in_transaction and connection.isolation_level is not None:
             connection.begin()
-        connection.writer.named_columns = statements.inserted_columns(body)
-        connection.changing = word in {"UPDATE", "DELETE"}
+        connection.writer.named_columns = shape.inserted
+        connection.changing = shape.word in {"UPDATE", "DELETE"}
         try:
             engine = self._with_reloads(sql, parameters)
         finally:
             connection.changing = False
         self.rowcount = engine.changes()
         connection.total_changes += self.rowcount
-        if word in {"INSERT", "REPLACE"}:
+        if shape.word == "INSERT":
             self.lastrowid = engine.last_insert_rowid()
         connection.end_statement()
 

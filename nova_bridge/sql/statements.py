@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import apsw
+
+READS = frozenset({"SELECT", "VALUES", "EXPLAIN"})
+WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE"})
 
 _WORDS = re.compile(r"\s*(?:--[^\n]*(?:\n|$)\s*|/\*.*?\*/\s*)*([A-Za-z]+)", re.S)
 _SCHEMA_QUERY = re.compile(r"\bsqlite_(?:temp_)?(?:master|schema)\b|\bpragma_\w+", re.I)
@@ -38,13 +42,11 @@ _TOKENS = re.compile(
 _RETURNING = re.compile(_QUOTED + r"|\bRETURNING\b", re.I | re.S)
 
 
-@functools.lru_cache(maxsize=1024)
 def returns_rows(sql: str) -> bool:
     """Whether a change has a RETURNING clause, for which a virtual table would give NULLs."""
     return any(match.group()[0] in "Rr" for match in _RETURNING.finditer(sql))
 
 
-@functools.lru_cache(maxsize=1024)
 def after_with(sql: str) -> str:
     """A statement that begins with WITH, from the verb on that its common table expressions are for."""
     depth = 0
@@ -57,13 +59,11 @@ def after_with(sql: str) -> str:
     return sql
 
 
-@functools.lru_cache(maxsize=1024)
 def has_conflict_clause(sql: str) -> bool:
     """Whether the statement asks for another end of a conflict than ABORT: REPLACE, OR IGNORE, OR ROLLBACK, OR FAIL."""
     return _CONFLICT_CLAUSE.match(sql) is not None
 
 
-@functools.lru_cache(maxsize=1024)
 def inserted_columns(sql: str) -> frozenset[str] | None:
     """The columns that an INSERT names, lower case; None: all. The others get their defaults.
 
@@ -83,6 +83,37 @@ def first_word(sql: str) -> str:
     """The verb, in upper case; empty if there is none."""
     match = _WORDS.match(sql)
     return match.group(1).upper() if match else ""
+
+
+class Shape(NamedTuple):
+    """What the door must know of a statement's text. `word`: its verb, the one after WITH if it begins so.
+
+    `inserted`: see `inserted_columns`. `refused`: what to do in place of a clause that virtual tables cannot serve.
+    """
+
+    word: str
+    asks_for_schema: bool = False
+    inserted: frozenset[str] | None = None
+    refused: str = ""
+
+
+@functools.lru_cache(maxsize=2048)
+def shape(sql: str) -> Shape:
+    """Read once for each text: long SELECTs come again and again."""
+    word, body = first_word(sql), sql
+    if word == "WITH":
+        body = after_with(sql)
+        word = first_word(body)
+    if word not in WRITES:
+        return Shape(word, word in READS and asks_for_schema(sql))
+    refused = ""
+    if has_conflict_clause(body):
+        refused = (
+            "a conflict ends a statement with an error here, catch it in place of OR IGNORE, OR REPLACE or REPLACE INTO"
+        )
+    elif returns_rows(body):
+        refused = "read the rows by a SELECT in place of RETURNING"
+    return Shape(word, False, inserted_columns(body), refused)
 
 
 def asks_for_schema(sql: str) -> bool:

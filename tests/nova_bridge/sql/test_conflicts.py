@@ -138,6 +138,25 @@ def test_increment_by_or_or_subselect_second_conflicts(two: tuple[Connection, Co
     assert one(a, "SELECT vcpus FROM instances") == 5
 
 
+def test_column_added_with_a_default_guards_rows_from_before(connect: Connect) -> None:
+    a, b = connect(), connect()
+    a.execute("CREATE TABLE cells (id INTEGER NOT NULL PRIMARY KEY, name TEXT)")
+    a.execute("INSERT INTO cells (name) VALUES ('one'), ('two')")
+    a.commit()
+    a.execute("ALTER TABLE cells ADD COLUMN size INTEGER DEFAULT 5")
+    for side in (a, b):
+        side.execute("UPDATE cells SET size = size + 1 WHERE id = 1")
+    a.commit()
+    with pytest.raises(ConflictError):
+        b.commit()
+    b.execute("UPDATE cells SET name = 'small' WHERE size = 5")
+    b.commit()
+    assert a.execute("SELECT name, size FROM cells ORDER BY id").fetchall() == [("one", 6), ("small", 5)]
+    a.execute("CREATE UNIQUE INDEX cells_size ON cells (size)")
+    with pytest.raises(sqlite3.IntegrityError, match=r"^UNIQUE constraint failed: cells.size$"):
+        a.execute("INSERT INTO cells (name) VALUES ('three')")
+
+
 def test_merge_columns_guard_nothing(two: tuple[Connection, Connection]) -> None:
     for number, side in enumerate(two):
         side.execute("BEGIN")

@@ -187,3 +187,34 @@ def test_processes_taking_turns_same_as_stock_sqlite(seed: int, connect: Callabl
         expected, got = outcome(stock, sql, arguments), outcome(door, sql, arguments)
         assert got == expected, f"step {step}: {sql} {arguments}"
     stock.close()
+
+
+def test_text_compared_with_numbers_same_as_stock_sqlite(connect: Callable[..., Connection]) -> None:
+    door, stock = connect(foreign_keys=False, isolation_level=None), sqlite3.connect(":memory:", isolation_level=None)
+    for side in (door, stock):
+        side.execute("CREATE TABLE words (id INTEGER NOT NULL PRIMARY KEY, word TEXT)")
+        side.execute("CREATE INDEX words_word ON words (word)")
+        side.execute("CREATE TABLE numbers (id INTEGER NOT NULL PRIMARY KEY, number INTEGER)")
+        side.execute("INSERT INTO words (word) VALUES ('01'), ('1'), ('1.0'), ('2'), ('x')")
+        side.execute("INSERT INTO numbers (number) VALUES (1), (2)")
+        for real in (1e16, 1.5e300, 0.1, 1e-7, 100.0, -0.0, 1 / 3, 2.5):
+            side.execute("INSERT INTO words (word) VALUES (?)", (real,))
+    for sql in (
+        "SELECT w.id FROM numbers n JOIN words w ON w.word = n.number ORDER BY 1",
+        "SELECT id FROM words WHERE word IN (SELECT number FROM numbers) ORDER BY id",
+        "SELECT id FROM words WHERE word = 1",
+        "SELECT id FROM words WHERE word > 1 ORDER BY id LIMIT 3",
+        "SELECT word FROM words ORDER BY id",
+    ):
+        assert door.execute(sql).fetchall() == stock.execute(sql).fetchall(), sql
+    stock.close()
+
+
+def test_returning_refused_with_what_to_do(connect: Callable[..., Connection]) -> None:
+    door = connect()
+    door.execute("CREATE TABLE words (id INTEGER NOT NULL PRIMARY KEY, word TEXT)")
+    with pytest.raises(sqlite3.NotSupportedError, match="in place of RETURNING"):
+        door.execute("INSERT INTO words (word) VALUES ('x') RETURNING id")
+    door.execute("INSERT INTO words (word) VALUES (' RETURNING id')")
+    door.commit()
+    assert door.execute("SELECT count(*) FROM words").fetchall() == [(1,)]
