@@ -71,6 +71,7 @@ class Catalog:
     def _read(self, group: GroupRead) -> Schema:
         head: Row = {}
         definitions = {}
+        dropped = {}
         for key, data in (group.rows or {}).items():
             table, pk = split_row_key(key)
             if table != CATALOG_TABLE:
@@ -80,14 +81,19 @@ class Catalog:
                 head = row
             else:
                 definition = _definition(bytes(row[1]))  # type: ignore[arg-type]
-                definitions[definition.name.lower()] = definition
+                if definition.dropped:
+                    dropped[definition.number] = definition
+                else:
+                    definitions[definition.name.lower()] = definition
         version, following = head.get(0, 0), head.get(1, FIRST_TABLE)
         if not isinstance(version, int) or not isinstance(following, int):
             raise Invalid(f"the catalog of {self._database} has no version number")
         ordered = dict(sorted(definitions.items(), key=lambda d: d[1].number))
-        return Schema(self._database, version, ordered, following, self._loaded)
+        return Schema(self._database, version, ordered, following, self._loaded, dropped)
 
-    def replace(self, before: Schema, after: dict[str, TableDef], next_table: int) -> Schema:
+    def replace(
+        self, before: Schema, after: dict[str, TableDef], next_table: int, dropped: dict[int, TableDef]
+    ) -> Schema:
         """Commit the new definitions on top of `before`. Raises SchemaChanged when somebody else was first."""
         version = before.version + 1
         columns: Columns = {0: version, 1: next_table}
@@ -95,19 +101,25 @@ class Catalog:
             head = Change(Op.UPDATE, CATALOG_TABLE, _HEAD, columns, {0: before.version})
         else:
             head = Change(Op.INSERT, CATALOG_TABLE, _HEAD, columns)
-        part = Part(self._key, self._ballot, (head, *_changes(before.definitions, after)))
+        part = Part(
+            self._key,
+            self._ballot,
+            (head, *_changes(_by_number(before.definitions, before.dropped), _by_number(after, dropped))),
+        )
         try:
             applied = self._store.commit(Transaction(os.urandom(16), self._database, 0, (part,)))
         except Conflict as error:
             raise SchemaChanged(f"schema of {self._database} changed meanwhile: {error.message}") from None
         self._ballot = applied.ballots[0]
-        self._loaded = Schema(self._database, version, after, next_table, before)
+        self._loaded = Schema(self._database, version, after, next_table, before, dropped)
         return self._loaded
 
 
-def _changes(before: dict[str, TableDef], after: dict[str, TableDef]) -> list[Change]:
-    old = {d.number: d for d in before.values()}
-    new = {d.number: d for d in after.values()}
+def _by_number(definitions: dict[str, TableDef], dropped: dict[int, TableDef]) -> dict[int, TableDef]:
+    return {d.number: d for d in definitions.values()} | dropped
+
+
+def _changes(old: dict[int, TableDef], new: dict[int, TableDef]) -> list[Change]:
     changes = [Change(Op.DELETE, CATALOG_TABLE, (n,)) for n in old if n not in new]
     for number, definition in new.items():
         previous = old.get(number)

@@ -14,7 +14,7 @@ import msgspec
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, SchemaChanged
 from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Part
 from dht.model import Transaction as StoreTransaction
-from nova_bridge.sql.access import owner_columns
+from nova_bridge.sql.access import entry_owner, owner_columns
 from nova_bridge.sql.errors import (
     ConflictError,
     ForeignKeyError,
@@ -158,7 +158,7 @@ def _collect(tx: Transaction, rows: Rows, foreign_keys: bool) -> dict[GroupKey, 
             _add_child_guards(tx, table, pending, draft)
         for unique in table.uniques:
             if unique.kind == "entry":
-                _add_step(table, unique, place, pending, steps)
+                _add_step(tx, table, unique, place, pending, steps)
     for group, number, pk, key in tx.foreign_guards:
         if group in drafts and not _is_own(tx, group, number, pk):
             parent = tx.schema.by_number[number]
@@ -168,6 +168,11 @@ def _collect(tx: Transaction, rows: Rows, foreign_keys: bool) -> dict[GroupKey, 
         change = _entry_change(step)
         if change is not None:
             drafts.setdefault(key, _Draft()).changes.append((change, step.meaning))
+        elif step.before is None and step.after is None:
+            # The entry is not the row's, or not made yet: that has to be so when the row goes.
+            owner = entry_owner(tx, key)
+            kind, held = (GuardKind.ABSENT, {}) if owner is None else (GuardKind.HAS, owner_columns(owner))
+            drafts.setdefault(key, _Draft()).guard(Guard(kind, ENTRY_TABLE, ENTRY_ROW, held), step.meaning)
     return drafts
 
 
@@ -230,14 +235,18 @@ def _has_parent(tx: Transaction, table: Table, group: GroupKey, positions: tuple
     )
 
 
-def _add_step(table: Table, unique: Unique, place: Place, pending: Pending, steps: dict[GroupKey, _Step]) -> None:
+def _add_step(
+    tx: Transaction, table: Table, unique: Unique, place: Place, pending: Pending, steps: dict[GroupKey, _Step]
+) -> None:
+    """While an index is being built, a row older than it may have no entry yet (`nova_bridge.sql.unique_rows`)."""
     meaning = Meaning(table, unique.columns)
     old = table.entry_key(unique, pending.base.values) if pending.base is not None else None
     new = table.entry_key(unique, pending.current.values) if pending.current is not None else None
     if old == new:
         return
     if old is not None:
-        steps[old] = _Step(meaning, place, steps[old].after if old in steps else None)
+        held = place if unique.used or entry_owner(tx, old) == place else None
+        steps[old] = _Step(meaning, held, steps[old].after if old in steps else None)
     if new is not None:
         steps[new] = _Step(meaning, steps[new].before if new in steps else None, place)
 

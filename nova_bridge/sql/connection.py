@@ -271,7 +271,7 @@ class Connection:
                 if fixture.restore(self.database, digest):
                     self.tx.reset()
                     return cursor
-                fresh = self.database.schema.version == 0
+                fresh = not self.database.schema.definitions
                 self._run_script(cursor, script)
                 if fresh:
                     fixture.keep(self.database, digest)

@@ -13,8 +13,10 @@ import msgspec
 from dht.errors import Invalid, SchemaChanged
 from dht.model import GroupKey
 from dht.requests import BlockingStore
+from dht.rows import group_key
 from nova_bridge.sql import shadow as shadows
 from nova_bridge.sql.catalog import Catalog
+from nova_bridge.sql.families import ROW_FAMILY
 from nova_bridge.sql.groups import GroupCache, GroupView, Hints
 from nova_bridge.sql.schema import Schema, Table, TableDef
 
@@ -85,7 +87,7 @@ class Database:
         """Read the catalog again."""
         with self._lock:
             self._schema = self._catalog.load(self.timeout_s)
-            self.exists = self.exists or self._schema.version > 0
+            self.exists = self.exists or bool(self._schema.definitions)
             return self._schema
 
     def catalog_for(self, store: BlockingStore) -> Catalog:
@@ -131,15 +133,21 @@ class Database:
         with self._lock:
             return self._run_ddl(before, ddl, renamed, columns)[0]
 
-    def change(self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames) -> Schema:
-        """Run DDL on a copy of the shadow of `before`, the newest known, and commit what it made of the schema."""
+    def change(
+        self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames, cleared: Collection[int] = ()
+    ) -> tuple[Schema, Schema]:
+        """Run DDL on a copy of the shadow of `before`, the newest known, and commit what it made of the schema.
+
+        Returns the schema that it was run on and the one that it made. Tables that go are kept as dropped ones; those
+        that were `cleared` of rows are forgotten.
+        """
         with self._lock:
             self._ensure_created()
             for attempt in range(SCHEMA_ATTEMPTS):
                 before = self.reload() if attempt else before
                 after, next_table, shadow = self._run_ddl(before, ddl, renamed, columns)
                 try:
-                    return self._publish(before, after, next_table, shadow)
+                    return before, self._publish(before, after, next_table, shadow, cleared)
                 except SchemaChanged:
                     continue
             raise SchemaChanged(f"the schema of {self.name} kept changing; run the statement again")
@@ -162,36 +170,61 @@ class Database:
         with self._lock:
             self._ensure_created()
             before = self.reload()
-            if before.version:
+            if before.definitions:
                 raise SchemaChanged(f"the database {self.name} has tables already")
-            schema = self._catalog.replace(before, content.definitions, content.next_table)
+            following = max(before.next_table, content.next_table)
+            schema = self._catalog.replace(before, content.definitions, following, before.dropped)
             self._schema = schema
 
-    def mark_used(self, table: str, built: Collection[int]) -> Schema:
-        """Every row has its entries of these indexes now: look-ups may rely on them.
+    def mark_used(self, number: int, built: Collection[int]) -> Schema:
+        """Every row of the table has its entries of these indexes now: look-ups may rely on them.
 
-        Other indexes of the table stay as they are; somebody else may be building them.
+        Other indexes of the table stay as they are; somebody else may be building them. What is gone meanwhile is gone.
         """
         with self._lock:
             for _ in range(SCHEMA_ATTEMPTS):
                 before = self.reload()
+                if number not in before.by_number:
+                    return before
                 definitions = dict(before.definitions)
-                definition = definitions[table]
+                definition = before.by_number[number].definition
                 indexes = tuple(msgspec.structs.replace(i, used=i.used or i.id in built) for i in definition.indexes)
-                definitions[table] = msgspec.structs.replace(definition, indexes=indexes)
+                definitions[definition.name.lower()] = msgspec.structs.replace(definition, indexes=indexes)
                 try:
                     return self._publish(before, definitions, before.next_table, self.shadow())
                 except SchemaChanged:
                     continue
             raise SchemaChanged(f"the schema of {self.name} kept changing; run the statement again")
 
-    def _publish(self, before: Schema, after: dict[str, TableDef], next_table: int, shadow: apsw.Connection) -> Schema:
+    def _publish(
+        self,
+        before: Schema,
+        after: dict[str, TableDef],
+        next_table: int,
+        shadow: apsw.Connection,
+        cleared: Collection[int] = (),
+    ) -> Schema:
         if after == before.definitions:
             return before
-        schema = self._catalog.replace(before, after, next_table)
+        kept = {definition.number for definition in after.values()}
+        dropped = {number: definition for number, definition in before.dropped.items() if number not in cleared}
+        dropped |= {
+            table.number: msgspec.structs.replace(table.definition, dropped=True)
+            for table in before.tables.values()
+            if table.number not in kept
+        }
+        schema = self._catalog.replace(before, after, next_table, dropped)
         self._shadow, self._schema, self._preview = (schema, shadow), schema, None
         self.groups.clear()
         return schema
+
+    def fence(self, version: int, tables: Collection[Table]) -> None:
+        """Return when no transaction made under an older catalog can change a row of the tables any more."""
+        prefixes = {group_key(self.name, ROW_FAMILY, (table.number,)): None for table in tables}
+        prefixes |= {group_key(self.name, t.family, ()): None for t in tables if t.family != ROW_FAMILY}
+        following = 0
+        while following >= 0:
+            following = self.store.fence(self.name, version, tuple(prefixes), following, self.timeout_s)
 
     def _ensure_created(self) -> None:
         if not self.exists:

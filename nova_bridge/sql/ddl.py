@@ -1,34 +1,31 @@
 """CREATE, ALTER and DROP: run on a copy of the shadow schema, committed to the catalog, then data follows.
 
-A statement that changes rows as well (DROP TABLE, a unique index over rows that exist) does so in transactions of at
-most CHUNK_ROWS rows.
+Whatever touches rows comes after the catalog, so that a process that dies in between leaves a catalog that is true:
+
+* a table that is dropped is kept in the catalog as a dropped one; its rows are deleted then, and whatever a writer with
+  an older catalog still added is found and deleted by the next schema statement, which forgets the table;
+* a unique index over rows that exist is published first, so that writers keep it; then comes the fence
+  (`dht.register.fence`), then the rows, then "used", from when look-ups rely on it. The statement that died in between
+  goes on where it was when it is run again. Duplicates take the index out of the catalog again.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import apsw
 
-from dht.errors import Conflict
-from dht.model import Change, Guard, GuardKind, Op, Part
-from dht.model import Transaction as StoreTransaction
-from nova_bridge.sql.access import ENTRY_PREFIX, owner_columns
-from nova_bridge.sql.commit import ENTRY_ROW, commit
+from nova_bridge.sql import rows_left, unique_rows
 from nova_bridge.sql.database import Database
-from nova_bridge.sql.errors import ConflictError, unique_failed
-from nova_bridge.sql.schema import ENTRY_TABLE, Record, Schema, Table, Unique
-from nova_bridge.sql.transaction import Transaction
-from nova_bridge.sql.writes import Writer
-
-CHUNK_ROWS = 200
+from nova_bridge.sql.schema import IndexDef, Schema, Table, Unique
 
 _NAME = r'(?:(?:"main"|main)\s*\.\s*)?(?:"((?:[^"]|"")+)"|`([^`]+)`|\[([^\]]+)\]|(\w+))'
 _RENAME_TABLE = re.compile(rf"\s*ALTER\s+TABLE\s+{_NAME}\s+RENAME\s+TO\s+{_NAME}\s*;?\s*$", re.I)
 _RENAME_COLUMN = re.compile(rf"\s*ALTER\s+TABLE\s+{_NAME}\s+RENAME\s+(?:COLUMN\s+)?{_NAME}\s+TO\s+{_NAME}", re.I)
+_CREATE_UNIQUE = re.compile(rf"\s*CREATE\s+UNIQUE\s+INDEX\s+(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}", re.I)
 _REFUSED = re.compile(
     r"\s*CREATE\s+(?:(TEMP|TEMPORARY|VIRTUAL|TRIGGER|VIEW)\b|TABLE\s+.*?\bAS\s+(?:SELECT|WITH|VALUES)\b)", re.I | re.S
 )
@@ -42,6 +39,8 @@ class Ddl:
         self._steps: list[Callable[[apsw.Connection], None]] = []
         self._renamed: dict[str, str] = {}
         self._columns: dict[str, dict[str, str]] = {}
+        # By step: the name of the index that it creates, and all behind its name.
+        self._creates: dict[int, tuple[str, str]] = {}
 
     def add(self, sql: str) -> None:
         """One more statement. Raises for what virtual tables cannot be."""
@@ -56,6 +55,8 @@ class Ddl:
             table, old, new = _names(match, 3)
             columns = self._columns.setdefault(table, {})
             columns[new] = columns.pop(old, old)
+        elif match := _CREATE_UNIQUE.match(sql):
+            self._creates[len(self._steps)] = (_names(match, 1)[0], sql[match.end() :])
         self._steps.append(lambda shadow: _execute(shadow, sql))
 
     def __bool__(self) -> bool:
@@ -63,24 +64,102 @@ class Ddl:
 
     def run(self) -> None:
         """Publish. Raises what SQLite raises, IntegrityError for a unique index over duplicates."""
-        before = self._database.reload()
-        after = self._preview(before)
-        for name in sorted(before.tables.keys() - after.keys() - set(self._renamed.values())):
-            _delete_rows(self._database, before.tables[name])
-        built = [(name, u) for name, t in after.items() for u in _to_build(before, t)]
-        for name, unique in built:
-            _check_rows(self._database, after[name], unique)
-        self._database.change(before, self._steps, self._renamed, self._columns)
-        for name, unique in built:
-            if unique.kind == "entry":
-                _build_entries(self._database, name, unique)
-        for name in dict.fromkeys(name for name, _ in built):
-            self._database.mark_used(name, {unique.id for of, unique in built if of == name})
+        database = self._database
+        before = database.reload()
+        cleared = [number for number, old in before.dropped.items() if rows_left.clear(database, old)]
+        begun = [self._unfinished(before, *created) for created in self._creates.values()]
+        steps = [step for i, step in enumerate(self._steps) if i not in self._creates or not self._resumed(before, i)]
+        after = database.preview(before, steps, self._renamed, self._columns)
+        for definition in after.values():
+            table = Table(database.name, definition)
+            for unique in _to_build(before, table):
+                unique_rows.check(database, table, unique)
+        before, schema = database.change(before, steps, self._renamed, self._columns, cleared)
+        for number, table in before.by_number.items():
+            if number not in schema.by_number:
+                rows_left.clear(database, table.definition)
+        built = {table.number: _to_build(before, table) for table in schema.tables.values()}
+        for found in begun:
+            if found is not None:
+                built.setdefault(found[0], []).append(found[1])
+        for number, uniques in built.items():
+            if uniques:
+                self._build(schema, number, uniques)
 
-    def _preview(self, before: Schema) -> dict[str, Table]:
-        """The tables as they will be, without publishing anything; errors of SQLite surface here."""
-        definitions = self._database.preview(before, self._steps, self._renamed, self._columns)
-        return {name: Table(self._database.name, definition) for name, definition in definitions.items()}
+    def _build(self, schema: Schema, number: int, uniques: list[Unique]) -> None:
+        """Make the rows that are there keep the new rules, then let look-ups rely on them."""
+        database = self._database
+        table = schema.by_number[number]
+        database.fence(schema.version, [table])
+        try:
+            for unique in uniques:
+                unique_rows.build(database, number, unique)
+        except sqlite3.IntegrityError:
+            self._withdraw(number, uniques)
+            raise
+        database.mark_used(number, {unique.id for unique in uniques})
+
+    def _withdraw(self, number: int, uniques: list[Unique]) -> None:
+        """Take the indexes out of the catalog again. Their ids are not used a second time, nor are their entries."""
+        database = self._database
+        before = database.reload()
+        table = before.by_number.get(number)
+        if table is None:
+            return
+        ids = {unique.id for unique in uniques}
+        columns = {i.columns for i in table.definition.indexes if i.id in ids and i.kind != "plain"}
+        names = [name for name, of in _unique_indexes(database, table) if of in columns]
+        if names:
+            database.change(before, [functools.partial(_drop_indexes, names=names)], {}, {})
+        for unique in uniques:
+            unique_rows.forget(database, table, unique)
+
+    def _resumed(self, before: Schema, step: int) -> bool:
+        return self._unfinished(before, *self._creates[step]) is not None
+
+    def _unfinished(self, before: Schema, index: str, rest: str) -> tuple[int, Unique] | None:
+        """(table number, rule) of an index that the catalog has by the same statement, and that was never finished."""
+        for table in before.tables.values():
+            for name, sql in table.definition.index_sql:
+                match = _CREATE_UNIQUE.match(sql)
+                if name.lower() != index or match is None or _words(sql[match.end() :]) != _words(rest):
+                    continue
+                columns = dict(_unique_indexes(self._database, table)).get(name)
+                for definition, unique in _rules(table):
+                    if definition.columns == columns and not definition.used:
+                        return table.number, unique
+        return None
+
+
+def _drop_indexes(shadow: apsw.Connection, names: list[str]) -> None:
+    for name in names:
+        quoted = name.replace('"', '""')
+        shadow.execute(f'DROP INDEX "{quoted}"')
+
+
+def _rules(table: Table) -> list[tuple[IndexDef, Unique]]:
+    definitions = [i for i in table.definition.indexes if i.kind != "plain"]
+    return list(zip(definitions, table.uniques, strict=True))
+
+
+def _unique_indexes(database: Database, table: Table) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and column numbers of the table's unique indexes that have a statement of their own."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+
+    def ask(shadow: apsw.Connection) -> None:
+        listed = shadow.execute(
+            "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table.name,)
+        ).fetchall()
+        for (name,) in listed:
+            names = [r[0] for r in shadow.execute("SELECT name FROM pragma_index_info(?)", (name,))]
+            found.append((name, tuple(table.number_of(table.by_name[n.lower()]) for n in names)))
+
+    database.query_shadow(ask)
+    return found
+
+
+def _words(sql: str) -> str:
+    return " ".join(sql.split()).rstrip("; ").lower()
 
 
 def _names(match: re.Match[str], count: int) -> list[str]:
@@ -100,65 +179,3 @@ def _to_build(before: Schema, table: Table) -> list[Unique]:
         return []
     known = {u.id for u in old.uniques}
     return [u for u in table.uniques if u.id not in known]
-
-
-def _all_rows(database: Database, number: int) -> list[Record]:
-    tx = Transaction(database)
-    table = tx.schema.by_number.get(number)
-    return tx.find(table, ()) if table is not None else []
-
-
-def _chunks(records: list[Record]) -> Iterator[list[Record]]:
-    for start in range(0, len(records), CHUNK_ROWS):
-        yield records[start : start + CHUNK_ROWS]
-
-
-def _delete_rows(database: Database, table: Table) -> None:
-    """Take all rows of a table that is about to go, and their unique entries."""
-    for chunk in _chunks(_all_rows(database, table.number)):
-        tx = Transaction(database)
-        writer = Writer(tx)
-        for record in chunk:
-            writer.delete(table, record, 0)
-        commit(tx, foreign_keys=False)
-
-
-def _check_rows(database: Database, table: Table, unique: Unique) -> None:
-    """Raise if rows that exist break the new rule."""
-    seen = set()
-    names = [table.columns[p].number for p in unique.columns]
-    for record in _all_rows(database, table.number):
-        old = database.schema.by_number[table.number]
-        values = tuple(record.values[old.position[n]] if n in old.position else None for n in names)
-        if None in values:
-            continue
-        if values in seen:
-            raise unique_failed(table.name, table.column_names(unique.columns))
-        seen.add(values)
-
-
-def _build_entries(database: Database, name: str, unique: Unique) -> None:
-    """Reserve the values of rows older than the rule; writers reserve theirs since the rule was published."""
-    table = database.schema.tables[name]
-    for chunk in _chunks(_all_rows(database, table.number)):
-        for record in chunk:
-            entry = table.entry_key(unique, record.values)
-            if entry is not None:
-                _reserve(database, table, unique, record, entry)
-
-
-def _reserve(database: Database, table: Table, unique: Unique, record: Record, entry: bytes) -> None:
-    columns = {table.number_of(p): record.stored(p) for p in unique.columns}
-    parts = (
-        Part(record.group, None, (), (Guard(GuardKind.HAS, table.number, record.pk, columns),)),
-        Part(entry, None, (Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, owner_columns((record.group, record.key))),)),
-    )
-    transaction = StoreTransaction(os.urandom(16), database.name, 0, parts)
-    try:
-        database.store.commit(transaction, 0, database.timeout_s)
-    except Conflict as error:
-        tx = Transaction(database)
-        held = tx.view(entry).raw(ENTRY_PREFIX)
-        row = tx.row(table, record.group, record.key)
-        if row is not None and not held and row.values == record.values:
-            raise ConflictError(f"building a unique index on {table.name}: {error.message}") from None

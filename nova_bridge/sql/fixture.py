@@ -37,10 +37,10 @@ _kept: dict[bytes, _Clone | _Content] = {}
 def restore(database: Database, digest: bytes) -> bool:
     """Give an empty database the content that the script made before. Returns whether that was possible."""
     match _kept.get(digest):
-        case _Clone(store, catalog) if isinstance(database.store, MemoryStore) and not database.schema.version:
+        case _Clone(store, catalog) if isinstance(database.store, MemoryStore) and not database.schema.definitions:
             database.replace_store(store.clone(), catalog)
             return True
-        case _Content(schema, rows) if not isinstance(database.store, MemoryStore) and not database.schema.version:
+        case _Content(schema, rows) if not isinstance(database.store, MemoryStore) and not database.schema.definitions:
             database.publish(schema)
             _insert(database, rows)
             return True

@@ -59,7 +59,10 @@ class ForeignDef(msgspec.Struct, frozen=True):
 
 
 class TableDef(msgspec.Struct, frozen=True):
-    """One table of the catalog. `index_sql`: the CREATE INDEX statements by index name, in order of creation."""
+    """One table of the catalog. `index_sql`: the CREATE INDEX statements by index name, in order of creation.
+
+    `dropped`: there is no such table any more, but rows of it may be left; the next schema statement looks again.
+    """
 
     number: int
     name: str
@@ -77,6 +80,7 @@ class TableDef(msgspec.Struct, frozen=True):
     merge: tuple[int, ...] = ()
     trusted: tuple[tuple[str, ...], ...] = ()
     index_sql: tuple[tuple[str, str], ...] = ()
+    dropped: bool = False
 
     def spec(self) -> TableSpec:
         """What the replicas must know."""
@@ -229,7 +233,7 @@ class Table:
 
 
 class Schema:
-    """The catalog at one version, by lower-case table name."""
+    """The catalog at one version, by lower-case table name. `dropped`: tables that are gone, by number."""
 
     def __init__(
         self,
@@ -238,8 +242,10 @@ class Schema:
         definitions: dict[str, TableDef],
         next_table: int,
         before: Schema | None = None,
+        dropped: dict[int, TableDef] | None = None,
     ) -> None:
         self.version, self.definitions, self.next_table = version, definitions, next_table
+        self.dropped = dropped or {}
         kept = before.by_number if before is not None else {}
         self.tables: dict[str, Table] = {}
         for name, definition in definitions.items():

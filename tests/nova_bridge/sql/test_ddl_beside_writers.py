@@ -1,0 +1,202 @@
+"""DDL beside other processes: writers that go on, statements that die half way, tables that go while rows come."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from dht.model import FindQuery
+from dht.rows import split_group_key
+from nova_bridge.sql import ddl, unique_rows
+from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.errors import ConflictError
+from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY
+from tests.nova_bridge.sql.conftest import CountingStore
+
+Connect = Callable[..., Connection]
+
+
+class Died(Exception):
+    """The process that ran the statement."""
+
+
+def rows(connection: Connection, sql: str) -> list[object]:
+    return connection.execute(sql).fetchall()
+
+
+def entries(store: CountingStore, connection: Connection) -> int:
+    """Unique entries of all tables."""
+    found = store.find(FindQuery("cell", ENTRY_TABLE, connection.database.reload().version))
+    return sum(split_group_key(row.group)[1] == UNIQUE_FAMILY for row in found.rows)
+
+
+@pytest.fixture
+def door(connect: Connect) -> Connection:
+    connection = connect(isolation_level=None)
+    connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, a TEXT, b INTEGER)")
+    connection.execute("INSERT INTO t (a, b) VALUES ('x', 1), ('y', 2), ('z', 2)")
+    return connection
+
+
+def test_refused_unique_index_leaves_the_catalog_as_it_was(door: Connection) -> None:
+    before = door.database.reload()
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.b"):
+        door.execute("CREATE UNIQUE INDEX ub ON t (b)")
+    assert door.database.reload().definitions == before.definitions
+
+
+def test_duplicate_that_came_after_the_early_check_takes_the_index_out_again(
+    door: Connection, connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer's statement comes between the check and the catalog, so it knows nothing of the index."""
+    other = connect(isolation_level=None)
+    change = door.database.change
+
+    def late(*args: object) -> object:
+        monkeypatch.setattr(door.database, "change", change)
+        other.execute("INSERT INTO t (a) VALUES ('x')")
+        return change(*args)
+
+    monkeypatch.setattr(door.database, "change", late)
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
+        door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    assert [i.kind for i in door.database.reload().definitions["t"].indexes] == []
+    assert entries(store, door) == 0
+    connect(isolation_level=None).execute("INSERT INTO t (a) VALUES ('x')")
+    door.execute("DELETE FROM t WHERE a = 'x' AND id > 1")
+    door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    assert rows(connect(), "SELECT id FROM t WHERE a = 'x'") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE UNIQUE INDEX ua ON t (a)", "create unique index if not exists ua on t (a);"]
+)
+@pytest.mark.parametrize("after", [0, 2])
+def test_unique_index_whose_process_died_is_finished_by_the_same_statement(
+    door: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch, statement: str, after: int
+) -> None:
+    reserve, count = unique_rows._reserve, [0]
+
+    def die(*args: object) -> None:
+        count[0] += 1
+        if count[0] > after:
+            raise Died
+        reserve(*args)
+
+    monkeypatch.setattr(unique_rows, "_reserve", die)
+    with pytest.raises(Died):
+        door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    monkeypatch.undo()
+    other = connect(isolation_level=None)
+    assert rows(other, "SELECT b FROM t WHERE a = 'z'") == [(2,)]
+    other.execute("DELETE FROM t WHERE a = 'z'")
+    other.execute("UPDATE t SET a = 'w' WHERE a = 'y'")
+    with pytest.raises(sqlite3.OperationalError, match="already exists"):
+        other.execute("CREATE UNIQUE INDEX ua ON t (b)")
+    other.execute(statement)
+    third = connect(isolation_level=None)
+    assert rows(third, "SELECT a, b FROM t WHERE a IN ('w', 'x') ORDER BY a") == [("w", 2), ("x", 1)]
+    third.execute("INSERT INTO t (a) VALUES ('y'), ('z')")
+    for taken in ("w", "x", "y", "z"):
+        with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
+            third.execute("INSERT INTO t (a) VALUES (?)", (taken,))
+    with pytest.raises(sqlite3.OperationalError, match="already exists"):
+        other.execute("CREATE UNIQUE INDEX ua ON t (a)")
+
+
+def test_index_on_a_column_that_was_added_with_a_default_is_built(door: Connection, connect: Connect) -> None:
+    door.execute("DELETE FROM t WHERE a != 'x'")
+    door.execute("ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'd'")
+    door.execute("CREATE UNIQUE INDEX uc ON t (c)")
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.c"):
+        connect().execute("INSERT INTO t (a) VALUES ('y')")
+
+
+def test_dropped_table_loses_its_rows_and_entries_and_what_came_late(
+    door: Connection, store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    old = door.database.schema.by_number[16]
+    clear = ddl.rows_left.clear
+    monkeypatch.setattr(ddl.rows_left, "clear", lambda *args: False)
+    door.execute("DROP TABLE t")
+    monkeypatch.setattr(ddl.rows_left, "clear", clear)
+    assert len(unique_rows.all_rows(door.database, old)) == entries(store, door) == 3
+    with pytest.raises(sqlite3.OperationalError, match="no such table: t"):
+        door.execute("SELECT * FROM t")
+    door.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, a TEXT UNIQUE)")
+    assert unique_rows.all_rows(door.database, old) == []
+    assert entries(store, door) == 0
+    door.execute("CREATE TABLE u (id INTEGER PRIMARY KEY)")
+    assert not door.database.reload().dropped
+
+
+def test_drop_that_is_refused_leaves_the_rows(door: Connection) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        door.executescript("DROP TABLE t; DROP TABLE u")
+    assert len(rows(door, "SELECT * FROM t")) == 3
+
+
+def test_table_that_replaces_another_of_its_name_takes_nothing_over(door: Connection) -> None:
+    old = door.database.schema.by_number[16]
+    door.execute("CREATE TABLE new (id INTEGER PRIMARY KEY, a TEXT)")
+    door.execute("INSERT INTO new (a) VALUES ('n')")
+    door.executescript("DROP TABLE t; ALTER TABLE new RENAME TO t")
+    assert rows(door, "SELECT a FROM t") == [("n",)]
+    assert unique_rows.all_rows(door.database, old) == []
+
+
+def test_writers_go_on_while_the_schema_changes(door: Connection, connect: Connect) -> None:
+    """Each of them keeps what it was told: rows that were inserted are there, by every index, each value once."""
+    stop = threading.Event()
+    written: list[set[str]] = [set(), set(), set()]
+    broken: list[BaseException] = []
+
+    def write(number: int) -> None:
+        connection = connect(isolation_level=None)
+        done, i = written[number], 0
+        while not stop.is_set():
+            i += 1
+            value = f"{number}-{i}"
+            try:
+                connection.execute("INSERT INTO t (a, b) VALUES (?, ?)", (value, number))
+                done.add(value)
+                if i % 3 == 0:
+                    connection.execute("UPDATE t SET a = ? WHERE a = ?", (f"{value}'", value))
+                    done.symmetric_difference_update((value, f"{value}'"))
+                elif i % 7 == 0:
+                    connection.execute("DELETE FROM t WHERE a = ?", (value,))
+                    done.discard(value)
+            except ConflictError:
+                continue
+            except BaseException as error:
+                broken.append(error)
+                return
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for statement in (
+        "CREATE UNIQUE INDEX ua ON t (a)",
+        "ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'c'",
+        "CREATE INDEX ib ON t (b)",
+        "DROP INDEX ua",
+        "CREATE UNIQUE INDEX ua ON t (a, b)",
+        "CREATE UNIQUE INDEX uaa ON t (a)",
+    ):
+        door.execute(statement)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not broken
+    reader = connect(isolation_level=None)
+    for number, values in enumerate(written):
+        assert values
+        assert {a for (a,) in rows(reader, f"SELECT a FROM t WHERE b = {number}")} - {"x", "y", "z"} == values
+        for value in sorted(values):
+            assert len(rows(reader, f"SELECT id FROM t WHERE a = '{value.replace(chr(39), chr(39) * 2)}'")) == 1
+            with pytest.raises(sqlite3.IntegrityError):
+                reader.execute("INSERT INTO t (a) VALUES (?)", (value,))
