@@ -38,6 +38,7 @@ CAUGHT = {
 _REGISTER = "tests.sim.test_rare_rules_register"
 _DOMAIN = "tests.sim.test_rare_rules_domain"
 _FLOORS = "tests.sim.test_rare_rules_collection"
+_FENCE = "tests.sim.test_rare_rules_fence"
 _COLLECTION = "tests.dht.domain.test_collection"
 _TRANSFER = "tests.dht.domain.test_transfer"
 
@@ -88,6 +89,14 @@ DIRECTED = {
         _FLOORS,
         "test_floor_keeps_promise_accept_on_its_way_overwrites_a_later_write",
     ),
+    "version_with_promise": (
+        _FENCE,
+        "test_version_with_promise_replica_that_missed_the_catalog_commits_under_the_old_one",
+    ),
+    "fence_settles_groups": (_FENCE, "test_fence_settles_groups_value_of_a_minority_comes_to_light_after_it"),
+    "fence_ends_intents": (_FENCE, "test_fence_ends_intents_transaction_prepared_before_it_commits_after_it"),
+    "versions_carried": (_FENCE, "test_versions_carried_new_replica_tells_what_the_old_ones_told"),
+    "promises_carried": (_FENCE, "test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replica"),
 }
 
 

@@ -11,13 +11,18 @@ import asyncio
 
 import pytest
 
+from dht.domain.rules import DomainRules
 from dht.errors import SchemaChanged, Unavailable
-from dht.model import Change, Comparison, Constraint, FindQuery, GroupKey, Op, Part, Struct
+from dht.model import Ballot, Change, Comparison, Constraint, FindQuery, GroupKey, Op, Part, Struct
 from dht.register.messages import Accept, AskFence, FindReplica, Kind, Learn, Operation, ReadReplica
 from dht.register.rules import Rules
-from dht.rows import decode_row, group_key
+from dht.rows import decode_row, encode_value, group_key
 from dht.sim.clock import SimClock
+from dht.storage.registers import Header
+from dht.world import Batch
+from tests.dht.domain.test_transfer import Stage, staged
 from tests.sim.bench import Bench, Gate, failed, insert, play, update
+from tests.sim.test_rare_rules_domain import three_replicas
 
 BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 CATALOG = group_key("db", "catalog", ())
@@ -160,6 +165,47 @@ def test_fence_without_a_majority_is_refused_and_can_be_repeated() -> None:
         return type(error), await fence(bench)
 
     assert play(story, Rules()) == (Unavailable, -1)
+
+
+@BOTH
+def test_versions_carried_new_replica_tells_what_the_old_ones_told(on: bool) -> None:
+    """0 and 1 know version 5, 2 does not. The tablet moves to 0, 2 and 3, of whom 2 and 3 are a majority."""
+
+    async def story(stage: Stage) -> None:
+        await three_replicas(stage)
+        for number in (0, 1):
+            registers = stage.world.node(number).registers
+            batch = Batch()
+            registers.tell_versions(batch, {encode_value("db"): 5})
+            stage.world.node(number).boot.disk.submit(batch)
+        stage.move(0, 2, 3)
+        await stage.tell(0, 2, 3)
+        assert await stage.initialise(3)
+        assert await stage.initialise(2)
+        told = [stage.world.node(number).registers.told_version(group_key("db", "f", ())) for number in (2, 3)]
+        assert told == ([5, 5] if on else [0, 0])
+
+    staged(story, 4, DomainRules(versions_carried=on))
+
+
+@BOTH
+def test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replica(on: bool) -> None:
+    """Somewhere a value may lie that was proposed on the promise: the fence has to settle the group."""
+
+    async def story(stage: Stage) -> None:
+        k = stage.keys[0]
+        await three_replicas(stage)
+        for number in (0, 1):
+            registers = stage.world.node(number).registers
+            batch = Batch()
+            registers.write(batch, k, Header(Ballot(1, 2, 1, b"p", 1, 1)), {})
+            stage.world.node(number).boot.disk.submit(batch)
+        stage.move(0, 2, 3)
+        await stage.tell(0, 2, 3)
+        assert await stage.initialise(3)
+        assert stage.world.node(3).registers.keys_with(stage.tablet, k) == ([k] if on else [])
+
+    staged(story, 4, DomainRules(promises_carried=on))
 
 
 def away(number: int) -> Gate:
