@@ -9,7 +9,7 @@ SEEDS ?= 1000
 ROUNDS ?= 1000
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak races nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak races sql-random nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -29,6 +29,11 @@ soak: $(VENV)/.test
 
 races: $(VENV)/.test
 	LUCD_RACE_ROUNDS=$(ROUNDS) $(PY) -m pytest --durations=5 tests/races
+
+# Random statements and interleaved transactions of the SQL door beside stock SQLite.
+sql-random: $(VENV)/.test
+	LUCD_SQL_SEEDS=$(SEEDS) $(PY) -m pytest tests/nova_bridge/sql/test_random_statements.py \
+	  tests/nova_bridge/sql/test_random_transactions.py
 
 nova-suites: $(VENV)/.test
 	$(PY) tests/nova_suites/run.py
