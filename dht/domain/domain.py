@@ -289,7 +289,8 @@ class Domain:
 
     def health(self) -> dict[str, object]:
         """For status commands and metrics; see `dht.domain.health`."""
-        return health(self.chain.newest, self.local, self.status(), self.watch, self._clock, self.transfer.remaining)
+        node, remaining = self.local.node_id, self.transfer.remaining
+        return health(self.chain.newest, node, self.status(), self.watch, self._clock, remaining)
 
     # ---- peers
 

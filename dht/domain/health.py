@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from dht.domain.messages import Status, TabletMark
 from dht.domain.roster import REPLICAS, Roster, quorums
@@ -11,13 +10,10 @@ from dht.domain.watch import Watch
 from dht.model import NodeId
 from dht.world import Clock
 
-if TYPE_CHECKING:
-    from dht.domain.domain import LocalNode
-
 
 def health(
     roster: Roster | None,
-    local: LocalNode,
+    node: NodeId,
     own: Status,
     watch: Watch,
     clock: Clock,
@@ -32,7 +28,7 @@ def health(
     if roster is None:
         return {"joined": False, "epoch": 0, "warnings": ["this node has not joined yet"]}
     reachable = watch.reachable(clock.monotonic())
-    marks = {**watch.marks, local.node_id: {m.tablet: m for m in own.tablets}}
+    marks = {**watch.marks, node: {m.tablet: m for m in own.tablets}}
     working = [
         [n for n in nodes if n in reachable and _initialised(marks, n, t, roster.tablet_epochs[t])]
         for t, nodes in enumerate(roster.tablets)
@@ -42,7 +38,7 @@ def health(
     served = sum(len(w) >= n for w, n in zip(working, need, strict=True))
     domains = {m.node_id: m.failure_domain for m in roster.members}
     return {
-        "joined": roster.lists(local.node_id, local.incarnation),
+        "joined": roster.lists(node, own.incarnation),
         "domain": roster.domain,
         "generation": roster.generation,
         "epoch": roster.epoch,

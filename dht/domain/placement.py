@@ -2,7 +2,8 @@
 
 Rendezvous hashing chooses among candidates, so that two proposers mostly agree and a tablet's next node is stable; a
 count of each node's tablets keeps the load within one replica of even, which hashing alone does not with 64 tablets.
-One call changes at most one replica of a tablet (1 -> 3 and 2 -> 3 excepted); what remains is done by later links.
+Replicas of a tablet are spread over PoPs first, then over failure domains. One call changes at most one replica of a
+tablet (growth that keeps all, and 5 -> 3, excepted); what remains is done by later links.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
-from dht.domain.roster import REPLICAS
+from dht.domain.roster import REPLICAS, REPLICAS_WIDE
 from dht.model import NodeId
 
 Tablets = Sequence[Sequence[NodeId]]
+Places = Mapping[NodeId, tuple[str, str]]
+"""PoP and failure domain of each member."""
 
 
 def score(tablet: int, node: NodeId) -> int:
@@ -23,17 +26,18 @@ def score(tablet: int, node: NodeId) -> int:
 
 def place(
     current: Tablets,
-    failure_domains: Mapping[NodeId, str],
+    places: Places,
     receivers: Collection[NodeId],
     givers: Collection[NodeId] = (),
     frozen: Collection[int] = (),
+    size: int = REPLICAS,
 ) -> tuple[tuple[NodeId, ...], ...]:
-    """The tablet map one step nearer to three replicas each, on distinct failure domains, evenly spread.
+    """The tablet map one step nearer to `size` (3 or 5) replicas each, far from each other, evenly spread.
 
-    `failure_domains`: of all members. `receivers` may get tablets; `givers` have to lose theirs; `frozen` tablets keep
+    `places`: of all members. `receivers` may get tablets; `givers` have to lose theirs; `frozen` tablets keep
     their replicas. Coordinators (first of each) are evened out too; a giver is one only where nothing else is left.
     """
-    step = _Step(current, failure_domains, receivers, givers, frozen)
+    step = _Step(current, places, receivers, givers, frozen, size)
     for tablet in range(len(current)):
         if tablet not in step.frozen:
             step.mend(tablet)
@@ -46,48 +50,82 @@ class _Step:
     def __init__(
         self,
         current: Tablets,
-        failure_domains: Mapping[NodeId, str],
+        places: Places,
         receivers: Collection[NodeId],
         givers: Collection[NodeId],
         frozen: Collection[int],
+        size: int,
     ) -> None:
         self.tablets = [list(nodes) for nodes in current]
-        self.domains = failure_domains
+        self.places = places
+        self.pops = len({pop for pop, _ in places.values()})
+        self.size = size
         self.givers = frozenset(givers)
         self.receivers = sorted(n for n in receivers if n not in self.givers)
         self.frozen = set(frozen)
-        self.load = dict.fromkeys([*sorted(failure_domains), *self.receivers], 0)
+        self.load = dict.fromkeys([*sorted(places), *self.receivers], 0)
         for nodes in self.tablets:
             for node in nodes:
                 self.load[node] = self.load.get(node, 0) + 1
 
     def mend(self, tablet: int) -> None:
-        """Fill up, or replace one replica that has to go or that shares its failure domain with another."""
+        """Fill up, replace one replica that has to go or that is needlessly near another, or go back from 5 to 3."""
         nodes = self.tablets[tablet]
-        unwanted = [n for n in nodes if n in self.givers or n not in self.domains]
-        if unwanted:
-            gone = min(unwanted, key=lambda n: (n in self.domains, score(tablet, n)))
+        unwanted = [n for n in nodes if n in self.givers or n not in self.places]
+        if len(nodes) > self.size:
+            self._shrink(tablet)
+        elif unwanted:
+            gone = min(unwanted, key=lambda n: (n in self.places, score(tablet, n)))
             rest = [n for n in nodes if n != gone]
             new = self._choose(tablet, rest)
             if new is not None:
                 self._swap(tablet, gone, new)
+            elif len(nodes) == REPLICAS_WIDE:
+                self._shrink(tablet)
             elif rest:
                 self._swap(tablet, gone, None)
-        elif len(nodes) < REPLICAS:
-            while len(self.tablets[tablet]) < REPLICAS and (new := self._choose(tablet, self.tablets[tablet])):
-                self._swap(tablet, None, new)
+        elif len(nodes) < self.size:
+            self._grow(tablet)
         else:
             self._separate(tablet)
 
+    def _grow(self, tablet: int) -> None:
+        """To 3 as far as there are nodes; from 3 to 5 only by two at once."""
+        nodes = self.tablets[tablet]
+        size = REPLICAS if len(nodes) < REPLICAS else self.size
+        added: list[NodeId] = []
+        while len(nodes) + len(added) < size and (new := self._choose(tablet, [*nodes, *added])):
+            added.append(new)
+        if len(nodes) < REPLICAS or len(nodes) + len(added) == size:
+            for new in added:
+                self._swap(tablet, None, new)
+
+    def _shrink(self, tablet: int) -> None:
+        """From 5 to 3: without those that have to go, then without those that add least distance, or have most."""
+        for _ in range(REPLICAS_WIDE - REPLICAS):
+            nodes = self.tablets[tablet]
+            gone = max(
+                nodes,
+                key=lambda n: (
+                    n not in self.places,
+                    n in self.givers,
+                    self._nearness([x for x in nodes if x != n], n),
+                    self.load[n],
+                    -score(tablet, n),
+                ),
+            )
+            self._swap(tablet, gone, None)
+
     def _separate(self, tablet: int) -> None:
         nodes = self.tablets[tablet]
-        domains = [self._domain(n) for n in nodes]
         for node in reversed(nodes):
-            if domains.count(self._domain(node)) > 1:
-                rest = [n for n in nodes if n != node]
-                new = self._choose(tablet, rest)
-                if new is not None and not self._collides(rest, new):
-                    self._swap(tablet, node, new)
+            rest = [n for n in nodes if n != node]
+            near = self._nearness(rest, node)
+            if not near[1] and (not near[0] or self.pops == 1):
+                continue
+            new = self._choose(tablet, rest)
+            if new is not None and self._nearness(rest, new) < near:
+                self._swap(tablet, node, new)
                 return
 
     def move_one(self) -> bool:
@@ -115,7 +153,7 @@ class _Step:
         if tablet in self.frozen or high not in nodes or low in nodes:
             return False
         rest = [n for n in nodes if n != high]
-        return not self._collides(rest, low) or self._collides(rest, high)
+        return self._nearness(rest, low) <= self._nearness(rest, high)
 
     def coordinators(self) -> list[tuple[NodeId, ...]]:
         """The tablets with their first replicas evened out; a tablet keeps its coordinator where that is as good."""
@@ -137,11 +175,11 @@ class _Step:
         return [tuple(nodes) for nodes in self.tablets]
 
     def _choose(self, tablet: int, rest: Sequence[NodeId]) -> NodeId | None:
-        cap = -(-len(self.tablets) * REPLICAS // max(1, len(self.receivers)))
+        cap = -(-len(self.tablets) * self.size // max(1, len(self.receivers)))
         candidates = [n for n in self.receivers if n not in rest and n not in self.tablets[tablet]]
         return min(
             candidates,
-            key=lambda n: (self._collides(rest, n), self.load[n] >= cap, -score(tablet, n)),
+            key=lambda n: (self._nearness(rest, n), self.load[n] >= cap, -score(tablet, n)),
             default=None,
         )
 
@@ -156,8 +194,8 @@ class _Step:
             self.load[new] += 1
         self.frozen.add(tablet)
 
-    def _domain(self, node: NodeId) -> str:
-        return self.domains.get(node, "")
-
-    def _collides(self, rest: Sequence[NodeId], node: NodeId) -> bool:
-        return self._domain(node) in [self._domain(n) for n in rest]
+    def _nearness(self, rest: Sequence[NodeId], node: NodeId) -> tuple[int, int]:
+        """How many of the rest share the node's PoP, and how many its failure domain there; less is better."""
+        pop, domain = self.places.get(node, ("", ""))
+        others = [self.places.get(n, ("", "")) for n in rest]
+        return sum(p == pop for p, _ in others), others.count((pop, domain))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dht.domain.messages import TabletMark
 from dht.domain.placement import place, score
-from dht.domain.roster import REPLICAS, Member, Roster, quorums, successor
+from dht.domain.roster import REPLICAS, Member, Roster, quorums, replicas_wanted, successor
 from dht.errors import Invalid, Unavailable
 from dht.model import NodeId, Struct
 
@@ -72,10 +72,11 @@ def next_link(
     receivers = [m.node_id for m in staying if not m.leaving and m.node_id in reachable]
     tablets = place(
         roster.tablets,
-        {m.node_id: m.failure_domain for m in staying},
+        {m.node_id: (m.pop, m.failure_domain) for m in staying},
         receivers,
         [m.node_id for m in staying if m.leaving],
         frozen,
+        replicas_wanted(staying),
     )
     voters = choose_voters(staying, roster.voters, reachable if voting is None else voting)
     link = successor(roster, staying, voters, tablets)
@@ -86,24 +87,26 @@ def next_link(
 def choose_voters(
     members: Sequence[Member], current: Sequence[NodeId], reachable: Collection[NodeId]
 ) -> tuple[NodeId, ...]:
-    """5, 3 or 1 voters over distinct failure domains as far as there are; unreachable ones are replaced first.
+    """5, 3 or 1 voters, over PoPs first, then over failure domains; unreachable ones are replaced first.
 
     A member that leaves votes only while too few others are there, and until it goes: with two members a single voter
     decides, and its disk would be the only one that must not be lost.
     """
     staying = [m for m in members if not m.leaving]
-    domains = len({m.failure_domain for m in staying})
+    domains = len({(m.pop, m.failure_domain) for m in staying})
     count = 5 if domains >= 5 else 3 if len(members) >= 3 else 1
     candidates = staying if len(staying) >= count else list(members)
     chosen: list[Member] = []
     for _ in range(count):
-        taken = [m.failure_domain for m in chosen]
+        pops = [m.pop for m in chosen]
+        taken = [(m.pop, m.failure_domain) for m in chosen]
         best = min(
             (m for m in candidates if m not in chosen),
             key=lambda m: (
                 m.node_id not in reachable,
                 m.leaving,
-                taken.count(m.failure_domain),
+                pops.count(m.pop),
+                taken.count((m.pop, m.failure_domain)),
                 m.node_id not in current,
                 -score(0, m.node_id),
             ),

@@ -18,7 +18,11 @@ from dht.model import NodeId, Struct
 
 FIRST_EPOCH: Final = 1
 REPLICAS: Final = 3
+REPLICAS_WIDE: Final = 5
+"""Replicas of a tablet in a domain of so many PoPs; elsewhere `REPLICAS`."""
 _SIZES: Final = {1: (1, 1), 2: (2, 1), 3: (2, 2), 5: (3, 3)}
+_GROWTH: Final = ((1, 3), (2, 3), (3, 5))
+_SHRINKING: Final = ((5, 3),)
 _VOTER_COUNTS: Final = (1, 3, 5)
 _encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[Roster]
@@ -27,6 +31,14 @@ _decoder: msgspec.msgpack.Decoder[Roster]
 def quorums(n: int) -> tuple[int, int]:
     """(accept and read, prepare and seal) of n replicas; any two of different kinds meet, and so do two accepts."""
     return _SIZES.get(n) or (n // 2 + 1, n // 2 + 1)
+
+
+def replicas_wanted(members: Sequence[Member]) -> int:
+    """How many replicas a tablet is to have in a domain of these: 5 over five PoPs and more, else 3.
+
+    A whole PoP is never removed by itself, so its being cut off changes nothing here.
+    """
+    return REPLICAS_WIDE if len({m.pop for m in members if not m.leaving}) >= REPLICAS_WIDE else REPLICAS
 
 
 class Member(Struct, frozen=True):
@@ -146,7 +158,13 @@ def successor(
 
 
 def check_step(before: Roster, after: Roster) -> None:
-    """Raise RemoteProtocolError unless `after` may follow `before` (rule 5 and the shape of a link)."""
+    """Raise RemoteProtocolError unless `after` may follow `before` (rule 5 and the shape of a link).
+
+    What is written is safe whatever the new replicas are: they begin from a quorum of sealed old ones. That one at a
+    time changes keeps the tablet served: of the old set a seal quorum has to answer, of the new one an accept quorum
+    has to be initialised, and both bear the loss that the smaller set bears. So do growth that keeps all (two come at
+    once, for 2 and 4 bear no more losses than 1 and 3) and the way back from 5, where all that stay were replicas.
+    """
     if after.domain == before.domain and after.generation > before.generation:
         _check_recovery(before, after)
         return
@@ -165,8 +183,10 @@ def check_step(before: Roster, after: Roster) -> None:
     for tablet, (old_nodes, new_nodes) in enumerate(zip(before.tablets, after.tablets, strict=True)):
         gone = sum(1 for n in old_nodes if n not in new_nodes or n in reborn)
         come = sum(1 for n in new_nodes if n not in old_nodes or n in reborn)
-        grows = gone == 0 and len(old_nodes) in (1, 2) and len(new_nodes) == REPLICAS
-        if not grows and (gone > 1 or come > 1):
+        sizes = len(old_nodes), len(new_nodes)
+        grows = gone == 0 and sizes in _GROWTH
+        shrinks = come == 0 and sizes in _SHRINKING
+        if not grows and not shrinks and (gone > 1 or come > 1):
             _refuse(after, f"replaces {max(gone, come)} replicas of tablet {tablet}; one epoch replaces at most one")
 
 

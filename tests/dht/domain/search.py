@@ -167,7 +167,7 @@ class Search:
     async def run(self, faults: int) -> list[str]:
         await self.world.add(founds=True)
         clients = [asyncio.create_task(self.client(name)) for name in "abc"]
-        for _ in range(self.chance.choice([0, 1, 2, 3])):
+        for _ in range(self.chance.choice([0, 1, 2, 3]) + (len(self.world.cluster.pops) > 1) * 3):
             await self.world.add()
             await asyncio.sleep(self.chance.uniform(0, 2))
         for _ in range(faults):
@@ -193,9 +193,10 @@ class Search:
         return [f"register {k.hex()} never became available again"]
 
 
-def search(seed: object, rules: DomainRules = RULES, faults: int = 12) -> tuple[list[str], int]:
-    """(violations, acknowledged appends) of one run."""
-    cluster = Cluster(seed, lambda boot: DomainNode(boot, rules))
+def search(seed: object, rules: DomainRules = RULES, faults: int = 12, pops: int = 1) -> tuple[list[str], int]:
+    """(violations, acknowledged appends) of one run. With five `pops` and more, tablets have up to five replicas."""
+    names = tuple(f"p{i}" for i in range(pops))
+    cluster = Cluster(seed, lambda boot: DomainNode(boot, rules, domain="d"), names)
     world = World(cluster)
     one = Search(world, seed)
     violations = virtual.run(one.run(faults), time_limit_s=3000)

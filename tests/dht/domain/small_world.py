@@ -23,12 +23,12 @@ ROW = row_key(1, (1,))
 class DomainNode:
     """A node with nothing but a domain and its file."""
 
-    def __init__(self, boot: Boot, rules: DomainRules = RULES, remove_after_s: float = 600.0) -> None:
+    def __init__(self, boot: Boot, rules: DomainRules = RULES, remove_after_s: float = 600.0, domain: str = "") -> None:
         self.boot = boot
         self.registers = RegisterFile(boot.disk, TABLETS)
         local = LocalNode(boot.node_id, boot.incarnation, boot.boot, boot.pop, f"host-{boot.address}", boot.address)
         self.domain = Domain(
-            boot.pop,
+            domain or boot.pop,
             local,
             boot.clock,
             boot.chance,
@@ -199,9 +199,10 @@ def play(
     rules: DomainRules = RULES,
     remove_after_s: float = 600.0,
     time_limit_s: float = 2000.0,
+    domain: str = "",
 ) -> World:
-    """Run the story in virtual time."""
-    cluster = Cluster(seed, lambda boot: DomainNode(boot, rules, remove_after_s))
+    """Run the story in virtual time. `domain`: its name, if it is not that of the only PoP."""
+    cluster = Cluster(seed, lambda boot: DomainNode(boot, rules, remove_after_s, domain))
     world = World(cluster)
     virtual.run(story(world), time_limit_s=time_limit_s)
     return world

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dht.domain.placement import Tablets, place
+from dht.domain.placement import Places, Tablets, place
 
 TABLETS = 64
 
@@ -17,14 +17,14 @@ def node(i: int) -> bytes:
     return bytes([i]) * 20
 
 
-def domains(n: int) -> dict[bytes, str]:
-    return {node(i): f"host{i}" for i in range(n)}
+def domains(n: int) -> Places:
+    return {node(i): ("pop", f"host{i}") for i in range(n)}
 
 
-def settle(current: Tablets, failure_domains: dict[bytes, str], givers: tuple[bytes, ...] = ()) -> Tablets:
+def settle(current: Tablets, places: Places, givers: tuple[bytes, ...] = (), size: int = 3) -> Tablets:
     """Steps until nothing changes any more."""
     for _ in range(50):
-        after = place(current, failure_domains, sorted(failure_domains), givers)
+        after = place(current, places, sorted(places), givers, (), size)
         if after == tuple(map(tuple, current)):
             return after
         current = after
@@ -90,7 +90,7 @@ def test_place_frozen_tablets_keep_their_replicas() -> None:
     steps=st.lists(st.tuples(st.integers(0, 8), st.booleans()), max_size=6),
 )
 def test_place_any_history_changes_one_replica_a_step(members: int, hosts: int, steps: list[tuple[int, bool]]) -> None:
-    where = {node(i): f"host{i % hosts}" for i in range(members)}
+    where = {node(i): ("pop", f"host{i % hosts}") for i in range(members)}
     tablets: Tablets = ((node(0),),) * 16
     givers: set[bytes] = set()
     for index, leaves in steps:

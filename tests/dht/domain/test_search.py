@@ -15,6 +15,13 @@ def test_search_rules_hold_nothing_acknowledged_is_lost(seed: int) -> None:
     assert acknowledged > 20
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_search_up_to_five_replicas_nothing_acknowledged_is_lost(seed: int) -> None:
+    violations, acknowledged = search(seed, pops=7)
+    assert violations == []
+    assert acknowledged > 20
+
+
 @pytest.mark.parametrize(
     "rules",
     [DomainRules(seal=False), DomainRules(seal_on_accept=False), DomainRules(highest_ballot_wins=False)],
