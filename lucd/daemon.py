@@ -81,6 +81,7 @@ class Daemon:
             remove_after_s=settings.remove_after_s,
         )
         self.store = StoreNode(self.identity, clock, chance, self.network, self.disk, self.domain, registers)
+        self.domain.repair.settle = self.store.settle
         self.overlay = Overlay(
             self.node_id,
             self.identity.private_key,
@@ -193,6 +194,7 @@ class Daemon:
     def _met_peer(self, peer: PeerIdentity) -> None:
         if peer.pop == self.settings.pop:
             self._met[peer.node_id] = None
+            self.domain.met(peer.node_id)
 
     def _heard_of(self, contact: Contact) -> None:
         """A node answered in the overlay: dial it if it is of this PoP without a link. The handshake proves it."""

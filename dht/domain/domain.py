@@ -55,6 +55,7 @@ from dht.world import Batch, Chance, Clock, Disk, Network
 
 log = logging.getLogger(__name__)
 STATUS_INTERVAL_S: Final = 1.0
+RETURN_AFTER_S: Final = 2.5 * STATUS_INTERVAL_S
 JOIN_TIMEOUT_S: Final = 15.0
 PAGE_TIMEOUT_S: Final = 10.0
 LINKS_PER_PAGE: Final = 100
@@ -283,6 +284,12 @@ class Domain:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks = []
 
+    def met(self, node: NodeId) -> None:
+        """A link to the node came up: see at once whether one of the two has missed writes."""
+        newest = self.chain.newest
+        if newest is not None and newest.member(node) is not None:
+            self.repair.returned(node)
+
     async def leave(self, node: NodeId, *, drain: bool) -> int:
         """Take a member out: `drain` moves its tablets first, else it is treated as lost. Returns the link's epoch."""
         return (await self._membership.leave(AskLeave(self.name, node, drain))).epoch
@@ -434,7 +441,10 @@ class Domain:
                 if status.generation > self.generation:
                     self.generations.meet_soon(node, status.generation)
                 continue
-            self.watch.heard(node, status, self._clock.monotonic())
+            now_s = self._clock.monotonic()
+            if self.watch.silent_s(now_s).get(node, 0.0) > RETURN_AFTER_S:
+                self.repair.returned(node)
+            self.watch.heard(node, status, now_s)
             self.collection.hear(status.tablets)
             if status.epoch > self.chain.epoch:
                 try:

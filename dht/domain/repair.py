@@ -3,12 +3,15 @@
 What is installed is exactly what an accept of that ballot would have brought, under an acceptor's own condition (the
 ballot is not below the promise), so safety is that of CASPaxos: a late accept. Only values marked chosen, and only of
 the tablet's present epoch, are taken; an older epoch's came with the initialisation. Where a higher promise stands in
-the way, the next write or read through a proposer settles the register.
+the way, a proposer here finishes the register (`settle`), which leaves this replica with the newest value.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -20,18 +23,25 @@ from dht.domain.source import PAGE_KEYS_MAX
 from dht.domain.tablets import Tablets
 from dht.domain.watch import Watch
 from dht.errors import DhtError
-from dht.model import ZERO, NodeId
+from dht.model import ZERO, GroupKey, NodeId
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk
 
 log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S: Final = 600.0
 TABLET_PAUSE_S: Final = 0.05
+RETURN_PAUSE_S: Final = 0.005
+TABLETS_AT_ONCE: Final = 8
+"""After a cut or an absence many writes were missed, so it is not the time to be slow."""
 REPAIR_BYTES_PER_S: Final = 8 * 1024 * 1024
+SETTLED_AT_ONCE: Final = 16
 
 
 class Repair:
-    """Sweeps over all tablets served here: at start, whenever a peer returns, and at long intervals."""
+    """Sweeps over all tablets served here: at start, against a peer that returns, and at long intervals.
+
+    `settle`: makes this node finish a register; set where the node is composed, else such registers wait.
+    """
 
     def __init__(
         self,
@@ -54,17 +64,47 @@ class Repair:
         self._ask = ask
         self._watch = watch
         self._node = node
+        self.settle: Callable[[GroupKey], Awaitable[None]] | None = None
+        self._returned: dict[NodeId, None] = {}
+        self._wake = asyncio.Event()
         self.repaired = 0
         """Registers brought up to date since the start."""
 
     async def run(self) -> None:
         """Until cancelled. The first sweep comes soon after the start: this node may have been away."""
-        pause_s = 3.0
-        while True:
-            await self._clock.sleep(pause_s * self._chance.uniform(0.8, 1.2))
-            pause_s = SWEEP_INTERVAL_S if await self.sweep() else 5.0
-            if self._disk.failed is not None:
-                return
+        due_s = self._clock.monotonic() + 3.0 * self._chance.uniform(0.8, 1.2)
+        while self._disk.failed is None:
+            if not await self._woken(due_s - self._clock.monotonic()):
+                pause_s = SWEEP_INTERVAL_S if await self.sweep() else 5.0
+                due_s = self._clock.monotonic() + pause_s * self._chance.uniform(0.8, 1.2)
+                continue
+            while self._returned:
+                await self._compare_with(next(iter(self._returned)))
+
+    def returned(self, node: NodeId) -> None:
+        """A peer is heard again: it or this node has missed writes, so compare with it soon."""
+        self._returned[node] = None
+        self._wake.set()
+
+    async def _woken(self, wait_s: float) -> bool:
+        """Whether a peer returned before that time was over."""
+        if wait_s > 0 and not self._returned:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
+        return bool(self._returned)
+
+    async def _compare_with(self, node: NodeId) -> None:
+        del self._returned[node]
+        newest = self._chain.newest
+        if newest is None or node == self._node:
+            return
+        both = [tablet for tablet in self._tablets.known() if node in newest.replicas(tablet).nodes]
+        for at in range(0, len(both), TABLETS_AT_ONCE):
+            work = (self._try_against(t, newest.replicas(t).epoch, node) for t in both[at : at + TABLETS_AT_ONCE])
+            await asyncio.gather(*work)
+            await self._clock.sleep(RETURN_PAUSE_S)
 
     async def sweep(self) -> bool:
         """Once over all tablets, against one other replica each; False if some could not be compared."""
@@ -73,6 +113,8 @@ class Repair:
             if self._tablets.serves(tablet):
                 complete &= await self._tablet(tablet)
                 await self._clock.sleep(TABLET_PAUSE_S)
+            while self._returned:
+                await self._compare_with(next(iter(self._returned)))
         return complete
 
     async def _tablet(self, tablet: int) -> bool:
@@ -87,12 +129,18 @@ class Repair:
         for node in replicas.nodes:
             if node == self._node:
                 continue
-            try:
-                await self._against(tablet, replicas.epoch, node)
-            except DhtError as error:
-                log.debug("tablet %d is not compared with %s: %s", tablet, node.hex()[:12], error)
-                complete = False
+            complete &= await self._try_against(tablet, replicas.epoch, node)
         return complete
+
+    async def _try_against(self, tablet: int, epoch: int, node: NodeId) -> bool:
+        if self._tablets.serves(tablet) != epoch:
+            return False
+        try:
+            await self._against(tablet, epoch, node)
+        except DhtError as error:
+            log.debug("tablet %d is not compared with %s: %s", tablet, node.hex()[:12], error)
+            return False
+        return True
 
     async def _against(self, tablet: int, epoch: int, node: NodeId) -> None:
         after, more = b"", True
@@ -101,6 +149,7 @@ class Repair:
             if not isinstance(page, Headers):
                 return
             keys = [m.key for m in page.marks if self._behind(m, epoch)]
+            await self._settle([m.key for m in page.marks if self._stuck(m, epoch)])
             while keys:
                 reply = await self._ask(node, AskRegisters(self._chain.domain, tablet, epoch, tuple(keys), False))
                 if not isinstance(reply, Registers) or not reply.copies:
@@ -117,6 +166,18 @@ class Repair:
         own = self._registers.header(mark.key)
         floor = ZERO if own.accepted != ZERO else self._tablets.state(self._registers.tablet(mark.key)).floor
         return mark.accepted > own.accepted and mark.accepted >= max(own.promise, floor)
+
+    def _stuck(self, mark: RegisterMark, epoch: int) -> bool:
+        """Whether only a promise made here stands in the way."""
+        own = self._registers.header(mark.key)
+        chosen = mark.chosen == mark.accepted and mark.accepted.epoch == epoch
+        return chosen and own.accepted < mark.accepted < own.promise
+
+    async def _settle(self, keys: list[GroupKey]) -> None:
+        if self.settle is None:
+            return
+        for at in range(0, len(keys), SETTLED_AT_ONCE):
+            await asyncio.gather(*map(self.settle, keys[at : at + SETTLED_AT_ONCE]), return_exceptions=True)
 
     async def _install(self, tablet: int, epoch: int, copy: RegisterCopy) -> None:
         """Check and submit without a wait in between, as an accept does."""

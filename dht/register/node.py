@@ -241,6 +241,11 @@ class StoreNode:
     ) -> int:
         return await self._fence.raise_to(database, version, prefixes, first, self._deadline(timeout_s))
 
+    async def settle(self, key: GroupKey) -> None:
+        """Have this node, a replica of the group, finish what its replicas hold, and so stand there itself."""
+        operation = Operation(Kind.SETTLE, self._context.chance.randbytes(16), Part(key))
+        await self._router.submit_to(self._context.node, operation, self._deadline(PEER_TIMEOUT_S))
+
     async def salvage(self, timeout_s: float) -> tuple[str, ...]:
         """After the domain's recovery: end the intents, raise the sequences; what was done, in sentences."""
         return await self._salvage.run(self._deadline(timeout_s))

@@ -20,7 +20,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from dht.domain.roster import quorums
-from dht.errors import DhtError, Indeterminate, Invalid, Unavailable
+from dht.errors import DhtError, Invalid, Unavailable
 from dht.limits import PEER_TIMEOUT_S, READ_GROUPS_MAX
 from dht.model import SYSTEM_INTENT, ZERO, Ballot, GroupKey, GroupRead, NodeId, Part, RowKey
 from dht.register.acceptor import Acceptor
@@ -158,7 +158,7 @@ class Reader:
             if link is not None:
                 await self._catch_up(link)
             if rounds >= ROUNDS_BEFORE_SETTLING:
-                await self._settle(wants, deadline)
+                await self._settle(wants, rounds - ROUNDS_BEFORE_SETTLING, deadline)
             else:
                 context.count("reads_again")
                 await context.clock.sleep(context.chance.uniform(READ_AGAIN_MIN_S, READ_AGAIN_MAX_S))
@@ -169,21 +169,32 @@ class Reader:
         except DhtError:
             self._context.count("refreshes_failed")
 
-    async def _settle(self, wants: list[_Want], deadline: float) -> None:
-        """Have the coordinators finish what keeps the replicas apart."""
+    async def _settle(self, wants: list[_Want], turn: int, deadline: float) -> None:
+        """Have the coordinators finish what keeps the replicas apart; where that does not help, each replica in turn.
+
+        The coordinator may stand with a majority that this node does not hear all of. A replica that finishes a write
+        brings itself up to date with it, so sooner or later those that are heard agree.
+        """
         context = self._context
         context.count("reads_settled", len(wants))
         work = []
         for want in wants[:64]:
             operation = Operation(Kind.SETTLE, context.chance.randbytes(16), Part(want.key))
-            work.append(context.spawn(self._settle_one(operation, min(deadline, context.clock.monotonic() + 1.0))))
+            until = min(deadline, context.clock.monotonic() + 1.0)
+            nodes = [node for node in context.replicas(want.key).nodes if context.network.alive(node)]
+            at = nodes[turn % (len(nodes) + 1) - 1] if nodes and turn % (len(nodes) + 1) else None
+            work.append(context.spawn(self._settle_one(operation, at, until)))
         await asyncio.wait(work)
         await context.clock.sleep(context.chance.uniform(0, READ_AGAIN_MAX_S))
 
-    async def _settle_one(self, operation: Operation, deadline: float) -> None:
+    async def _settle_one(self, operation: Operation, at: NodeId | None, deadline: float) -> None:
+        """At the coordinator, or at that replica."""
         try:
-            await self._router.submit(operation, 0, deadline)
-        except (Unavailable, Indeterminate):
+            if at is None:
+                await self._router.submit(operation, 0, deadline)
+            else:
+                await self._router.submit_to(at, operation, deadline)
+        except DhtError:
             self._context.count("settles_failed")
 
     # One round.

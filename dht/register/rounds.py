@@ -134,8 +134,10 @@ class Rounds:
         standing.version = max(standing.version, *(reply.version for reply in replies.values()))
         standing.behind.clear()
         same = [reply for reply in replies.values() if reply.accepted == best.accepted]
-        # A chosen mark would prove as much, but a reader needs a majority that stands there.
-        standing.settled = len(same) >= accept_quorum
+        # A chosen mark would prove as much, but a reader needs a majority that stands there; and if this replica itself
+        # does not, the readers that hear only it and one other would wait for ever.
+        own = replies.get(context.node)
+        standing.settled = len(same) >= accept_quorum and (own is None or own.accepted == best.accepted)
         return True
 
     def _own_rows(self, key: GroupKey, accepted: Ballot) -> dict[RowKey, bytes] | None:

@@ -74,7 +74,7 @@ class Router:
                 elsewhere = True
                 timeout_s = min(left, FORWARD_TIMEOUT_S)
                 context.count("forwards")
-                request = Coordinate(operation, attempt, False, int(timeout_s * 1000))
+                request = Coordinate(operation, attempt, False, int(timeout_s * 1000), context.node)
                 return await self._forward(target, request, timeout_s)
             except NotServing as error:
                 last = error
@@ -103,6 +103,13 @@ class Router:
         if cut_off:
             raise Unavailable(f"nothing was applied: {why}", cut_off=True)
         raise Unavailable(f"group {key.hex()} cannot be written now, nothing was applied: {why}")
+
+    async def submit_to(self, target: NodeId, operation: Operation, deadline: float) -> Coordinated:
+        """The same at that replica, whoever is the coordinator, once."""
+        if target == self._context.node:
+            return await self.execute(operation, 0, True, deadline)
+        timeout_s = self._context.remaining(deadline)
+        return await self._forward(target, Coordinate(operation, 0, True, int(timeout_s * 1000)), timeout_s)
 
     async def _forward(self, target: NodeId, request: Coordinate, timeout_s: float) -> Coordinated:
         """The coordinator's answer. A coordinator that hangs is given up when it falls silent, not at the timeout.

@@ -49,6 +49,7 @@ class ProductionNode:
         )
         self.registers = registers
         self._store = StoreNode(local, boot.clock, boot.chance, boot.network, boot.disk, self.domain, registers, rules)
+        self.domain.repair.settle = self._store.settle
 
     @property
     def store(self) -> Store:

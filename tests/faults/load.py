@@ -26,6 +26,7 @@ DATABASE = "d"
 TABLE = 1
 CLIENTS_MAX = 8
 FIRST_COLUMN = 10
+GAP_S = 0.1
 
 
 @dataclass
@@ -42,13 +43,17 @@ class Cell:
 
 @dataclass
 class Report:
-    """What a client met. `pause_s`: the longest time between two acknowledged writes."""
+    """What a client met. `pause_s`: the longest time between two acknowledged writes.
+
+    `gaps`: when each pause of more than GAP_S began and ended, if that is kept.
+    """
 
     acknowledged: int = 0
     unknown: int = 0
     pause_s: float = 0.0
     errors: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    gaps: list[tuple[float, float]] = field(default_factory=list)
 
 
 def row_group(row: int) -> bytes:
@@ -98,8 +103,16 @@ class Load:
 class Clients:
     """Threads, one for each entry of `nodes`, that write and read until the block ends. `reports`: one for each."""
 
-    def __init__(self, load: Load, nodes: Sequence[LocalNode], first: int = 0, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        load: Load,
+        nodes: Sequence[LocalNode],
+        first: int = 0,
+        timeout_s: float = 10.0,
+        keep_gaps: bool = False,
+    ) -> None:
         self.reports = [Report() for _ in nodes]
+        self._keep_gaps = keep_gaps
         self._load = load
         self._stop = threading.Event()
         self._threads = [
@@ -150,6 +163,8 @@ class Clients:
                 if self._count_up(store, row, client, report):
                     now_s = time.monotonic()
                     report.pause_s = max(report.pause_s, now_s - last_s)
+                    if self._keep_gaps and now_s - last_s > GAP_S:
+                        report.gaps.append((last_s, now_s))
                     last_s = now_s
             except DhtError as error:
                 report.errors.append(f"{type(error).__name__}: {error.message}")

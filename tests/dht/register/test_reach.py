@@ -95,3 +95,18 @@ async def test_read_whose_two_live_replicas_differ_does_not_wait_for_the_silent_
     async with asyncio.timeout(5.0):
         (read,) = await cluster[0].read([KEY], None, 20.0)
     assert read.ballot >= applied.ballots[0]
+
+
+async def test_read_between_two_replicas_that_do_not_hear_each_other_is_answered_by_both(cluster):
+    """What one of them coordinates never reaches the other, so the two that it hears differ at every write."""
+    apart = cluster.ids[1:]
+    cluster.wire.drop = lambda sender, to, message: sender in apart and to in apart
+    for name in range(20):
+        key = group_key("db", "f", (name,))
+        part = Part(key, None, (Change(Op.INSERT, 1, (1,), {0: 1}),))
+        async with asyncio.timeout(5.0):
+            applied = await cluster[0].commit(Transaction(next(ids).to_bytes(16, "big"), "db", 0, (part,)))
+            for store in cluster.wire.nodes.values():
+                (read,) = await store.read([key], None, 4.0)
+                assert read.rows
+                assert read.ballot >= applied.ballots[0]
