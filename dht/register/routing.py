@@ -74,7 +74,7 @@ class Router:
                 elsewhere = True
                 timeout_s = min(left, FORWARD_TIMEOUT_S)
                 context.count("forwards")
-                request = Coordinate(operation, attempt, False, int(timeout_s * 1000), context.node)
+                request = Coordinate(operation, attempt, False, int(timeout_s * 1000))
                 return await self._forward(target, request, timeout_s)
             except NotServing as error:
                 last = error
