@@ -93,7 +93,8 @@ class Statements:
             case 8:
                 return f"coalesce({name}, ?) = ?", [self.value(column), self.value(column)]
             case 9 | 10:
-                other = chance.choice(list(COLUMNS))
+                # Not the same table: stock SQLite may look at rows that the statement has changed already.
+                other = chance.choice([t for t in COLUMNS if t != table])
                 inner, arguments = self.condition(other, "s", depth + 1)
                 match = chance.choice(COLUMNS[other])
                 if chance.random() < 0.5:

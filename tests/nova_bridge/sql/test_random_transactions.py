@@ -54,6 +54,7 @@ class Program:
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
+        self.made: set[tuple[str, int]] = set()
 
     def steps(self) -> Iterator[Step]:
         """Yields a statement; is sent the first row of a SELECT."""
@@ -107,11 +108,16 @@ class Program:
                     yield f"UPDATE {table} SET n = ? WHERE id = ?", [second[0] + more, other]
             case 9 if table in {"flavors", "pairs"}:
                 yield f"UPDATE {table} SET name = ? WHERE id = ?", [f"n{chance.randint(1, 5)}", key]
+            case 10 if (table, key) in self.made:
+                # What is made and taken away at once takes no place, so another may have taken it meanwhile.
+                return
             case 10 if table in {"flavors", "pairs"}:
                 yield f"DELETE FROM {table} WHERE id = ?", [key]
             case 11 if table in {"flavors", "pairs"}:
+                self.made.add((table, key))
                 yield f"INSERT INTO {table} VALUES (?, ?, ?, 0, ?)", [key, state, more, f"n{chance.randint(1, 5)}"]
             case 11 if table == "instance_metadata":
+                self.made.add((table, key))
                 yield f"INSERT INTO {table} VALUES (?, ?, ?, ?, 0)", [key, f"u{key // 10}", state, more]
             case 10:
                 if table == "instance_metadata" or chance.random() < 0.5:
