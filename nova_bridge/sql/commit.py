@@ -100,10 +100,7 @@ def _group_of(row: tuple[Table, Place, Pending]) -> GroupKey:
 
 def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
     drafts = _collect(tx, rows, foreign_keys)
-    parts = tuple(
-        Part(key, tx.seen.get(key), tuple(c for c, _ in draft.changes), tuple(g for g, _ in draft.guards))
-        for key, draft in drafts.items()
-    )
+    parts = _parts(tx, drafts)
     if not any(part.changes for part in parts):
         return
     database = tx.database
@@ -114,6 +111,8 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
             database.store.commit(transaction, 0, database.timeout_s)
         except SchemaChanged as error:
             if tx.adopt(database.reload(), to_commit=True):
+                drafts = _collect(tx, rows, foreign_keys)
+                parts = _parts(tx, drafts)
                 continue
             raise from_store(error) from None
         except Conflict as error:
@@ -127,6 +126,13 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
         except DhtError as error:
             raise from_store(error) from None
         return
+
+
+def _parts(tx: Transaction, drafts: dict[GroupKey, _Draft]) -> tuple[Part, ...]:
+    return tuple(
+        Part(key, tx.seen.get(key), tuple(c for c, _ in draft.changes), tuple(g for g, _ in draft.guards))
+        for key, draft in drafts.items()
+    )
 
 
 def _settle(tx: Transaction, transaction: StoreTransaction, error: Indeterminate) -> None:
@@ -148,7 +154,8 @@ def _settle(tx: Transaction, transaction: StoreTransaction, error: Indeterminate
 def _collect(tx: Transaction, rows: Rows, foreign_keys: bool) -> dict[GroupKey, _Draft]:
     drafts: dict[GroupKey, _Draft] = {}
     steps: dict[GroupKey, _Step] = {}
-    for table, place, pending in rows:
+    for known, place, pending in rows:
+        table = tx.schema.by_number[known.number]
         if pending.base is None and pending.current is None:
             continue
         draft = drafts.setdefault(place[0], _Draft())

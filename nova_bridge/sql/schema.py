@@ -260,7 +260,16 @@ class Schema:
             for foreign in table.foreign:
                 self.children.setdefault(foreign.parent, []).append((table, foreign))
 
+    def same_rows(self, other: Schema, number: int) -> bool:
+        """Whether a table is the same in both but for its indexes: changes of its rows mean the same."""
+        here, there = self.by_number.get(number), other.by_number.get(number)
+        return here is not None and there is not None and _of_rows(here.definition) == _of_rows(there.definition)
+
     def same_table(self, other: Schema, number: int) -> bool:
         """Whether a table is the same in both."""
         here, there = self.by_number.get(number), other.by_number.get(number)
         return here is not None and there is not None and here.definition == there.definition
+
+
+def _of_rows(definition: TableDef) -> TableDef:
+    return msgspec.structs.replace(definition, indexes=(), next_index=0, index_sql=())

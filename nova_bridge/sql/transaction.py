@@ -89,7 +89,8 @@ class Transaction:
     def adopt(self, schema: Schema, *, to_commit: bool = False) -> bool:
         """Go on with a newer schema, if the tables that were read and changed are still the same.
 
-        Returns whether they are. Before a commit, what was only read does not matter any more.
+        Returns whether they are. Before a commit, what was only read does not matter any more, and a new index is kept
+        by what is sent then.
         """
         old = self.schema
         touched = set(self.overlay)
@@ -97,7 +98,8 @@ class Transaction:
             self._fold_reads()
             met = {table_part(record.key) for record in self._reads} | {table_part(key) for _, key in self._stale}
             touched.update(number for number, table in old.by_number.items() if table.prefix in met)
-        if schema is old or not all(schema.same_table(old, number) for number in touched):
+        same = schema.same_rows if to_commit else schema.same_table
+        if schema is old or not all(same(old, number) for number in touched):
             return False
         if not to_commit:
             self._keep_reads(None)

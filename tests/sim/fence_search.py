@@ -194,8 +194,8 @@ class Search:
         read = {}
         for at in range(0, len(keys), 500):
             part = keys[at : at + 500]
-            groups = await self.cluster.ask(0, lambda store, part=part: store.read(part, None, 60.0), 90.0)
-            read.update({group.key: group.rows or {} for group in groups})
+            groups = await self.somewhere(lambda store, part=part: store.read(part, None, 60.0), 90.0)
+            read.update({group.key: group.rows or {} for group in groups})  # type: ignore[attr-defined]
         for number in range(count):
             if row_key(1, (number,)) in read[row_group(number)]:
                 self.there += 1

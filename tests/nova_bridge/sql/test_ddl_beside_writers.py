@@ -200,3 +200,36 @@ def test_writers_go_on_while_the_schema_changes(door: Connection, connect: Conne
             assert len(rows(reader, f"SELECT id FROM t WHERE a = '{value.replace(chr(39), chr(39) * 2)}'")) == 1
             with pytest.raises(sqlite3.IntegrityError):
                 reader.execute("INSERT INTO t (a) VALUES (?)", (value,))
+
+
+@pytest.mark.parametrize("index", ["CREATE UNIQUE INDEX ua ON t (a)", "CREATE INDEX ia ON t (a)"])
+def test_transaction_begun_before_an_index_keeps_it(door: Connection, connect: Connect, index: str) -> None:
+    other = connect()
+    other.execute("INSERT INTO t (a) VALUES ('w')")
+    other.execute("UPDATE t SET a = 'v' WHERE a = 'y'")
+    door.execute(index)
+    other.commit()
+    reader = connect()
+    assert rows(reader, "SELECT a FROM t WHERE a IN ('v', 'w', 'y') ORDER BY a") == [("v",), ("w",)]
+    door.execute("INSERT INTO t (a) VALUES ('y')")
+    if "UNIQUE" in index:
+        with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
+            reader.execute("INSERT INTO t (a) VALUES ('v')")
+
+
+def test_transaction_begun_before_a_unique_index_that_it_breaks_is_refused(door: Connection, connect: Connect) -> None:
+    other = connect()
+    other.execute("INSERT INTO t (a) VALUES ('x')")
+    door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
+        other.commit()
+    assert rows(connect(), "SELECT id FROM t WHERE a = 'x'") == [(1,)]
+
+
+def test_transaction_begun_before_a_column_or_a_drop_runs_again(door: Connection, connect: Connect) -> None:
+    for change in ("ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'c'", "DROP TABLE t"):
+        other = connect()
+        other.execute("INSERT INTO t (a) VALUES ('w')")
+        door.execute(change)
+        with pytest.raises(ConflictError):
+            other.commit()
