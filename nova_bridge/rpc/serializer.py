@@ -41,6 +41,7 @@ CONTEXT_KEYS_KEPT_HOME = ("service_catalog", "auth_token")
 _INT64 = range(-(2**63), 2**63)
 CALLABLES = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 Flatten = Callable[[Any, Callable[[Any], Any]], dict[str, Any]]
+_CONTAINERS = frozenset({dict, list})
 _DICT_VIEWS = (type({}.keys()), type({}.values()))
 
 
@@ -170,12 +171,12 @@ class Decoder:
     def decode(self, value: Any) -> Any:
         kind = type(value)
         if kind is list:
-            return [self.decode(v) for v in value]
+            return [self.decode(v) if type(v) in _CONTAINERS else v for v in value]
         if kind is not dict:
             return value
         tag = value.get(TAG)
         if tag is None:
-            return {k: self.decode(v) for k, v in value.items()}
+            return {k: self.decode(v) if type(v) in _CONTAINERS else v for k, v in value.items()}
         decoder = _DECODERS.get(tag) if isinstance(tag, str) else None
         if decoder is None:
             raise Invalid(
