@@ -256,6 +256,7 @@ class Daemon:
             "bus": lambda: counters_of(self._bus),
             "workers": lambda: counters_of(self._workers),
             "local": lambda: counters_of(self._local),
+            "turnstile": lambda: counters_of(self._door.turnstile),
         }
         return {name: counters() for name, counters in parts.items()}
 

@@ -12,6 +12,7 @@ from dht.model import Struct
 from dht.requests import Store
 from dht.wire.frames import time_left_s
 from dht.wire.local import Connection
+from lucd.turnstile import Turnstile
 
 BUS_NUMBERS = range(150, 200)
 DAEMON_NUMBERS = range(200, 250)
@@ -28,6 +29,7 @@ class Door:
 
     def __init__(self, store: Store, bus: Bus | None, daemon: Callable[[Message], Awaitable[Struct]]) -> None:
         self.counters: dict[str, int] = {}
+        self.turnstile = Turnstile()
         self._store = store
         self._bus = bus
         self._daemon = daemon
@@ -41,7 +43,11 @@ class Door:
             return await self._bus.answer(connection, message)
         if number in DAEMON_NUMBERS:
             return await self._daemon(message)
-        return await ask_store(self._store, message, time_left_s())
+        ticket = await self.turnstile.enter(connection)
+        try:
+            return await ask_store(self._store, message, time_left_s())
+        finally:
+            self.turnstile.leave(ticket)
 
 
 async def ask_store(store: Store, message: Message, timeout_s: float) -> Message:

@@ -31,6 +31,8 @@ from dht.wire.serving import answer_in_time
 WebSocket = ClientWebSocketResponse | web.WebSocketResponse
 
 QUEUE_BYTES_MAX = 64 * 1024 * 1024
+SILENT_QUEUE_BYTES_MAX = 1024 * 1024
+"""Of a peer that is not alive; what it missed it gets in another way."""
 MESSAGE_BYTES_TARGET = 1024 * 1024
 """A WebSocket message takes further frames until it has this size."""
 MESSAGE_BYTES_MAX = FRAME_BYTES_MAX + MESSAGE_BYTES_TARGET
@@ -210,9 +212,11 @@ class Link:
     def _enqueue(self, frame: bytes) -> None:
         if self.closed:
             raise Unavailable(f"the link to node {self.peer.node_id.hex()} is closed: try again", sent=False)
-        if self._queue_bytes + len(frame) > QUEUE_BYTES_MAX:
-            text = f"{self._queue_bytes} bytes wait to be sent to node {self.peer.node_id.hex()}, which is too slow"
-            raise Unavailable(f"{text} ({QUEUE_BYTES_MAX} is the limit): try later", sent=False)
+        waiting = self._queue_bytes
+        if waiting and waiting + len(frame) > (limit := QUEUE_BYTES_MAX if self.alive else SILENT_QUEUE_BYTES_MAX):
+            self._counters["shed"] += 1
+            text = f"{waiting} bytes wait to be sent to node {self.peer.node_id.hex()}, which is too slow"
+            raise Unavailable(f"{text} ({limit} is the limit): try later", sent=False)
         self._queue.append(frame)
         self._queue_bytes += len(frame)
         self._counters["frames_out"] += 1

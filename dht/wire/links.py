@@ -89,14 +89,14 @@ class LinkNetwork:
     """The network of one node.
 
     `counters` since the start: links (now), frames_in, frames_out, bytes_in, bytes_out, dials, lost, refused
-    (handshakes), garbage. `on_link` callbacks get each proven peer when a link to it comes up.
+    (handshakes), garbage, shed (messages not taken because the peer is too slow). `on_link` callbacks get each proven
+    peer when a link to it comes up.
     """
 
     def __init__(self, identity: NodeIdentity, cluster: Cluster, accept_boot: AcceptBoot) -> None:
         self.identity = identity
-        self.counters = dict.fromkeys(
-            ("links", "frames_in", "frames_out", "bytes_in", "bytes_out", "dials", "lost", "refused", "garbage"), 0
-        )
+        names = "links frames_in frames_out bytes_in bytes_out dials lost refused garbage shed"
+        self.counters = dict.fromkeys(names.split(), 0)
         self.on_link: list[Callable[[PeerIdentity], None]] = []
         self._cluster = cluster
         self._accept_boot = accept_boot

@@ -356,6 +356,18 @@ async def test_full_queue_refuses_before_sending(monkeypatch):
         assert len(refused) == 21
         assert all(o.detail["sent"] is False for o in refused)
         assert len([o for o in outcomes if isinstance(o, Told)]) == 9
+        assert a.network.counters["shed"] == 21
+
+
+async def test_queue_to_a_silent_peer_is_short(monkeypatch):
+    monkeypatch.setattr(link, "SILENT_QUEUE_BYTES_MAX", 100_000)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        a.network._peers[b.id].link.deaf = True
+        calls = [a.network.call(b.id, Ask("y" * 10_000), 2.0) for _ in range(30)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert len([o for o in outcomes if isinstance(o, Unavailable)]) == 21
 
 
 async def test_many_large_calls_at_once_are_all_answered():
