@@ -27,7 +27,7 @@ from dht.sim.cluster import Cluster
 from dht.sim.production import builder
 
 TABLETS = 4
-VERSIONS = 3
+VERSIONS = 2
 CATALOG = group_key("db", "catalog", ())
 FENCED = (group_key("db", "f", ()),)
 
@@ -131,21 +131,21 @@ class Search:
         """Crashes, cuts and loss, one after the other."""
         cluster, chance = self.cluster, self.chance
         while not self.over:
-            await asyncio.sleep(chance.uniform(0.1, 1.5))
+            await asyncio.sleep(chance.uniform(0.05, 0.6))
             number = chance.randrange(len(cluster.machines))
             rest = [i for i in range(len(cluster.machines)) if i != number]
             match chance.randrange(4):
                 case 0:
                     cluster.crash(number)
-                    await asyncio.sleep(chance.uniform(0.1, 4.0))
+                    await asyncio.sleep(chance.uniform(0.1, 1.5))
                     await cluster.start(number)
                 case 1:
                     cluster.partition([number], rest, one_way=chance.random() < 0.3)
-                    await asyncio.sleep(chance.uniform(0.1, 4.0))
+                    await asyncio.sleep(chance.uniform(0.1, 1.5))
                     cluster.heal()
                 case 2:
                     cluster.partition([number], [chance.choice(rest)])
-                    await asyncio.sleep(chance.uniform(0.1, 4.0))
+                    await asyncio.sleep(chance.uniform(0.1, 1.5))
                     cluster.heal()
                 case _:
                     cluster.fabric.weather.loss = chance.choice([0.0, 0.05, 0.2])
@@ -154,19 +154,19 @@ class Search:
         cluster = self.cluster
         for number in range(3):
             await cluster.start(cluster.add(founds=not number))
-            await asyncio.sleep(20.0)
+            await asyncio.sleep(12.0)
         await cluster.ask(0, lambda store: store.create_database("db"), 5.0)
         spec = msgspec.msgpack.encode(TableSpec(1, (0,), ()))
         head = (Change(Op.INSERT, 0, (0,), {0: 1}), Change(Op.INSERT, 0, (1,), {0: spec}))
         first = self.transaction(0, Part(CATALOG, changes=head))
         await cluster.ask(0, lambda store: store.commit(first), 5.0)
-        work = [asyncio.ensure_future(self.write(i % 3)) for i in range(6)]
+        work = [asyncio.ensure_future(self.write(i % 3)) for i in range(4)]
         work.append(asyncio.ensure_future(self.trouble()))
         if self.chance.random() < 0.5:
             work.append(asyncio.ensure_future(self.grow()))
         cluster.fabric.lost_to = self.deaf_to
         for version in range(2, VERSIONS + 1):
-            await asyncio.sleep(self.chance.uniform(0.3, 1.5))
+            await asyncio.sleep(self.chance.uniform(0.5, 2.0))
             self.deaf = cluster.machines[self.chance.randrange(3)].node_id
             await self.change(version)
         await asyncio.sleep(2.0)
@@ -182,7 +182,7 @@ class Search:
 
     async def grow(self) -> None:
         """A fourth machine, so that tablets move."""
-        await asyncio.sleep(self.chance.uniform(0.0, 6.0))
+        await asyncio.sleep(self.chance.uniform(0.0, 3.0))
         await self.cluster.start(self.cluster.add())
 
     async def slipped(self) -> list[str]:
