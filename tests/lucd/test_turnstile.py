@@ -45,6 +45,19 @@ async def test_no_more_than_so_many_are_inside():
     assert (inside, most) == (0, 3)
 
 
+async def test_one_client_has_no_more_inside_than_its_share():
+    stile, log = Turnstile(at_once=8, of_one=2), []
+    flood = [asyncio.ensure_future(enter(stile, "flood", log, 0.01)) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert log == ["flood"] * 2
+    async with asyncio.timeout(1.0):
+        await asyncio.gather(*(enter(stile, "other", log) for _ in range(2)))
+    assert log.count("flood") < 6
+    await asyncio.gather(*flood)
+    assert log.count("flood") == 20
+    assert stile.counters["waiting"] == 0
+
+
 async def test_too_many_waiting_are_refused_at_once():
     stile, log = Turnstile(at_once=1, waiting=5), []
     work = [asyncio.ensure_future(enter(stile, "a", log)) for _ in range(6)]
