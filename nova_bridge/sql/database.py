@@ -17,18 +17,22 @@ from dht.rows import group_key
 from nova_bridge.sql import shadow as shadows
 from nova_bridge.sql.catalog import Catalog
 from nova_bridge.sql.families import ROW_FAMILY
-from nova_bridge.sql.groups import GroupCache, GroupView, Hints
+from nova_bridge.sql.groups import Follows, GroupCache, GroupView, Hints
 from nova_bridge.sql.schema import Schema, Table, TableDef
 
 Steps = list[Callable[[apsw.Connection], None]]
 Renames = dict[str, dict[str, str]]
 
-ID_BLOCK_MAX = 16
+ID_BLOCK_MAX = 50
+"""Two of them are what a daemon takes for itself at once."""
 SCHEMA_ATTEMPTS = 20
 
 
 class IdBlocks:
-    """Ids reserved ahead, per table: one call to the store in up to ID_BLOCK_MAX inserts. What is left over is lost."""
+    """Ids reserved ahead, per table: one call to the store in up to ID_BLOCK_MAX inserts. What is left over is lost.
+
+    Blocks grow while they are used up, and shrink when others insert into the same groups, above what a block has.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[str, tuple[int, int, int]] = {}
@@ -42,9 +46,10 @@ class IdBlocks:
                 # After a fork the parent goes on drawing from the blocks that both hold.
                 self._pid, self._blocks = os.getpid(), {}
             following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
+            unused = end - following
             following = max(following, above + 1)
             if following >= end:
-                size = min(max(1, size * 2), ID_BLOCK_MAX)
+                size = max(1, size // 2) if unused > 0 else min(max(1, size * 2), ID_BLOCK_MAX)
                 following = reserve(size, above)
                 end = following + size
             self._blocks[table.sequence] = (following + 1, end, size)
@@ -69,6 +74,7 @@ class Database:
     def __init__(self, store: BlockingStore, name: str, timeout_s: float | None = None) -> None:
         self.store, self.name, self.timeout_s = store, name, timeout_s
         self.groups, self.hints, self.ids = GroupCache(), Hints(), IdBlocks()
+        self.follows = Follows()
         self._raised: dict[str, int] = {}
         self._lock = threading.RLock()
         self._catalog = Catalog(store, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Hashable
 
 from dht.model import Ballot, GroupKey, GroupRead, RowKey, Value
 from dht.rows import decode_row
@@ -11,6 +12,8 @@ from nova_bridge.sql.schema import Record, Table
 
 CACHE_BYTES_MAX = 32 * 1024 * 1024
 HINTS_MAX = 50_000
+FOLLOWS_MAX = 4_000
+FOLLOW_TIMES_MIN, FOLLOW_TIMES_MAX = 4, 256
 _PREFIX_BYTES = 11
 """A row key begins with its table's number, whose encoding always has this length."""
 
@@ -67,8 +70,8 @@ class GroupCache:
         return view if view is not None and view.version == version else None
 
     def take(self, read: GroupRead, known: GroupView | None, version: int) -> GroupView:
-        """The view of what was read; `known` is the one whose ballot was named in the request."""
-        if read.rows is None and known is not None:
+        """The view of what was read; `known` is the one at hand, whose ballot may have been named in the request."""
+        if known is not None and (read.rows is None or read.ballot == known.ballot):
             return known
         view = GroupView(read.key, read.ballot, read.rows or {}, version)
         with self._lock:
@@ -106,3 +109,35 @@ class Hints:
     def clear(self) -> None:
         """Forget everything."""
         self._groups = {}
+
+
+class Follows:
+    """Which look-ups are followed by reads of the groups that they found, learned as they happen.
+
+    Such a look-up asks for the groups in the same round. It is believed for some times, then asked once without, which
+    shows whether the reads still come: more often each time that they do, less often when not.
+    """
+
+    def __init__(self, entries_max: int = FOLLOWS_MAX) -> None:
+        self._entries: dict[Hashable, tuple[int, int]] = {}
+        self._entries_max = entries_max
+
+    def expected(self, look_up: Hashable) -> bool:
+        """Whether to ask for the groups now."""
+        times, grant = self._entries.get(look_up, (0, 0))
+        if times:
+            self._entries[look_up] = (times - 1, grant)
+            return True
+        if grant:
+            self._entries[look_up] = (0, grant // 2)
+        return False
+
+    def confirm(self, look_up: Hashable) -> None:
+        """Groups that it found, without asking for them, are read."""
+        times, grant = self._entries.get(look_up, (0, 0))
+        if times:
+            return
+        if len(self._entries) >= self._entries_max:
+            self._entries = {}
+        grant = min(max(FOLLOW_TIMES_MIN, grant * 4), FOLLOW_TIMES_MAX)
+        self._entries[look_up] = (grant, grant)

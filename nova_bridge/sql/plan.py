@@ -227,7 +227,7 @@ class Planner:
         plan = self.plans[number]
         records = self._run(tx, plan, arguments, whole_groups)
         if plan.sort and len(records) > 1:
-            records = sorted(records, key=lambda record: [sort_key(record.values[p]) for p in plan.sort])
+            records = _sorted(records, plan.sort)
         return records
 
     def _run(self, tx: Transaction, plan: Plan, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
@@ -242,7 +242,7 @@ class Planner:
         if constraints is None:
             return []
         limit = _limit(plan, arguments) if len(constraints) == len(plan.terms) else None
-        return tx.find(table, constraints, plan.order, limit, whole_groups)
+        return tx.find(table, constraints, plan.order, limit, whole_groups, plan)
 
     def _by_keys(self, tx: Transaction, plan: Plan, keys: list[tuple[Any, ...]]) -> list[Record]:
         table = self.table
@@ -303,6 +303,14 @@ class Planner:
                 coerced = coerce(self.table.affinities[term.position], value)
                 result.append(Constraint(number, term.comparison, (coerced,)))
         return tuple(result)
+
+
+def _sorted(records: list[Record], positions: tuple[int, ...]) -> list[Record]:
+    try:
+        # Values of one kind are in SQLite's order by themselves.
+        return sorted(records, key=lambda record: [record.values[p] for p in positions])
+    except TypeError:
+        return sorted(records, key=lambda record: [sort_key(record.values[p]) for p in positions])
 
 
 def _limit(plan: Plan, arguments: Sequence[Any]) -> int | None:

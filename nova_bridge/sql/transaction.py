@@ -6,7 +6,7 @@ journal, so that savepoints and failed statements are marks to go back to. `comm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dht.errors import Conflict, Invalid, SchemaChanged
@@ -31,6 +31,7 @@ SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
 PAGE_ROWS = 1000
 MARKS_MAX = 4096
+WHOLE_ANYWAY_MAX = 2
 _MISSING: Any = object()
 
 Place = tuple[GroupKey, RowKey]
@@ -75,6 +76,7 @@ class Transaction:
         self._marks: list[tuple[Iterable[Record], int]] = []
         self._stale: dict[Place, dict[int, Any]] = {}
         self._finds: dict[Any, list[Record]] = {}
+        self._asked: dict[GroupKey, tuple[Hashable, int]] = {}
         self._siblings: dict[GroupKey, tuple[int, list[GroupKey]]] = {}
         self._missed = 0
         self.statement = 0
@@ -138,8 +140,18 @@ class Transaction:
         """Read those of the groups that were not read yet, in one call."""
         missing = [k for k in dict.fromkeys(keys) if k not in self._views]
         if missing:
+            if self._asked:
+                self._learn(missing)
             for view in self.database.read_groups(missing, self.schema.version):
                 self._admit(view)
+
+    def _learn(self, missing: list[GroupKey]) -> None:
+        """These groups were found and are read now. Many that are at hand already are better read by their ballots."""
+        database, version = self.database, self.schema.version
+        for key in missing:
+            look_up, count = self._asked.get(key, (None, 0))
+            if look_up is not None and (count <= WHOLE_ANYWAY_MAX or database.groups.get(key, version) is None):
+                database.follows.confirm(look_up)
 
     def _admit(self, view: GroupView) -> None:
         self._meet(view.key, view.ballot)
@@ -310,15 +322,23 @@ class Transaction:
         order: Order | None = None,
         limit: int | None = None,
         whole: bool = False,
+        plan: Hashable = None,
     ) -> list[Record]:
-        """Rows of the table in whatever group that fit the constraints, own changes included."""
+        """Rows of the table in whatever group that fit the constraints, own changes included.
+
+        `whole`: bring their groups too; so does a `plan` of which this process learned that their groups are read next.
+        """
         own = self.overlay.get(table.number)
         if own:
             limit = None
         question = (table.number, constraints, order, limit)
         base = self._finds.get(question)
         if base is None:
+            follows = self.database.follows if plan is not None and table.family_key and not whole else None
+            whole = whole or (follows is not None and follows.expected((table.number, plan)))
             base = self._ask(table, constraints, order, limit, whole)
+            if follows is not None and not whole:
+                self._asked.update(dict.fromkeys([r.group for r in base], ((table.number, plan), len(base))))
             if len(self._finds) < FINDS_KEPT_MAX:
                 self._finds[question] = base
         if not own:
@@ -376,7 +396,8 @@ class Transaction:
             return self._ask_once(table, constraints, order, limit, whole)
         for read in result.groups:
             if read.key not in self._views:
-                self._admit(database.groups.take(read, None, schema.version))
+                known = database.groups.get(read.key, schema.version)
+                self._admit(database.groups.take(read, known, schema.version))
         return [self._take(table, row) for row in result.rows]
 
     def _take(self, table: Table, row: FoundRow) -> Record:

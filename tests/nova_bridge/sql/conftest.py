@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy.dialects import registry
 
+from dht.model import FindQuery, FindResult
 from dht.register.memory import MemoryStore
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database
@@ -20,6 +21,11 @@ class CountingStore(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
+        self.questions: list[FindQuery] = []
+
+    def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        self.questions.append(query)
+        return super().find(query, timeout_s)
 
     def __getattribute__(self, name: str) -> object:
         if name in {"read", "find", "commit", "reserve_ids", "raise_sequence"}:

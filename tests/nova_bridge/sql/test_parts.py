@@ -13,8 +13,10 @@ from dht.errors import Invalid
 from dht.model import ZERO, GroupRead
 from nova_bridge.sql import families, statements, transaction
 from nova_bridge.sql.connection import Connection
-from nova_bridge.sql.groups import GroupCache
+from nova_bridge.sql.database import IdBlocks
+from nova_bridge.sql.groups import Follows, GroupCache
 from nova_bridge.sql.values import adapt, affinity_of, coerce
+from tests.nova_bridge.sql.conftest import CountingStore
 
 Connect = Callable[..., Connection]
 
@@ -223,3 +225,71 @@ def test_answers_too_large_for_a_frame_come_in_pieces(
     )
     assert [row[0] for row in a.execute(sql)] == [f"u{number}" for number in reversed(range(25))]
     monkeypatch.undo()
+
+
+def test_follows_believe_longer_what_keeps_coming_true() -> None:
+    follows = Follows()
+    assert not follows.expected("look-up")
+    believed = []
+    for _ in range(4):
+        follows.confirm("look-up")
+        follows.confirm("look-up")
+        times = 0
+        while follows.expected("look-up"):
+            times += 1
+        believed.append(times)
+    assert believed == [4, 8, 16, 32]
+    for _ in range(8):
+        assert not follows.expected("look-up")
+    follows.confirm("look-up")
+    assert [follows.expected("look-up") for _ in range(5)] == [True] * 4 + [False]
+    assert not follows.expected("other")
+
+
+def test_id_blocks_shrink_when_others_insert_above_them(connect: Connect) -> None:
+    a = connect()
+    a.execute("CREATE TABLE things (id INTEGER NOT NULL PRIMARY KEY, name TEXT)")
+    table = a.tx.schema.tables["things"]
+    asked: list[int] = []
+    following = 1
+
+    def reserve(count: int, above: int) -> int:
+        nonlocal following
+        asked.append(count)
+        first = max(following, above + 1)
+        following = first + count
+        return first
+
+    ids = IdBlocks()
+    drawn = [ids.take(table, 0, reserve) for _ in range(200)]
+    assert drawn == sorted(set(drawn))
+    assert asked == [1, 2, 4, 8, 16, 32, 50, 50, 50]
+    asked.clear()
+    for _ in range(6):
+        following += 10
+        assert ids.take(table, following - 1, reserve) == following - asked[-1]
+    assert asked == [25, 12, 6, 3, 1, 2]
+
+
+def test_look_up_whose_group_is_read_next_brings_it_along(
+    connect: Callable[..., Connection], store: CountingStore
+) -> None:
+    a = connect()
+    a.execute("CREATE TABLE instance_actions (id INTEGER NOT NULL PRIMARY KEY, request_id TEXT)")
+    a.execute("CREATE INDEX by_request ON instance_actions (request_id)")
+    a.execute("CREATE TABLE instance_actions_events (id INTEGER NOT NULL PRIMARY KEY, action_id INTEGER, event TEXT)")
+    a.executemany("INSERT INTO instance_actions (request_id) VALUES (?)", [(f"r{n}",) for n in range(4)])
+    a.commit()
+    process = connect()
+    calls = []
+    for number in range(4):
+        store.calls.clear()
+        process.execute("BEGIN")
+        found = process.execute("SELECT id, request_id FROM instance_actions WHERE request_id = ?", (f"r{number}",))
+        process.execute("INSERT INTO instance_actions_events (action_id, event) VALUES (?, 'x')", found.fetchone()[:1])
+        process.commit()
+        calls.append([call for call in store.calls if call != "reserve_ids"])
+    # Of the store in memory, what a find brings along counts as a read inside it.
+    assert calls[-1] == ["find", "read", "commit"]
+    assert [question.whole_groups for question in store.questions] == [False, True, True, True]
+    assert a.execute("SELECT count(*) FROM instance_actions_events").fetchall() == [(4,)]
