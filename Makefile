@@ -7,9 +7,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SEEDS ?= 1000
 ROUNDS ?= 1000
+INSTANCES ?= 10000
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak races sql-random nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak join-run races sql-random nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -42,6 +43,10 @@ nova-suites: $(VENV)/.test
 nova-33: $(VENV_33)/.test
 	$(VENV_33)/bin/python -m pytest tests/nova_bridge
 	$(VENV_33)/bin/python tests/nova_suites/run.py
+
+# Two nodes join three under load: what do callers in each tablet notice? make join-run INSTANCES=10000
+join-run: $(VENV)/.test
+	$(PY) -m tests.join.run --groups $(INSTANCES) --joins 2
 
 bench: $(VENV)/.test
 	$(PY) -m tests.bench.run

@@ -79,6 +79,8 @@ class Daemon:
             registers,
             contacts=self._contacts,
             remove_after_s=settings.remove_after_s,
+            copy_bytes_per_s=settings.copy_bytes_per_s,
+            repair_bytes_per_s=settings.repair_bytes_per_s,
         )
         self.store = StoreNode(self.identity, clock, chance, self.network, self.disk, self.domain, registers)
         self.domain.repair.settle = self.store.settle
@@ -252,6 +254,7 @@ class Daemon:
             "overlay": lambda: counters_of(self.overlay),
             "links": lambda: counters_of(self.network),
             "store": lambda: counters_of(self.store),
+            "domain": lambda: counters_of(self.domain),
             "door": lambda: counters_of(self._door),
             "bus": lambda: counters_of(self._bus),
             "workers": lambda: counters_of(self._workers),

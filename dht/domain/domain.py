@@ -38,7 +38,9 @@ from dht.domain.messages import (
     Status,
     TabletMark,
     TellLink,
+    TellTablets,
 )
+from dht.domain.news import News
 from dht.domain.repair import Repair
 from dht.domain.roster import Member, Roster, TabletReplicas
 from dht.domain.rules import RULES, DomainRules
@@ -48,7 +50,14 @@ from dht.domain.takeover import Takeover
 from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
 from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
-from dht.limits import COLLECT_INTERVAL_S, PEER_TIMEOUT_S, REMOVE_AFTER_S, TABLETS_PER_DOMAIN
+from dht.limits import (
+    COLLECT_INTERVAL_S,
+    COPY_BYTES_PER_S,
+    PEER_TIMEOUT_S,
+    REMOVE_AFTER_S,
+    REPAIR_BYTES_PER_S,
+    TABLETS_PER_DOMAIN,
+)
 from dht.model import Ballot, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk, Network
@@ -95,6 +104,8 @@ class Domain:
         rules: DomainRules = RULES,
         remove_after_s: float = REMOVE_AFTER_S,
         collect_every_s: float = COLLECT_INTERVAL_S,
+        copy_bytes_per_s: int = COPY_BYTES_PER_S,
+        repair_bytes_per_s: int = REPAIR_BYTES_PER_S,
     ) -> None:
         self.name = name
         self.local = local
@@ -110,6 +121,7 @@ class Domain:
         self._tasks: list[asyncio.Task[None]] = []
         self._refreshing: asyncio.Task[None] | None = None
         self._views: tuple[TabletReplicas, ...] = ()
+        self._look_now = asyncio.Event()
         node = local.node_id
         self.watch = Watch(node, clock.monotonic())
         self._acceptor = DecreeAcceptor(self.chain, disk, node, local.incarnation, rules)
@@ -120,7 +132,7 @@ class Domain:
             self.tablets,
             registers,
             self.learn,
-            lambda _: self._changed(),
+            self._sealed,
             disk.durable,
             rules,
         )
@@ -134,8 +146,9 @@ class Domain:
             clock,
             self.ask,
             network.alive,
-            lambda _: self._changed(),
+            self._taken_over,
             rules,
+            copy_bytes_per_s,
         )
         self._takeover = Takeover(
             node, self.chain, self.tablets, registers, disk, clock, self.watch, self.transfer, self._changed
@@ -152,13 +165,16 @@ class Domain:
             remove_after_s,
             rules,
         )
-        self.repair = Repair(self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, node)
+        self.repair = Repair(
+            self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, node, repair_bytes_per_s
+        )
         self.generations = Generations(
             node, local.incarnation, self.chain, disk, clock, self.ask, self.refresh, self.learn, self._changed
         )
         self.collection = Collection(
             node, self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, collect_every_s, rules
         )
+        self._news = News(name, clock, self.ask, self.status, self._others_near)
         self._changed()
 
     # ---- what the registers use
@@ -218,7 +234,25 @@ class Domain:
             domain=self.name,
             tablet=tablet,
             roster_epoch=self.chain.epoch,
+            initialised=self.tablets.serves(tablet),
+            sealed=state.sealed,
         )
+
+    def pointed(self, refusal: NotServing) -> bool:
+        """Take what a sealed replica says of the tablet in its refusal; whether that shows other replicas to ask.
+
+        A hint like all of `watch`: a link that is missing here is fetched by `refresh`.
+        """
+        tablet, epoch = refusal.detail.get("tablet"), refusal.detail.get("roster_epoch")
+        initialised, sealed = refusal.detail.get("initialised"), refusal.detail.get("sealed")
+        if not (isinstance(tablet, int) and isinstance(initialised, int) and isinstance(sealed, int)):
+            return False
+        if refusal.detail.get("domain") != self.name or epoch != self.chain.epoch:
+            return False
+        before = self.replicas(tablet).epoch
+        self.watch.saw(TabletMark(tablet, initialised, sealed))
+        self._changed(announce=False)
+        return self.replicas(tablet).epoch != before
 
     def floor(self, tablet: int) -> Ballot:
         """The promise of the tablet's registers that have no value here (rule 7)."""
@@ -278,6 +312,7 @@ class Domain:
 
     async def stop(self) -> None:
         """End it. Nothing durable is half done."""
+        await self._news.stop()
         tasks = [*self._tasks, *(t for t in (self._refreshing, self.generations.meeting) if t is not None)]
         for task in tasks:
             task.cancel()
@@ -289,6 +324,8 @@ class Domain:
         newest = self.chain.newest
         if newest is not None and newest.member(node) is not None:
             self.repair.returned(node)
+        if not self.joined and not self.removed:
+            self._look_now.set()
 
     async def leave(self, node: NodeId, *, drain: bool) -> int:
         """Take a member out: `drain` moves its tablets first, else it is treated as lost. Returns the link's epoch."""
@@ -296,8 +333,14 @@ class Domain:
 
     def health(self) -> dict[str, object]:
         """For status commands and metrics; see `dht.domain.health`."""
-        node, remaining = self.local.node_id, self.transfer.remaining
-        return health(self.chain.newest, node, self.status(), self.watch, self._clock, remaining)
+        node, unchecked = self.local.node_id, self.repair.unchecked()
+        return health(self.chain.newest, node, self.status(), self.watch, self._clock, unchecked)
+
+    @property
+    def counters(self) -> dict[str, int | float]:
+        """For metrics, since the start."""
+        news = {"told": self._news.told, "collected": self.collection.collected}
+        return {**self.transfer.counters, **self.repair.counters, **news}
 
     # ---- peers
 
@@ -343,6 +386,8 @@ class Domain:
             case AskStatus():
                 self._compare(sender, message)
                 return self.status()
+            case TellTablets():
+                return self._told(sender, message)
             case AskJoin():
                 return await self._membership.join(sender, message)
             case AskLeave():
@@ -356,6 +401,32 @@ class Domain:
             self.generations.meet_soon(sender, message.generation)
         elif message.epoch > self.chain.epoch:
             self._refresh_soon()
+
+    def _taken_over(self, tablet: int) -> None:
+        self.repair.initialised(tablet)
+        self._changed()
+
+    def _sealed(self, tablet: int) -> None:
+        self.transfer.sealed(tablet)
+        self._changed()
+
+    def _told(self, sender: NodeId, message: TellTablets) -> Newest:
+        newest = self.chain.newest
+        if newest is not None and newest.member(sender) is not None and message.generation == self.generation:
+            self.watch.told(sender, message.tablets)
+            if message.epoch > self.chain.epoch:
+                self._refresh_soon()
+            self._changed(announce=False)
+        return Newest(self.chain.epoch)
+
+    def _others_near(self) -> tuple[NodeId, ...]:
+        """The other members that are not known to be away; those that just left, too, who may have to let go."""
+        newest = self.chain.newest
+        if newest is None:
+            return ()
+        before = self.chain.link(newest.epoch - 1).members if newest.epoch > rosters.FIRST_EPOCH else ()
+        ids = dict.fromkeys(m.node_id for m in (*newest.members, *before) if m.node_id != self.local.node_id)
+        return tuple(n for n in ids if self._network.alive(n))
 
     async def _hand_over(self, sender: NodeId, message: DomainMessage) -> Message:
         match message:
@@ -402,8 +473,8 @@ class Domain:
         for tablet in self.tablets.known():
             state = self.tablets.state(tablet)
             current = state.current if self.tablets.confirmed(tablet) else 0
-            copying = self.transfer.remaining.get(tablet, 0)
-            marks.append(TabletMark(tablet, current, state.sealed, copying, state.agreed))
+            groups, size_bytes = self.transfer.remaining.get(tablet) or self.repair.remaining.get(tablet, (0, 0))
+            marks.append(TabletMark(tablet, current, state.sealed, groups, state.agreed, size_bytes))
         silent = tuple((n, s) for n, s in self.watch.silent_s(self._clock.monotonic()).items())
         return Status(self.chain.epoch, self.local.incarnation, tuple(marks), silent, self.generation)
 
@@ -415,6 +486,8 @@ class Domain:
                 await self._ask_statuses(only_alive=False)
                 if not self.joined and not self.removed:
                     await self._join()
+                    if self.joined:
+                        continue  # where the tablets stand is asked at once
                 elif self.joined:
                     await self._announce()
                     await self._membership.mend()
@@ -423,7 +496,18 @@ class Domain:
                     log.error("domain %s stops: %s", self.name, error)
                     return
                 log.info("domain %s: %s", self.name, error)
-            await self._clock.sleep(STATUS_INTERVAL_S * self._chance.uniform(0.8, 1.2))
+            await self._next_look()
+
+    async def _next_look(self) -> None:
+        """Until the next status is due, or a node is met through which this one may join."""
+        self._look_now.clear()
+        pause = asyncio.ensure_future(self._clock.sleep(STATUS_INTERVAL_S * self._chance.uniform(0.8, 1.2)))
+        met = asyncio.ensure_future(self._look_now.wait())
+        try:
+            await asyncio.wait((pause, met), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            pause.cancel()
+            met.cancel()
 
     async def _ask_statuses(self, *, only_alive: bool) -> None:
         """One round to the other members; links that they have and this node lacks are fetched."""
@@ -489,8 +573,11 @@ class Domain:
         if newest is None:
             return
         self.watch.follow(newest, self._clock.monotonic())
-        for mark in self.status().tablets:
+        marks = self.status().tablets
+        for mark in marks:
             self.watch.saw(mark)
+        if self._tasks:
+            self._news.look(marks)
         views = []
         for tablet in range(len(newest.tablets)):
             replicas = newest.replicas(tablet)

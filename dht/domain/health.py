@@ -17,13 +17,16 @@ def health(
     own: Status,
     watch: Watch,
     clock: Clock,
-    remaining: Mapping[int, int],
+    unchecked: int,
 ) -> dict[str, object]:
     """As seen from this node.
 
-    `tablets`: how many are whole (all replicas initialised and reachable), degraded (a majority), unavailable (fewer).
-    `survivable`: what may be lost, one at a time, with every tablet still served: "node", "failure_domain".
-    `to_copy`: registers that this node still copies. `warnings`: sentences for humans.
+    `tablets`: how many are whole (all replicas initialised, reachable, and not known to lack anything), degraded (a
+    majority answers), unavailable (fewer). `state`: "healthy" if all are whole, "unavailable" if one is, else
+    "degraded". `survivable`: what may be lost, one at a time, with every tablet still served: "node",
+    "failure_domain". `to_copy`, `to_copy_bytes`: groups that this node still copies; for each member, too, as it told
+    last. `unchecked`: tablets that this node has not compared with another replica since it started. `warnings`:
+    sentences for humans.
     """
     if roster is None:
         return {"joined": False, "epoch": 0, "warnings": ["this node has not joined yet"]}
@@ -34,7 +37,14 @@ def health(
         for t, nodes in enumerate(roster.tablets)
     ]
     need = [quorums(len(nodes))[0] for nodes in roster.tablets]
-    whole = sum(len(w) == len(nodes) for w, nodes in zip(working, roster.tablets, strict=True))
+    whole = sum(
+        len(w) == len(nodes) and not any(marks[n][t].remaining for n in nodes if n in marks and t in marks[n])
+        for t, (w, nodes) in enumerate(zip(working, roster.tablets, strict=True))
+    )
+    to_copy = {
+        n: (sum(m.remaining for m in of.values()), sum(m.remaining_bytes for m in of.values()))
+        for n, of in marks.items()
+    }
     served = sum(len(w) >= n for w, n in zip(working, need, strict=True))
     domains = {m.node_id: m.failure_domain for m in roster.members}
     return {
@@ -52,12 +62,17 @@ def health(
                 "reachable": m.node_id in reachable,
                 "voter": m.node_id in roster.voters,
                 "tablets": len(roster.tablets_of(m.node_id)),
+                "to_copy": to_copy.get(m.node_id, (0, 0))[0],
+                "to_copy_bytes": to_copy.get(m.node_id, (0, 0))[1],
             }
             for m in roster.members
         ],
         "voters": [v.hex() for v in roster.voters],
         "tablets": {"whole": whole, "degraded": served - whole, "unavailable": len(working) - served},
-        "to_copy": sum(remaining.values()),
+        "state": "unavailable" if served < len(working) else "healthy" if whole == len(working) else "degraded",
+        "to_copy": to_copy[node][0],
+        "to_copy_bytes": to_copy[node][1],
+        "unchecked": unchecked,
         "survivable": _survivable(working, need, domains),
         "warnings": _warnings(roster, len(working) - served),
     }

@@ -122,6 +122,7 @@ class RegisterMark(Struct, frozen=True):
     promise: Ballot
     accepted: Ballot
     chosen: Ballot
+    size_bytes: int = 0
 
 
 @message
@@ -167,7 +168,8 @@ class AskStatus(DomainMessage, frozen=True, tag=66):
 class TabletMark(Struct, frozen=True):
     """`initialised`: newest epoch that the replica was initialised at; `sealed`: the highest sealed (0: none).
 
-    `floor`: the one that all replicas of that epoch are known to have (`Tablets.agree`).
+    `remaining`: groups that this replica still has to copy, as far as it knows, of `remaining_bytes`. `floor`: the one
+    that all replicas of that epoch are known to have (`Tablets.agree`).
     """
 
     tablet: int
@@ -175,6 +177,7 @@ class TabletMark(Struct, frozen=True):
     sealed: int
     remaining: int = 0
     floor: Ballot = ZERO
+    remaining_bytes: int = 0
 
 
 @message
@@ -186,6 +189,15 @@ class Status(Message, frozen=True, tag=67):
     tablets: tuple[TabletMark, ...]
     silent: tuple[tuple[NodeId, float], ...]
     generation: int = 0
+
+
+@message
+class TellTablets(DomainMessage, frozen=True, tag=68):
+    """Tablets of the sender that were sealed or initialised a moment ago: told at once, not at the next status."""
+
+    epoch: int
+    generation: int
+    tablets: tuple[TabletMark, ...]
 
 
 @message

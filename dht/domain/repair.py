@@ -19,10 +19,11 @@ import msgspec
 from dht.domain.asking import Ask
 from dht.domain.chain import Chain
 from dht.domain.messages import AskHeaders, AskRegisters, Headers, RegisterCopy, RegisterMark, Registers
+from dht.domain.pace import Pace
 from dht.domain.source import PAGE_KEYS_MAX
 from dht.domain.tablets import Tablets
 from dht.domain.watch import Watch
-from dht.errors import DhtError
+from dht.errors import DhtError, RemoteProtocolError
 from dht.model import ZERO, GroupKey, NodeId
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk
@@ -33,8 +34,9 @@ TABLET_PAUSE_S: Final = 0.05
 RETURN_PAUSE_S: Final = 0.005
 TABLETS_AT_ONCE: Final = 8
 """After a cut or an absence many writes were missed, so it is not the time to be slow."""
-REPAIR_BYTES_PER_S: Final = 8 * 1024 * 1024
 SETTLED_AT_ONCE: Final = 16
+BEHIND_MAX: Final = 20_000
+"""So many of a tablet are noted at a time; the rest is found by the next look."""
 
 
 class Repair:
@@ -54,6 +56,7 @@ class Repair:
         ask: Ask,
         watch: Watch,
         node: NodeId,
+        bytes_per_s: int,
     ) -> None:
         self._chain = chain
         self._tablets = tablets
@@ -67,7 +70,11 @@ class Repair:
         self.settle: Callable[[GroupKey], Awaitable[None]] | None = None
         self._returned: dict[NodeId, None] = {}
         self._wake = asyncio.Event()
-        self.repaired = 0
+        self._pace = Pace(clock, bytes_per_s)
+        self._compared: dict[int, None] = {}
+        self.remaining: dict[int, tuple[int, int]] = {}
+        """Registers known to be behind, and their bytes, by tablet."""
+        self.counters = {"repaired": 0, "repaired_bytes": 0}
         """Registers brought up to date since the start."""
 
     async def run(self) -> None:
@@ -100,11 +107,36 @@ class Repair:
         newest = self._chain.newest
         if newest is None or node == self._node:
             return
-        both = [tablet for tablet in self._tablets.known() if node in newest.replicas(tablet).nodes]
+        both = [t for t in self._tablets.known() if node in newest.replicas(t).nodes and self._tablets.serves(t)]
+        behind: dict[int, list[RegisterMark]] = {}
+        # All are surveyed first: what remains is known before the copying, which has a bandwidth, begins.
         for at in range(0, len(both), TABLETS_AT_ONCE):
-            work = (self._try_against(t, newest.replicas(t).epoch, node) for t in both[at : at + TABLETS_AT_ONCE])
-            await asyncio.gather(*work)
+            chunk = both[at : at + TABLETS_AT_ONCE]
+            surveys = [self._survey(t, newest.replicas(t).epoch, node) for t in chunk]
+            for tablet, marks in zip(chunk, await asyncio.gather(*surveys, return_exceptions=True), strict=True):
+                if isinstance(marks, list):
+                    behind[tablet] = marks
+                elif not isinstance(marks, DhtError):
+                    raise marks
             await self._clock.sleep(RETURN_PAUSE_S)
+        tablets = list(behind)
+        for at in range(0, len(tablets), TABLETS_AT_ONCE):
+            chunk = tablets[at : at + TABLETS_AT_ONCE]
+            await asyncio.gather(*(self._try_fetch(t, newest.replicas(t).epoch, node, behind[t]) for t in chunk))
+
+    def unchecked(self) -> int:
+        """How many tablets with other replicas are served here, but were not compared with one since the start."""
+        newest = self._chain.newest
+        if newest is None:
+            return 0
+        return sum(
+            self._tablets.serves(t) > 0 and len(nodes) > 1 and t not in self._compared
+            for t, nodes in enumerate(newest.tablets)
+        )
+
+    def initialised(self, tablet: int) -> None:
+        """The tablet came from a quorum of the others a moment ago."""
+        self._compared[tablet] = None
 
     async def sweep(self) -> bool:
         """Once over all tablets, against one other replica each; False if some could not be compared."""
@@ -136,29 +168,53 @@ class Repair:
         if self._tablets.serves(tablet) != epoch:
             return False
         try:
-            await self._against(tablet, epoch, node)
+            await self._fetch(tablet, epoch, node, await self._survey(tablet, epoch, node))
         except DhtError as error:
             log.debug("tablet %d is not compared with %s: %s", tablet, node.hex()[:12], error)
             return False
         return True
 
-    async def _against(self, tablet: int, epoch: int, node: NodeId) -> None:
+    async def _survey(self, tablet: int, epoch: int, node: NodeId) -> list[RegisterMark]:
+        """What this replica lacks of what the node has; what is merely stuck is settled by the way."""
+        behind: list[RegisterMark] = []
         after, more = b"", True
-        while more:
+        while more and len(behind) < BEHIND_MAX:
             page = await self._ask(node, AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, False))
             if not isinstance(page, Headers):
-                return
-            keys = [m.key for m in page.marks if self._behind(m, epoch)]
+                raise RemoteProtocolError(f"a peer answered with {type(page).__name__} where headers were asked for")
+            behind += [m for m in page.marks if self._behind(m, epoch)]
+            self._note(tablet, behind)
             await self._settle([m.key for m in page.marks if self._stuck(m, epoch)])
-            while keys:
-                reply = await self._ask(node, AskRegisters(self._chain.domain, tablet, epoch, tuple(keys), False))
+            more = page.more and bool(page.marks)
+            after = page.marks[-1].key if page.marks else after
+        self._compared[tablet] = None
+        return behind
+
+    async def _try_fetch(self, tablet: int, epoch: int, node: NodeId, marks: list[RegisterMark]) -> None:
+        try:
+            await self._fetch(tablet, epoch, node, marks)
+        except DhtError as error:
+            log.debug("tablet %d is not repaired from %s: %s", tablet, node.hex()[:12], error)
+
+    async def _fetch(self, tablet: int, epoch: int, node: NodeId, marks: list[RegisterMark]) -> None:
+        left, left_bytes = len(marks), sum(m.size_bytes for m in marks)
+        sizes = {m.key: m.size_bytes for m in marks}
+        try:
+            while left > 0:
+                keys = tuple(m.key for m in marks[len(marks) - left :][:PAGE_KEYS_MAX])
+                reply = await self._ask(node, AskRegisters(self._chain.domain, tablet, epoch, keys, False))
                 if not isinstance(reply, Registers) or not reply.copies:
                     return
                 for copy in reply.copies:
                     await self._install(tablet, epoch, copy)
-                keys = keys[len(reply.copies) :]
-            more = page.more and bool(page.marks)
-            after = page.marks[-1].key if page.marks else after
+                    left, left_bytes = left - 1, left_bytes - sizes.get(copy.key, 0)
+                    self.remaining[tablet] = (left, left_bytes)
+        finally:
+            self.remaining.pop(tablet, None)
+
+    def _note(self, tablet: int, marks: list[RegisterMark]) -> None:
+        if marks:
+            self.remaining[tablet] = (len(marks), sum(m.size_bytes for m in marks))
 
     def _behind(self, mark: RegisterMark, epoch: int) -> bool:
         if mark.chosen != mark.accepted or mark.accepted.epoch != epoch:
@@ -188,6 +244,7 @@ class Repair:
         batch = Batch()
         self._registers.replace(batch, copy.key, msgspec.structs.replace(header, promise=header.accepted), copy.rows)
         number = self._disk.submit(batch)
-        self.repaired += 1
+        self.counters["repaired"] += 1
+        self.counters["repaired_bytes"] += header.size_bytes
         await self._disk.durable(number)
-        await self._clock.sleep(header.size_bytes / REPAIR_BYTES_PER_S)
+        await self._pace.take(header.size_bytes)

@@ -88,7 +88,7 @@ class Source:
         marks = []
         for key in keys[:limit]:
             header = self._registers.header(key)
-            marks.append(RegisterMark(key, header.promise, header.accepted, header.chosen))
+            marks.append(RegisterMark(key, header.promise, header.accepted, header.chosen, header.size_bytes))
         return Headers(tuple(marks), len(keys) > limit, self._tablets.state(request.tablet).floor)
 
     def registers(self, request: AskRegisters) -> Registers:

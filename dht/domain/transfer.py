@@ -16,6 +16,7 @@ the copy.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TypeVar
@@ -34,6 +35,7 @@ from dht.domain.messages import (
     Registers,
     Sealed,
 )
+from dht.domain.pace import Pace
 from dht.domain.roster import Roster, TabletReplicas, quorums
 from dht.domain.rules import DomainRules
 from dht.domain.source import PAGE_KEYS_MAX
@@ -44,7 +46,6 @@ from dht.storage.registers import Header, RegisterFile
 from dht.world import Batch, Clock, Disk, Space
 
 log = logging.getLogger(__name__)
-COPY_BYTES_PER_S: Final = 16 * 1024 * 1024
 COPY_PASSES_MAX: Final = 3
 COPY_DIFFERENCES_ENOUGH: Final = 64
 RETRY_S: Final = 0.2
@@ -147,6 +148,7 @@ class Transfer:
         alive: Callable[[NodeId], bool],
         on_flip: Callable[[int], None],
         rules: DomainRules,
+        copy_bytes_per_s: int,
     ) -> None:
         self._node = node
         self._incarnation = incarnation
@@ -159,8 +161,29 @@ class Transfer:
         self._alive = alive
         self._on_flip = on_flip
         self._rules = rules
-        self.remaining: dict[int, int] = {}
-        """Registers still to copy, by tablet under way."""
+        self.remaining: dict[int, tuple[int, int]] = {}
+        """Registers still to copy and their bytes, by tablet under way."""
+        self._sealed_s: dict[int, float] = {}
+        self._one_seal = asyncio.Lock()
+        self._pace = Pace(clock, copy_bytes_per_s)
+        self.counters: dict[str, int | float] = dict.fromkeys(
+            ("taken_over", "copied_registers", "copied_bytes", "sealed_ms_most", "sealed_ms_sum", "sealed_trips_sum"), 0
+        )
+        """Since the start. `sealed`: from the seal, as this node knew of it, until it served the tablet again; `trips`:
+        how many times it waited for a peer or the disk in between."""
+
+    def sealed(self, tablet: int) -> None:
+        """The tablet was sealed here a moment ago, or is about to be."""
+        if self.wanted(tablet):
+            self._sealed_s.setdefault(tablet, self._clock.monotonic())
+
+    def _count_window(self, tablet: int, trips: int) -> None:
+        took_ms = (self._clock.monotonic() - self._sealed_s.pop(tablet, self._clock.monotonic())) * 1000
+        counters = self.counters
+        counters["taken_over"] += 1
+        counters["sealed_ms_sum"] += took_ms
+        counters["sealed_ms_most"] = max(counters["sealed_ms_most"], took_ms)
+        counters["sealed_trips_sum"] += trips
 
     async def initialise(self, tablet: int) -> None:
         """Make this node an initialised replica of the tablet's newest epoch; tries until done or overtaken."""
@@ -177,6 +200,7 @@ class Transfer:
                     await self._clock.sleep(RETRY_S)
         finally:
             self.remaining.pop(tablet, None)
+            self._sealed_s.pop(tablet, None)
 
     def wanted(self, tablet: int) -> bool:
         """Whether this node has to initialise the tablet's newest epoch and may (rule 3).
@@ -206,17 +230,36 @@ class Transfer:
         if served_meanwhile and self._tablets.state(tablet).current != history[0].epoch:
             await self._copy_ahead(tablet, target, history[0], staging)
         early = None if self._rules.seal_before_init else await self._survey_unsealed(tablet, target, history[0])
+        if tablet not in self._sealed_s:
+            # It is this node that ends the old replicas' service: one tablet at a time, so that each pause is short.
+            async with self._one_seal:
+                self._check(tablet, target)
+                self.sealed(tablet)
+                await self._take(tablet, target, history, staging, early)
+        else:
+            await self._take(tablet, target, history, staging, early)
+        self._on_flip(tablet)
+
+    async def _take(
+        self,
+        tablet: int,
+        target: TabletReplicas,
+        history: Sequence[TabletReplicas],
+        staging: Staging,
+        early: Best | None,
+    ) -> None:
+        """Seal, survey, fetch, flip: what the tablet's callers wait for."""
         versions: dict[bytes, int] = {}
         contributors, floor = await self._seal(tablet, target, history, versions)
         best = early or await self._survey(tablet, target, contributors, sealed=True)
         best.floor = max(best.floor, floor)
         best.versions = versions
-        await self._fetch(
+        pages = await self._fetch(
             tablet, target, best, dict.fromkeys(history[0].nodes, history[0].epoch) | contributors, staging
         )
         number = self._flip(tablet, target, history[0].epoch, best, staging)
         await self._tablets.confirm(tablet, number)
-        self._on_flip(tablet)
+        self._count_window(tablet, 3 + pages)  # the seal, the survey, the disk
 
     def _target(self, tablet: int) -> TabletReplicas:
         newest = self._chain.newest
@@ -256,7 +299,7 @@ class Transfer:
                 await self._ask(source, AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, False)),
                 Headers,
             )
-            wanted = [m.key for m in page.marks if not self._has(m.key, m.accepted, staging)]
+            wanted = [m for m in page.marks if not self._has(m.key, m.accepted, staging)]
             differences += len(wanted)
             await self._copy(tablet, epoch, source, wanted, staging, sealed=False)
             more = page.more and bool(page.marks)
@@ -267,19 +310,28 @@ class Transfer:
         return accepted in (staging.accepted(key), self._registers.header(key).accepted)
 
     async def _copy(
-        self, tablet: int, epoch: int, source: NodeId, keys: list[GroupKey], staging: Staging, *, sealed: bool
-    ) -> None:
+        self, tablet: int, epoch: int, source: NodeId, marks: list[RegisterMark], staging: Staging, *, sealed: bool
+    ) -> int:
+        """Returns how many pages it took."""
+        keys, pages = [m.key for m in marks], 0
+        left_bytes = sum(m.size_bytes for m in marks)
         while keys:
-            self.remaining[tablet] = len(keys)
+            pages += 1
+            self.remaining[tablet] = (len(keys), max(0, left_bytes))
             request = AskRegisters(self._chain.domain, tablet, epoch, tuple(keys[:PAGE_KEYS_MAX]), sealed)
             copies = _expect(await self._ask(source, request), Registers).copies
             if not copies or [c.key for c in copies] != keys[: len(copies)]:
                 raise RemoteProtocolError(f"a page of tablet {tablet} does not hold the registers asked for")
             await self._disk.durable(self._keep(tablet, copies, staging))
+            size_bytes = sum(c.header.size_bytes for c in copies)
+            self.counters["copied_registers"] += len(copies)
+            self.counters["copied_bytes"] += size_bytes
+            left_bytes -= size_bytes
             if not sealed:
-                await self._clock.sleep(sum(c.header.size_bytes for c in copies) / COPY_BYTES_PER_S)
+                await self._pace.take(size_bytes)
             keys = keys[len(copies) :]
-        self.remaining[tablet] = 0
+        self.remaining[tablet] = (0, 0)
+        return pages
 
     def _keep(self, tablet: int, copies: Sequence[RegisterCopy], staging: Staging) -> int:
         """Staged while older content of the tablet may still be asked of this node; else in their final place at once.
@@ -352,21 +404,32 @@ class Transfer:
     async def _survey(
         self, tablet: int, target: TabletReplicas, contributors: Mapping[NodeId, int], *, sealed: bool
     ) -> Best:
+        """The contributors are asked side by side, and told of in order, so that equal ballots have one source."""
         best = Best(self._rules.highest_ballot_wins, self._rules.promises_carried)
-        for node, epoch in contributors.items():
-            after, more = b"", True
-            while more:
-                self._check(tablet, target)
-                page = _expect(
-                    await self._ask(node, AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, sealed)),
-                    Headers,
-                )
+        surveys = [self._headers(tablet, target, node, epoch, sealed) for node, epoch in contributors.items()]
+        found = await asyncio.gather(*surveys, return_exceptions=True)
+        for node, pages in zip(contributors, found, strict=True):
+            if isinstance(pages, BaseException):
+                raise pages
+            for page in pages:
                 for mark in page.marks:
                     best.add(node, mark)
                 best.floor = max(best.floor, page.floor)
-                more = page.more and bool(page.marks)
-                after = page.marks[-1].key if page.marks else after
         return best
+
+    async def _headers(
+        self, tablet: int, target: TabletReplicas, node: NodeId, epoch: int, sealed: bool
+    ) -> list[Headers]:
+        pages: list[Headers] = []
+        after, more = b"", True
+        while more:
+            self._check(tablet, target)
+            request = AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, sealed)
+            page = _expect(await self._ask(node, request), Headers)
+            pages.append(page)
+            more = page.more and bool(page.marks)
+            after = page.marks[-1].key if page.marks else after
+        return pages
 
     async def _survey_unsealed(self, tablet: int, target: TabletReplicas, old: TabletReplicas) -> Best:
         """The planted bug behind `seal_before_init`: what is accepted between this and the seal is lost."""
@@ -382,15 +445,19 @@ class Transfer:
 
     async def _fetch(
         self, tablet: int, target: TabletReplicas, best: Best, contributors: Mapping[NodeId, int], staging: Staging
-    ) -> None:
-        """Stage what is missing. A register may have moved on since the survey; what comes is newer then."""
-        missing: dict[NodeId, list[GroupKey]] = {}
+    ) -> int:
+        """Stage what is missing; how many pages it took. A register that moved on since the survey comes newer."""
+        missing: dict[NodeId, list[RegisterMark]] = {}
+        pages = 0
         for key, (mark, source) in best.marks.items():
             if mark.accepted != ZERO and not self._has(key, mark.accepted, staging):
-                missing.setdefault(source, []).append(key)
-        for source, keys in missing.items():
+                missing.setdefault(source, []).append(mark)
+        for source, marks in missing.items():
             self._check(tablet, target)
-            await self._copy(tablet, contributors[source], source, keys, staging, sealed=self._rules.seal_before_init)
+            pages += await self._copy(
+                tablet, contributors[source], source, marks, staging, sealed=self._rules.seal_before_init
+            )
+            keys = [m.key for m in marks]
             for key in keys:
                 accepted = staging.accepted(key) or self._registers.header(key).accepted
                 mark, _ = best.marks[key]
@@ -399,6 +466,7 @@ class Transfer:
                 # A replica never holds a value above its promise: an older proposer could undo it here.
                 promise = max(mark.promise, accepted)
                 best.marks[key] = (msgspec.structs.replace(mark, accepted=accepted, promise=promise), source)
+        return pages
 
     def _flip(self, tablet: int, target: TabletReplicas, before: int, best: Best, staging: Staging) -> int:
         """Rule 3, in one batch and without a wait between check and submit."""

@@ -5,6 +5,7 @@ Everything here is a hint for planning and for choosing whom to ask; no rule of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from dht.domain.messages import Status, TabletMark
@@ -41,6 +42,13 @@ class Watch:
         self.marks[node] = {m.tablet: m for m in status.tablets}
         self.reported_silence[node] = dict(status.silent)
         for mark in status.tablets:
+            self.saw(mark)
+
+    def told(self, node: NodeId, marks: Sequence[TabletMark]) -> None:
+        """Some tablets of the node changed just now."""
+        known = self.marks.setdefault(node, {})
+        for mark in marks:
+            known[mark.tablet] = mark
             self.saw(mark)
 
     def saw(self, mark: TabletMark) -> None:

@@ -43,6 +43,10 @@ class Tablets(Protocol):
 
     async def refresh(self, at_least: int | None = None) -> None: ...
 
+    def pointed(self, refusal: NotServing) -> bool:
+        """Take what a replica's refusal says of the tablet; whether there are other replicas to ask now."""
+        ...
+
     async def answer(self, sender: NodeId, message: Struct) -> Message:
         """Messages that are not of the registers."""
         ...
@@ -108,7 +112,10 @@ class Context:
         await self.clock.sleep(self.chance.uniform(BACKOFF_MIN_S, BACKOFF_MAX_S))
 
     async def catch_up(self, error: NotServing) -> None:
-        """A replica refused us for its roster: learn the newer links."""
+        """A replica refused us for its roster: go where it points to, or learn the newer links."""
+        if self.domain.pointed(error):
+            self.count("pointers_followed")
+            return
         epoch = error.detail.get("roster_epoch")
         await self.domain.refresh(epoch if isinstance(epoch, int) else None)
 

@@ -109,6 +109,20 @@ LIMITS: list[Any] = [
         max=7 * 86400.0,
         help="Seconds after which a member that no other one reaches is replaced, while a majority remains.",
     ),
+    cfg.IntOpt(
+        "copy_bytes_per_s",
+        default=limits.COPY_BYTES_PER_S,
+        min=64 * 1024,
+        max=1 << 40,
+        help="Bandwidth at which this node copies all tablets together that it is to keep from now on.",
+    ),
+    cfg.IntOpt(
+        "repair_bytes_per_s",
+        default=limits.REPAIR_BYTES_PER_S,
+        min=64 * 1024,
+        max=1 << 40,
+        help="Bandwidth at which this node copies what it missed while it was away.",
+    ),
 ]
 
 NOVA: list[Any] = [

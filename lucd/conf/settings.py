@@ -42,6 +42,8 @@ class Settings:
     log_level: str
     bootstrap_retry_s: float
     remove_after_s: float
+    copy_bytes_per_s: int
+    repair_bytes_per_s: int
     nova: NovaSettings
 
 
@@ -158,6 +160,8 @@ def _settings(conf: Any, where: str) -> Settings:
         log_level=top("log_level"),
         bootstrap_retry_s=values["limits", "bootstrap_retry_s"],
         remove_after_s=values["limits", "remove_after_s"],
+        copy_bytes_per_s=values["limits", "copy_bytes_per_s"],
+        repair_bytes_per_s=values["limits", "repair_bytes_per_s"],
         nova=NovaSettings(
             workers=values["nova", "workers"],
             worker_threads=values["nova", "worker_threads"],

@@ -122,6 +122,9 @@ class StaticDomain:
     def agreed_floor(self, tablet: int) -> Ballot:
         return self.floors
 
+    def pointed(self, refusal: NotServing) -> bool:
+        return False
+
     async def refresh(self, at_least: int | None = None) -> None:
         pass
 
