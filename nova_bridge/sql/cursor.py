@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import apsw
 
 from dht.errors import DhtError, SchemaChanged
-from nova_bridge.sql import statements
+from nova_bridge.sql import statements, vtab
+from nova_bridge.sql.database import Database
 from nova_bridge.sql.errors import from_sqlite, from_store
 from nova_bridge.sql.values import adapt_all
-
-if TYPE_CHECKING:
-    from nova_bridge.sql.connection import Connection
 
 _SCHEMA = frozenset({"CREATE", "DROP", "ALTER"})
 _NOTHING_TO_DO = frozenset({"VACUUM", "ANALYZE", "REINDEX"})
@@ -24,10 +23,34 @@ _IN_LIST_BUG = ("<NULL>", "vtab_in")
 SCHEMA_RELOADS_MAX = 3
 
 
+class Session(vtab.Session, Protocol):
+    """What a cursor needs of its connection: what virtual tables need, its transactions and its schema."""
+
+    lock: threading.RLock
+    database: Database
+    isolation_level: str | None
+    in_transaction: bool
+    total_changes: int
+    take_in_lists: bool
+
+    def engine(self) -> apsw.Connection: ...
+    def begin(self) -> None: ...
+    def end(self, keep: bool) -> None: ...
+    def end_statement(self) -> None: ...
+    def savepoint(self, name: str) -> None: ...
+    def release(self, name: str) -> None: ...
+    def rollback_to(self, name: str) -> None: ...
+    def define(self, sql: str) -> None: ...
+    def flush_script(self) -> None: ...
+    def reload_schema(self) -> bool: ...
+    def shadow_rows(self, sql: str, parameters: Any, keep: Callable[[Any, list[Any]], None]) -> None: ...
+    def executescript(self, script: str) -> Any: ...
+
+
 class Cursor:
     """Results are complete when execute returns."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Session) -> None:
         self.connection = connection
         self.arraysize = 1
         self.description: tuple[tuple[Any, ...], ...] | None = None
@@ -62,7 +85,8 @@ class Cursor:
 
     def executescript(self, script: str) -> Cursor:
         """See the connection's."""
-        return self.connection.executescript(script)
+        result: Cursor = self.connection.executescript(script)
+        return result
 
     def _route(self, sql: str, parameters: Any) -> None:
         connection = self.connection
