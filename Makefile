@@ -8,9 +8,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SEEDS ?= 1000
 ROUNDS ?= 1000
 INSTANCES ?= 10000
+MINUTES ?= 10
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak join-run races sql-random nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak kill-run join-run overload restart races sql-random nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -27,6 +28,19 @@ lint: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(PY) -m dht.sim soak --seeds $(SEEDS) --jobs $(JOBS)
+
+# Daemons killed, stopped and cut off at random for MINUTES (SEED=n: the same faults again); needs network namespaces.
+kill-run: $(VENV)/.test
+	$(PY) -m tests.faults.kill_run --cuts --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# More work than three daemons can do; then MINUTES of steady load with the memory of each.
+overload: $(VENV)/.test
+	$(PY) -m tests.faults.overload
+	$(PY) -m tests.faults.overload --soak $(MINUTES)
+
+# From the start of a daemon to its first write, with 10,000 instances.
+restart: $(VENV)/.test
+	$(PY) -m tests.faults.restart
 
 races: $(VENV)/.test
 	LUCD_RACE_ROUNDS=$(ROUNDS) $(PY) -m pytest --durations=5 tests/races

@@ -148,7 +148,8 @@ class Operation(Struct, frozen=True):
     """One step on one group.
 
     `part_index`: for the errors. `primary`, `primary_seen`: of a PREPARE. `others`: of a COMMIT_PRIMARY. `version`: of
-    the catalog under which the transaction was made, 0 where it does not matter (`dht.register.fence`).
+    the catalog under which the transaction was made, 0 where it does not matter (`dht.register.fence`). `author`: of a
+    PREPARE, the node that carries the transaction out.
     """
 
     kind: Kind
@@ -171,6 +172,7 @@ class Coordinate(Message, frozen=True, tag=9):
     timeout_ms: int
 
 
+    author: bytes = b""
 @message
 class Coordinated(Message, frozen=True, tag=10):
     """`ballot`: where the group stands now. `outcome`: group.APPLIED or group.ABORTED."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import msgspec
 
 from dht.errors import Conflict, DhtError
-from dht.model import SYSTEM_DECISION, ZERO, Ballot, GroupKey, Part, RowKey, Struct, TransactionId
+from dht.model import SYSTEM_DECISION, ZERO, Ballot, GroupKey, NodeId, Part, RowKey, Struct, TransactionId
 from dht.register import catalog, group
 from dht.register.group import ABORTED, APPLIED, FORGOTTEN, UNDECIDED, Delta, GroupState, decision_key, intent_key
 from dht.register.messages import Kind, Operation
@@ -32,6 +32,7 @@ class Intent(Struct, frozen=True):
     part: Part
     part_index: int
     version: int = 0
+    author: NodeId = b""
 
 
 class Decision(Struct, frozen=True):
@@ -191,6 +192,7 @@ def _prepare(
         operation.part,
         operation.part_index,
         operation.version,
+        operation.author,
     )
     delta: Delta = {key: encode_row({0: msgspec.msgpack.encode(intent)})}
     # The intent goes when its changes come: the group never holds both.

@@ -1,7 +1,8 @@
 """What becomes of an intent that somebody meets (DESIGN section 7).
 
 The truth is at the transaction's primary: a decision record or window entry says applied, a window entry says aborted,
-neither says undecided, and a ballot below the primary's floor says that its commit can no longer pass. A resolver
+neither says undecided, and a ballot below the primary's floor says that its commit can no longer pass. Who waits for
+an undecided one waits for a while, unless the node that carries it out has fallen silent. A resolver
 never touches an intent before the primary says applied or aborted; if it says neither for too long, the resolver has
 "aborted" written there first, which loses against a commit that was faster.
 """
@@ -48,7 +49,8 @@ class Resolver:
             return
         outcome = await self.outcome(intent, deadline)
         if outcome is None:
-            if now - seen < INTENT_TIMEOUT_S:
+            gone = intent.author and not context.network.alive(intent.author)
+            if not gone and now - seen < INTENT_TIMEOUT_S:
                 await context.back_off()
                 return
             outcome = await self.abort(intent, deadline)

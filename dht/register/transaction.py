@@ -79,7 +79,16 @@ class Transactions:
         work = []
         for index, part in enumerate(parts):
             if index != first:
-                step = Operation(Kind.PREPARE, transaction.id, part, index, primary.key, primary.seen, version=version)
+                step = Operation(
+                    Kind.PREPARE,
+                    transaction.id,
+                    part,
+                    index,
+                    primary.key,
+                    primary.seen,
+                    version=version,
+                    author=self._context.node,
+                )
                 work.append(self._context.spawn(self._prepare(step, attempt, deadline, ballots)))
         failures: list[DhtError] = []
         if self._context.rules.prepare_before_commit:

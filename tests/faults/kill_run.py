@@ -85,11 +85,15 @@ class Outcome:
 
 
 class KillRun:
-    """One run on a cluster that stands. `cuts`: the cluster is one of a laboratory, and its network fails too."""
+    """One run on a cluster that stands.
 
-    def __init__(self, cluster: Cluster, seed: int, cuts: bool = False) -> None:
+    `cuts`: the cluster is one of a laboratory, and its network fails too. `load`: rows that are there already.
+    """
+
+    def __init__(self, cluster: Cluster, seed: int, cuts: bool = False, load: Load | None = None) -> None:
         self.outcome = Outcome()
         self._cluster = cluster
+        self._load = load
         self._laboratory = cluster.laboratory if cuts and isinstance(cluster, LaboratoryCluster) else None
         self._seed = seed
         self._chance = random.Random(f"kill run {seed}")
@@ -98,7 +102,7 @@ class KillRun:
     async def run(self, seconds: float, say: Callable[[str], None] = print) -> Outcome:
         """Rounds until the time is over, at least one."""
         nodes = self._cluster.nodes
-        load = await asyncio.to_thread(Load, nodes[0].store())
+        load = self._load or await asyncio.to_thread(Load, nodes[0].store())
         spawn = multiprocessing.get_context("spawn")
         judging = []
         end_s = time.monotonic() + seconds

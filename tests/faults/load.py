@@ -1,8 +1,9 @@
 """Clients that count rows up through real daemons, remember what was acknowledged, and check what they read.
 
-Every client has a column of its own in every row and sets it to the next number, guarded by the last one: clients of
-different daemons write the same groups all the time without conflict, and a lost, repeated or invented write shows as
-a wrong number. What each of the four outcomes says is believed and then checked (`dht.errors`).
+Every client has a column of its own in every row and sets it to the next number, guarded by the last one, now and then
+in two rows at once: clients of different daemons write the same groups all the time without conflict, and a lost,
+repeated, torn or invented write shows as a wrong number, to reads and to finds. What each of the four outcomes says is
+believed and then checked (`dht.errors`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from dht.errors import Conflict, DhtError, Indeterminate
-from dht.model import Change, Op, Part, Transaction
+from dht.model import Change, FindQuery, Op, Part, Row, Transaction
 from dht.requests import BlockingStore
 from dht.rows import decode_row, group_key
 from lucd.demo.daemons import LocalNode
@@ -50,6 +51,9 @@ class Report:
 
     acknowledged: int = 0
     unknown: int = 0
+    gave_way: int = 0
+    """Transactions that ended because another held one of their groups; both began at about the same time."""
+    finds: int = 0
     pause_s: float = 0.0
     errors: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -149,18 +153,25 @@ class Clients:
         """One line for the test's output."""
         total = sum(report.acknowledged for report in self.reports)
         unknown = sum(report.unknown for report in self.reports)
-        return f"{total} writes acknowledged, {unknown} unknown, longest pause {self.pause_s * 1000:.0f} ms"
+        finds = sum(report.finds for report in self.reports)
+        text = f"{total} writes acknowledged, {unknown} unknown, {finds} finds"
+        return f"{text}, longest pause of writes {self.pause_s * 1000:.0f} ms"
 
     def _run(self, client: int, node: LocalNode, report: Report, timeout_s: float) -> None:
         store, chance = node.store(timeout_s), random.Random(client)
         last_s = time.monotonic()
         while not self._stop.is_set():
             row = chance.randrange(self._load.rows)
+            kind = chance.random()
             try:
-                if chance.random() < 0.2:
+                if kind < 0.15:
                     self._look(store, row, report)
                     continue
-                if self._count_up(store, row, client, report):
+                if kind < 0.2:
+                    self._search(store, report)
+                    continue
+                rows = chance.sample(range(self._load.rows), 2) if kind < 0.3 else [row]
+                if self._count_up(store, rows, client, report):
                     now_s = time.monotonic()
                     report.pause_s = max(report.pause_s, now_s - last_s)
                     if self._keep_gaps and now_s - last_s > GAP_S:
@@ -174,28 +185,39 @@ class Clients:
                 report.wrong.append(repr(error))
                 return
 
-    def _count_up(self, store: BlockingStore, row: int, client: int, report: Report) -> bool:
-        """One write; whether it was acknowledged. Raises what else came."""
-        cell, column = self._load.cells[row][client], FIRST_COLUMN + client
-        if cell.unknown and not self._settle(store, row, cell):
-            return False
-        cell.high += 1
-        transaction = changed(row, Op.UPDATE, {column: cell.high}, {column: cell.low})
+    def _count_up(self, store: BlockingStore, rows: Sequence[int], client: int, report: Report) -> bool:
+        """One write of one or several rows; whether it was acknowledged. Raises what else came."""
+        cells, column = [self._load.cells[row][client] for row in rows], FIRST_COLUMN + client
+        for row, cell in zip(rows, cells, strict=True):
+            if cell.unknown and not self._settle(store, row, cell):
+                return False
+        for cell in cells:
+            cell.high += 1
+        parts = [
+            changed(row, Op.UPDATE, {column: cell.high}, {column: cell.low}).parts[0]
+            for row, cell in zip(rows, cells, strict=True)
+        ]
+        transaction = Transaction(os.urandom(16), DATABASE, 0, tuple(parts))
         try:
             store.commit(transaction)
         except Indeterminate:
-            cell.unknown = transaction.id
+            for cell in cells:
+                cell.unknown = transaction.id
             report.unknown += 1
             raise
-        except Conflict as error:
-            report.wrong.append(f"row {row}: refused although nobody else writes its column: {error.message}")
-            cell.high -= 1
-            raise
-        except DhtError:
+        except DhtError as error:
             # Certainly not applied: the next write's guard and the reads hold it to that.
-            cell.high -= 1
+            for cell in cells:
+                cell.high -= 1
+            if not isinstance(error, Conflict):
+                raise
+            if len(rows) > 1 and error.detail.get("what") == "intent":
+                report.gave_way += 1
+                return False
+            report.wrong.append(f"rows {rows}: refused although nobody else writes its column: {error.message}")
             raise
-        cell.low = cell.high
+        for cell in cells:
+            cell.low = cell.high
         report.acknowledged += 1
         return True
 
@@ -213,10 +235,25 @@ class Clients:
         """A read shows every write that was acknowledged before it began, whoever's client wrote it."""
         before = [cell.low for cell in self._load.cells[row]]
         found = counters(store, row)
+        self._compare(row, before, found, report)
+
+    def _search(self, store: BlockingStore, report: Report) -> None:
+        """So does a find, of all rows at once."""
+        before = [[cell.low for cell in cells] for cells in self._load.cells]
+        result = store.find(FindQuery(DATABASE, TABLE, 0))
+        report.finds += 1
+        found = {row.group: decode_row(row.row) for row in result.rows}
+        for row, lows in enumerate(before):
+            if row_group(row) not in found:
+                report.wrong.append(f"row {row} was not found")
+            else:
+                self._compare(row, lows, found[row_group(row)], report)
+
+    def _compare(self, row: int, before: list[int], found: Row, report: Report) -> None:
         after = [cell.high for cell in self._load.cells[row]]
         for client, (low, high) in enumerate(zip(before, after, strict=True)):
             value = found[FIRST_COLUMN + client]
-            if not low <= value <= high:
+            if not isinstance(value, int) or not low <= value <= high:
                 report.wrong.append(f"read of row {row} client {client}: {value}, not {low} to {high}")
 
 

@@ -125,6 +125,31 @@ async def test_undecided_intent_is_read_past_and_ended_by_a_waiting_writer(clust
     assert await values(cluster[0], "a", "b") == [0, 7]
 
 
+async def test_writer_does_not_wait_for_a_transaction_whose_node_fell_silent(cluster, monkeypatch):
+    monkeypatch.setattr("dht.register.resolver.INTENT_TIMEOUT_S", 60.0)
+    await cluster[0].commit(transaction(put("a", {0: 0}), put("b", {0: 0})))
+    await eventually(lambda: quiet(cluster, "a", "b"))
+
+    def lose_primary(sender, to, message) -> bool:
+        return isinstance(message, Coordinate) and message.operation.kind in (Kind.COMMIT_PRIMARY, Kind.ABORT)
+
+    first = cluster.domains[cluster.ids[0]].replicas(cluster.files[cluster.ids[0]].tablet(key("a"))).nodes[0]
+    silent, driver = next((node, store) for node, store in cluster.wire.nodes.items() if node != first)
+    cluster.wire.drop = lose_primary
+    with monkeypatch.context() as doomed:
+        doomed.setattr(driver._router, "_target", lambda replicas, tried: first)
+        with pytest.raises((Indeterminate, Unavailable)):
+            await driver.commit(transaction(put("a", {0: 1}, Op.UPDATE), put("b", {0: 1}, Op.UPDATE)), timeout_s=0.2)
+    cluster.wire.drop = lambda sender, to, message: False
+    writer = cluster.wire.nodes[first]
+    with pytest.raises((Indeterminate, Unavailable)):
+        await writer.commit(transaction(put("b", {0: 6}, Op.UPDATE)), timeout_s=0.3)
+    cluster.wire.cut.add(silent)
+    async with asyncio.timeout(3.0):
+        await writer.commit(transaction(put("b", {0: 7}, Op.UPDATE)))
+    assert await values(writer, "a", "b") == [0, 7]
+
+
 async def test_two_transactions_that_cross_both_end(cluster):
     await cluster[0].commit(transaction(put("a", {0: 0}), put("b", {0: 0})))
 
