@@ -17,7 +17,7 @@ import apsw
 from dht.errors import DhtError, SchemaChanged
 from nova_bridge.sql import fixture, statements
 from nova_bridge.sql.commit import commit
-from nova_bridge.sql.cursor import Cursor
+from nova_bridge.sql.cursor import Cursor, Description
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.ddl import Ddl
 from nova_bridge.sql.errors import from_sqlite, from_store
@@ -56,6 +56,7 @@ class Connection:
         self.changing = False
         self.numbers: dict[Place, int] = {}
         self.take_in_lists = True
+        self.column_names: dict[str, Description | None] = {}
         self._functions: list[tuple[str, int, Callable[..., Any], bool]] = []
         self._savepoints: list[tuple[str, int]] = []
         self._begun_by_savepoint = False
@@ -77,6 +78,7 @@ class Connection:
         if self._engine is None or self._schema is not schema:
             self._close_engine()
             self._engine = engine = apsw.Connection(":memory:")
+            self.column_names.clear()
             engine.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
             for table in schema.tables.values():
                 engine.create_module(

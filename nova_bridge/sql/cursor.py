@@ -21,6 +21,13 @@ _NOTHING_TO_DO = frozenset({"VACUUM", "ANALYZE", "REINDEX"})
 _VACUUM_INTO = re.compile(r"\s*VACUUM\b.*\bINTO\b", re.IGNORECASE | re.DOTALL)
 _IN_LIST_BUG = ("<NULL>", "vtab_in")
 SCHEMA_RELOADS_MAX = 3
+COLUMN_NAMES_MAX = 500
+
+Description = tuple[tuple[Any, ...], ...]
+
+
+def _description(described: Any) -> Description:
+    return tuple([(d[0], None, None, None, None, None, None) for d in described])
 
 
 class Session(vtab.Session, Protocol):
@@ -32,6 +39,7 @@ class Session(vtab.Session, Protocol):
     in_transaction: bool
     total_changes: int
     take_in_lists: bool
+    column_names: dict[str, Description | None]
 
     def engine(self) -> apsw.Connection: ...
     def begin(self) -> None: ...
@@ -53,7 +61,7 @@ class Cursor:
     def __init__(self, connection: Session) -> None:
         self.connection = connection
         self.arraysize = 1
-        self.description: tuple[tuple[Any, ...], ...] | None = None
+        self.description: Description | None = None
         self.rowcount = -1
         self.lastrowid: int | None = None
         self._rows: list[Any] = []
@@ -197,15 +205,22 @@ class Cursor:
             if not connection.in_transaction:
                 connection.tx.reset()
             raise
-        if self._described:
-            self.description = tuple([(d[0], None, None, None, None, None, None) for d in self._described])
         return engine
 
     def _fetch(self, engine: apsw.Connection, sql: str, parameters: Any, can_cache: bool = True) -> None:
-        cursor = engine.cursor()
-        cursor.exec_trace = self._trace
-        self._described = ()
+        """Names of columns are asked for once: a trace, which has them also of no rows, costs more than a row."""
+        cursor, names = engine.cursor(), self.connection.column_names
+        known = names.get(sql, ())
+        if known == ():
+            self._described = ()
+            cursor.exec_trace = self._trace
         self._rows = cursor.execute(sql, parameters, can_cache=can_cache).fetchall()
+        if known == ():
+            known = _description(self._described) if self._described else None
+            if len(names) >= COLUMN_NAMES_MAX:
+                names.clear()
+            names[sql] = known
+        self.description = known
 
     def _fetch_without_in_lists(self, engine: apsw.Connection, sql: str, parameters: Any) -> None:
         """An IN (subquery) without rows fails when lists are taken at once: prepare anew, value by value."""
@@ -223,7 +238,7 @@ class Cursor:
         def keep(described: Any, rows: list[Any]) -> None:
             self._rows = rows
             if described:
-                self.description = tuple([(d[0], None, None, None, None, None, None) for d in described])
+                self.description = _description(described)
 
         self.connection.shadow_rows(sql, parameters, keep)
 
