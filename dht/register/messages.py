@@ -160,6 +160,7 @@ class Operation(Struct, frozen=True):
     primary_seen: Ballot | None = None
     others: tuple[GroupKey, ...] = ()
     version: int = 0
+    author: bytes = b""
 
 
 @message
@@ -172,7 +173,6 @@ class Coordinate(Message, frozen=True, tag=9):
     timeout_ms: int
 
 
-    author: bytes = b""
 @message
 class Coordinated(Message, frozen=True, tag=10):
     """`ballot`: where the group stands now. `outcome`: group.APPLIED or group.ABORTED."""
