@@ -9,9 +9,10 @@ SEEDS ?= 1000
 ROUNDS ?= 1000
 INSTANCES ?= 10000
 MINUTES ?= 10
+DEVIATIONS ?= 2
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak kill-run join-run overload restart races sql-random nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak explore planted kill-run join-run overload restart races sql-random nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -41,6 +42,13 @@ overload: $(VENV)/.test
 # From the start of a daemon to its first write, with 10,000 instances.
 restart: $(VENV)/.test
 	$(PY) -m tests.faults.restart
+
+# Every run of the smallest cases with up to so many deviations from the plain order of messages.
+explore: $(VENV)/.test
+	$(PY) -m dht.sim explore --deviations $(DEVIATIONS)
+
+planted: $(VENV)/.test
+	$(PY) -m dht.sim planted --jobs $(JOBS) --write docs/benchmarks/planted-bugs.md
 
 races: $(VENV)/.test
 	LUCD_RACE_ROUNDS=$(ROUNDS) $(PY) -m pytest --durations=5 tests/races

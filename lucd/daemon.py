@@ -22,13 +22,13 @@ from dht.register.node import StoreNode
 from dht.rows import tablet_of
 from dht.storage.disk import SqliteDisk
 from dht.storage.registers import RegisterFile
+from dht.wire.boots import BootBook
 from dht.wire.handshake import PeerIdentity
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.links import LinkNetwork, format_address, parse_address
 from dht.wire.local import LocalDoor
 from dht.world import Batch, Space
 from lucd.admin import AdminDoor, port_error
-from lucd.boots import BootBook
 from lucd.conf.settings import Settings
 from lucd.directory import OpenDirectory
 from lucd.door import Door

@@ -220,6 +220,8 @@ class Domain:
             return
         state = self.tablets.state(tablet)
         newest = self.chain.newest
+        if not self._rules.epoch_checked and self.tablets.serves(tablet) > 0 and not self.generations.superseded:
+            return
         if not self._rules.seal_on_accept and not over and accept and epoch in state.initialised:
             return
         if newest is not None and not over and not self._rules.serve_only_initialised and state.sealed < epoch:

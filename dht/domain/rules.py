@@ -19,7 +19,8 @@ class DomainRules(Struct, frozen=True):
     voters of link e decide link e+1. incarnation_checked: a wiped node does not pass for the one it was.
     gate_on_majority: rule 5, the wait for the last change. floor_carried: rule 7, a new replica takes the floor over.
     collect_needs_all: rule 7, a tombstone goes only when every replica has it. floor_keeps_promise: rule 7, the floor
-    is above what was promised for the collected register, not only above its tombstone. versions_carried,
+    is above what was promised for the collected register, not only above its tombstone. floor_raised: rule 7, there is
+    a floor at all. epoch_checked: a frame of another tablet epoch is refused. versions_carried,
     promises_carried: what fences rely on goes over to new replicas (dht.register.fence).
     """
 
@@ -38,6 +39,8 @@ class DomainRules(Struct, frozen=True):
     floor_carried: bool = True
     collect_needs_all: bool = True
     floor_keeps_promise: bool = True
+    floor_raised: bool = True
+    epoch_checked: bool = True
     versions_carried: bool = True
     promises_carried: bool = True
 

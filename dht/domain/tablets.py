@@ -126,13 +126,15 @@ class Tablets:
     def raise_floor(self, batch: Batch, tablet: int, floor: Ballot) -> None:
         """Into the batch: nothing without a value is accepted below the floor any more (rule 7)."""
         state = self.state(tablet)
-        self._put(batch, tablet, msgspec.structs.replace(state, floor=max(state.floor, floor)))
+        if self._rules.floor_raised:
+            self._put(batch, tablet, msgspec.structs.replace(state, floor=max(state.floor, floor)))
 
     def agree(self, batch: Batch, tablet: int, floor: Ballot) -> None:
         """Into the batch: every replica of the tablet has raised its floor so far."""
         state = self.state(tablet)
-        raised = msgspec.structs.replace(state, floor=max(state.floor, floor), agreed=max(state.agreed, floor))
-        self._put(batch, tablet, raised)
+        if self._rules.floor_raised:
+            raised = msgspec.structs.replace(state, floor=max(state.floor, floor), agreed=max(state.agreed, floor))
+            self._put(batch, tablet, raised)
 
     def drop(self, batch: Batch, tablet: int) -> None:
         """Into the batch that erases the content, once every current replica is initialised without it."""

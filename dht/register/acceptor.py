@@ -162,7 +162,8 @@ class Acceptor:
         try:
             self._context.domain.admit(self._file.tablet(item.key), item.epoch)
         except NotServing:
-            return _NOT_SERVING
+            if self._context.rules.serving_only:
+                return _NOT_SERVING
         header = self._file.header(item.key)
         rows: dict[RowKey, bytes] | None = None
         if item.wanted and item.known != header.accepted:

@@ -106,7 +106,8 @@ class Context:
         """A ballot that no other operation has."""
         self.operations += 1
         boot = self.boot if self.rules.boot_in_ballot else 0
-        return Ballot(self.domain.generation, epoch, round, self.node, boot, self.operations)
+        operation = self.operations if self.rules.op_in_ballot else 0
+        return Ballot(self.domain.generation, epoch, round, self.node, boot, operation)
 
     async def back_off(self) -> None:
         await self.clock.sleep(self.chance.uniform(BACKOFF_MIN_S, BACKOFF_MAX_S))

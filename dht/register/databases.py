@@ -189,7 +189,7 @@ class Databases:
             current, specs = catalog.catalog_of(group.rows or {})
             if version is None or current != file.spec_version(database):
                 batch = Batch()
-                file.set_specs(batch, database, current, specs)
+                file.set_specs(batch, database, current, specs, fill=self._context.rules.find_indexed)
                 self._following[database] = self._context.disk.submit(batch)
                 self._context.count("catalogs_learned")
             return file.spec_version(database)

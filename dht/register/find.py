@@ -77,7 +77,8 @@ class FindServer:
             try:
                 context.domain.admit(tablet, epoch)
             except NotServing:
-                continue
+                if context.rules.serving_only:
+                    continue
             sends[tablet] = rows
         matches, truncated = file.find_local(query, sends, request.limit)
         unsettled = file.unsettled(query.database, query.table, sends) if context.rules.find_lists_unsettled else []

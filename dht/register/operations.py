@@ -89,7 +89,7 @@ def perform(
         case Kind.PREPARE:
             return _prepare(state, operation, seen, attempt, ballot, rules, version)
         case Kind.FINISH | Kind.ROLL_BACK:
-            return _end(state, operation, ballot)
+            return _end(state, operation, ballot, rules)
         case Kind.ABORT:
             return _abort(state, operation, seen, ballot)
         case Kind.FORGET:
@@ -200,7 +200,7 @@ def _prepare(
     return delta, ballot, APPLIED
 
 
-def _end(state: GroupState, operation: Operation, ballot: Ballot) -> tuple[Delta, Ballot, int]:
+def _end(state: GroupState, operation: Operation, ballot: Ballot, rules: Rules) -> tuple[Delta, Ballot, int]:
     """FINISH applies the intent, ROLL_BACK drops it; both leave the outcome in the window.
 
     A rollback leaves it even where no intent was, for a prepare may be on its way. A decided transaction without an
@@ -209,7 +209,7 @@ def _end(state: GroupState, operation: Operation, ballot: Ballot) -> tuple[Delta
     finish = operation.kind == Kind.FINISH
     key = intent_key(operation.id)
     row = state.intents.get(key)
-    if row is None and (finish or operation.id in state.window):
+    if row is None and (finish or operation.id in state.window or not rules.rollback_recorded):
         return {}, state.ballot, APPLIED
     delta: Delta = {}
     if row is not None and finish:

@@ -207,6 +207,8 @@ class Reader:
         for want in wants:
             replicas = context.replicas(want.key)
             want.begin(replicas.epoch, replicas.nodes)
+            if not context.rules.read_majority:
+                want.quorum = 1
             if want.source not in replicas.nodes:
                 want.source = self._source(replicas.nodes)
             first = self._first(replicas.nodes, want.source, want.quorum)
@@ -326,7 +328,7 @@ class Reader:
     def _rows(self, want: _Want, ballot: Ballot) -> dict[RowKey, bytes] | None:
         """Rows of exactly that ballot: a peer's, the coordinator's cached ones, or those of the own file."""
         for state in want.states.values():
-            if state.rows is not None and state.accepted == ballot:
+            if state.rows is not None and (state.accepted == ballot or not self._context.rules.read_exact_data):
                 return state.rows
         if self._context.node in want.states:
             cached = self._coordinator.cached(want.key)

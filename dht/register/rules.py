@@ -22,6 +22,11 @@ class Rules(Struct, frozen=True):
     read_same_ballot: a read's majority agrees on one ballot. read_writes_back: what no majority has yet is finished
     before it is read. find_lists_unsettled, find_intents: a find reads by itself what may not be decided.
     find_majority: a find waits for a majority of each tablet. reads_resolve_intents: a read asks the primary.
+    read_majority: a read waits for a majority at all. read_exact_data: its rows are of the ballot that it agreed on.
+    serving_only: a replica that is sealed or not initialised answers no read and counts in no find. find_indexed: a
+    replica's indexes hold the rows that were there before it learned of them.
+    op_in_ballot: ballots of two operations of one start differ. rollback_recorded: a rollback leaves its mark where no
+    intent was, too.
     abort_before_touching_intent: a resolver ends the transaction at its primary first. decision_kept: the decision
     record stays until every group has acknowledged. prepare_before_commit: the primary commits after all prepared.
     version_with_promise: nothing is proposed that was made under an older catalog than its promises named.
@@ -50,6 +55,12 @@ class Rules(Struct, frozen=True):
     abort_before_touching_intent: bool = True
     decision_kept: bool = True
     prepare_before_commit: bool = True
+    read_majority: bool = True
+    read_exact_data: bool = True
+    serving_only: bool = True
+    find_indexed: bool = True
+    op_in_ballot: bool = True
+    rollback_recorded: bool = True
     version_with_promise: bool = True
     fence_settles_groups: bool = True
     fence_ends_intents: bool = True

@@ -8,10 +8,13 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 import click
 
-from dht.sim.planted import switched_off
+from dht.sim.explore import CASES, explore
+from dht.sim.planted import CAUGHT, hunt, switched_off
+from dht.sim.planted_table import page, table
 from dht.sim.scenario import Scenario, Verdict, run
 from dht.sim.scenarios import NAMES, scenario
 from dht.sim.swarm import SWARM
@@ -87,6 +90,48 @@ def soak(seeds: int, first: int, jobs: int, scenarios: tuple[str, ...], off: tup
         f"{undecided} histories too entangled to decide"
     )
     sys.exit(1 if failed else 0)
+
+
+@main.command(name="explore")
+@click.option("--deviations", type=click.IntRange(min=0), default=2, show_default=True, help="From the plain order.")
+@click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, help="Default: all.")
+@click.option("--off", multiple=True, metavar="RULE", help="Switch a rule of the registers or of the domain off.")
+@click.option("--runs", type=click.IntRange(min=1), help="At most so many runs of each case.")
+def explore_command(deviations: int, cases: tuple[str, ...], off: tuple[str, ...], runs: int | None) -> None:
+    """Make every run with so many deviations of the smallest cases. Exit code 1: a violation."""
+    failed = False
+    for name in cases or tuple(CASES):
+        started = time.process_time()
+        found = explore(CASES[name], deviations, off, runs)
+        how = "all of them" if found.complete else "there are more"
+        took_s = time.process_time() - started
+        click.echo(f"{name}: {found.runs} runs ({how}), {found.cut_short} cut short, {took_s:.1f} s of CPU")
+        for line in (*found.violations, *(f"    {told}" for told in found.story if found.violations)):
+            click.echo(f"VIOLATION: {line}" if line in found.violations else line)
+        failed |= bool(found.violations)
+    sys.exit(1 if failed else 0)
+
+
+@main.command(name="planted")
+@click.option("--seeds", type=click.IntRange(min=1), default=500, show_default=True, help="At most, for each rule.")
+@click.option("--catches", type=click.IntRange(min=1), default=5, show_default=True, help="Enough, for each rule.")
+@click.option("--first", type=int, default=1, show_default=True, help="The first seed.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes at a time.")
+@click.option("--write", type=click.Path(dir_okay=False), help="Write the table there, too.")
+def planted_command(seeds: int, catches: int, first: int, jobs: int, write: str | None) -> None:
+    """Search for each planted bug that random runs are to catch; print what it took as a table."""
+    with ProcessPoolExecutor(jobs) as pool:
+        searched = range(first, first + seeds)
+        waiting = [pool.submit(hunt, rule, name, searched, catches) for rule, (name, _) in CAUGHT.items()]
+        hunts = []
+        for future in waiting:
+            found = future.result()
+            hunts.append(found)
+            click.echo(f"{found.rule}: {len(found.caught)} in {found.tried} seeds of {found.scenario}", err=True)
+    text = table(hunts)
+    click.echo(text)
+    if write is not None:
+        Path(write).write_text(page(text, first, seeds, catches))
 
 
 def _run_one(name: str, off: tuple[str, ...], seed: int) -> Verdict:

@@ -59,6 +59,16 @@ class Node(Protocol):
         """Whether nothing is left to do: it belongs to the cluster, and serves all that it is to serve."""
         ...
 
+    @property
+    def joined(self) -> bool:
+        """Whether the cluster counts it as a member."""
+        ...
+
+    @property
+    def serving(self) -> bool:
+        """Whether it votes on any tablet."""
+        ...
+
     async def start(self) -> None: ...
 
     async def leave(self, node: NodeId) -> None:
@@ -78,7 +88,7 @@ Build = Callable[[Boot], Node]
 
 @dataclass(slots=True)
 class Machine:
-    """`incarnation` changes with the disk, `boots` counts starts of one incarnation."""
+    """`incarnation` changes with the disk, `boots` counts its starts as the disk knows them, `starts` all of them."""
 
     name: str
     node_id: NodeId
@@ -88,6 +98,7 @@ class Machine:
     incarnation: bytes
     founds: bool = False
     boots: int = 0
+    starts: int = 0
     wipes: int = 0
     process: Process | None = None
     node: Node | None = None
@@ -150,7 +161,10 @@ class Cluster:
         if machine.running or machine.retired:
             return
         machine.boots += 1
+        machine.starts += 1
         machine.process = process = Process(f"{machine.name}.{machine.boots}")
+        network = self.fabric.attach(machine.node_id, machine.name, process)
+        network.identity = machine.node_id, machine.incarnation, machine.boots, machine.starts.to_bytes(16, "big")
         boot = Boot(
             name=machine.name,
             node_id=machine.node_id,
@@ -160,7 +174,7 @@ class Cluster:
             address=f"{machine.name}:7000",
             clock=machine.clock,
             chance=self.chance(f"{process.name} {machine.wipes}"),
-            network=self.fabric.attach(machine.node_id, machine.name, process),
+            network=network,
             disk=machine.disk,
             founds=machine.founds and machine.wipes == 0,
             peers=tuple(m.node_id for m in self.machines if m is not machine),
@@ -190,6 +204,16 @@ class Cluster:
         """As `crash`, but the disk has everything that the node wrote."""
         self.machines[number].disk.flush()
         self.crash(number)
+
+    def roll_back(self, number: int, disk: Content, boots: int) -> None:
+        """Crash, and an old copy of the disk in its place: all that was promised since is forgotten."""
+        self.crash(number)
+        machine = self.machines[number]
+        machine.disk.wipe()
+        machine.disk.fill(disk)
+        machine.boots = boots
+        machine.wipes += 1
+        self.say(f"{machine.name} has a copy of its disk from start {boots}")
 
     def wipe(self, number: int) -> None:
         """Crash, and an empty disk in the place of the old one: a new incarnation."""

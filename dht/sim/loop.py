@@ -239,12 +239,13 @@ def run(
     time_limit_s: float,
     shuffle: random.Random | None = None,
     steps_max: int = STEPS_MAX,
+    loop: VirtualLoop | None = None,
 ) -> T:
     """Run the coroutine to its end in a virtual loop of its own.
 
     Raises Stuck when nothing can happen any more or a limit is passed, BackgroundFailure when any task failed unseen.
     """
-    loop = VirtualLoop(shuffle)
+    loop = VirtualLoop(shuffle) if loop is None else loop
     loop.time_limit_s, loop.steps_max = time_limit_s, steps_max
     collecting = gc.isenabled()
     gc.disable()  # finalizers run when the interpreter likes; the seed decides here

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Collection
 
 from dht.codec import Failure, decode, encode
-from dht.errors import DhtError, Indeterminate, Unavailable, rebuild
+from dht.errors import Conflict, DhtError, Indeterminate, Unavailable, rebuild
 from dht.model import NodeId, Struct
 from dht.sim.loop import NOWHERE, Process
 from dht.world import Answer
@@ -21,6 +21,7 @@ ALIVE_WINDOW_S = 3.0
 BROKEN_LINK_NOTICED_S = 0.05
 
 Trace = Callable[[str], None]
+Meet = Callable[[NodeId, bytes, int, bytes], None]
 
 
 class Weather:
@@ -133,6 +134,11 @@ class SimNetwork:
         self._next = 0
         self._heard_s: dict[NodeId, float] = {}
         self._lost_s: dict[NodeId, float] = {}
+        self._met: dict[SimNetwork, bool] = {}
+        self.identity: tuple[NodeId, bytes, int, bytes] | None = None
+        """What it proves at a handshake: node, incarnation, boot, start."""
+        self.meet: Meet | None = None
+        """Raises Conflict for a peer that is not to be trusted; see `dht.wire.boots`."""
         self.closed = False
 
     def serve(self, answer: Answer) -> None:
@@ -160,6 +166,10 @@ class SimNetwork:
         if self.closed:
             raise Unavailable("this node has stopped", sent=False)
         peer = fabric.endpoint(to)
+        if peer is not None and not (to == self._node or self.meets(peer)):
+            await asyncio.sleep(min(timeout_s, fabric.delay_s(self._node, to)))
+            self._silent(to)
+            raise Unavailable(f"{fabric.names.get(to)} and this node refuse each other", sent=False)
         noticed = chance.random() < 0.5
         if noticed and to != self._node and (peer is None or fabric.is_cut(self._node, to)):
             await asyncio.sleep(min(timeout_s, fabric.delay_s(self._node, to)))
@@ -184,6 +194,19 @@ class SimNetwork:
         if isinstance(answer, Failure):
             raise rebuild(answer.code, answer.message, answer.detail)
         return answer
+
+    def meets(self, peer: SimNetwork) -> bool:
+        """Whether both ends take the other for what it says it is: the handshake of a link, the first time."""
+        fabric = self._fabric
+        known = self._met.get(peer)
+        if known is None:
+            if fabric.is_cut(self._node, peer._node) or fabric.is_cut(peer._node, self._node):
+                return True
+            known = _introduced(self, peer) and _introduced(peer, self)
+            self._met[peer] = peer._met[self] = known
+            if not known:
+                fabric.trace(f"{fabric.names.get(self._node)} and {fabric.names.get(peer._node)} refuse each other")
+        return known
 
     def _silent(self, node: NodeId) -> None:
         if self.alive(node):
@@ -225,10 +248,23 @@ class SimNetwork:
 
 
 def _request_arrives(fabric: Fabric, sender: NodeId, to: NodeId, data: bytes, number: int, caller: SimNetwork) -> None:
-    """A request reaches whatever boot of the peer runs now; nobody is told if none does."""
+    """A request reaches whatever boot of the peer runs now; nobody is told if none does.
+
+    What a boot that is gone had sent still arrives: its link was good when it left.
+    """
     peer = fabric.endpoint(to)
-    if peer is not None:
+    if peer is not None and (caller.closed or peer is caller or caller.meets(peer)):
         peer.request_arrives(sender, data, number, caller)
+
+
+def _introduced(one: SimNetwork, to: SimNetwork) -> bool:
+    if one.identity is None or to.meet is None:
+        return True
+    try:
+        to.meet(*one.identity)
+    except Conflict:
+        return False
+    return True
 
 
 def _late(reply: asyncio.Future[bytes]) -> None:

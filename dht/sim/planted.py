@@ -2,22 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from dht.domain.rules import DomainRules
 from dht.register.rules import Rules
-from dht.sim.scenario import Scenario
+from dht.sim.scenario import Scenario, run
+from dht.sim.scenarios import scenario
+
+WORLD: Final[dict[str, dict[str, bool]]] = {
+    "boots_checked": {"boots_checked": False},
+    "flush_awaited": {"lying_disks": True},
+}
+"""Rules of what the protocol stands on, as fields of a scenario: peers refuse a directory that was copied or rolled
+back (`dht.wire.boots`); what a disk calls durable is flushed."""
+RULES: Final = (*Rules.__struct_fields__, *DomainRules.__struct_fields__, *WORLD)
 
 
-def switched_off(scenario: Scenario, off: Sequence[str]) -> Scenario:
+def switched_off(of: Scenario, off: Sequence[str]) -> Scenario:
     """The same with these rules, of the registers or of the domain, switched off. Raises ValueError for others."""
-    registers, domain = Rules.__struct_fields__, DomainRules.__struct_fields__
     for rule in off:
-        if rule not in (*registers, *domain):
-            raise ValueError(f"there is no rule {rule!r}; rules: {', '.join((*registers, *domain))}")
+        if rule not in RULES:
+            raise ValueError(f"there is no rule {rule!r}; rules: {', '.join(RULES)}")
+    plain: dict[str, Any] = {name: value for rule in off for name, value in WORLD.get(rule, {}).items()}
     return replace(
-        scenario,
-        rules=scenario.rules + tuple(rule for rule in off if rule in registers),
-        domain_rules=scenario.domain_rules + tuple(rule for rule in off if rule in domain),
+        of,
+        **plain,
+        rules=of.rules + tuple(rule for rule in off if rule in Rules.__struct_fields__),
+        domain_rules=of.domain_rules + tuple(rule for rule in off if rule in DomainRules.__struct_fields__),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Hunt:
+    """What a search for one planted bug found: the seeds that it tried, those that showed it, and how."""
+
+    rule: str
+    scenario: str
+    tried: int
+    caught: tuple[int, ...]
+    violation: str
+
+    @property
+    def gaps(self) -> tuple[int, ...]:
+        """How many seeds each catch took, one after the other."""
+        return tuple(b - a for a, b in zip((-1, *self.caught), self.caught, strict=False))
+
+
+def hunt(rule: str, name: str, seeds: Iterable[int], catches: int) -> Hunt:
+    """Run seeds without the rule until so many have shown a violation, or there are no more."""
+    caught: list[int] = []
+    tried, violation = 0, ""
+    for at, seed in enumerate(seeds):
+        tried += 1
+        if violations := run(switched_off(scenario(name, seed), (rule,)), seed).violations:
+            caught.append(at)
+            violation = violation or violations[0].splitlines()[0]
+            if len(caught) >= catches:
+                break
+    return Hunt(rule, name, tried, tuple(caught), violation)
+
+
+CAUGHT: Final[dict[str, tuple[str, int]]] = {
+    "accept_durable": ("swarm", 250),
+    "refuse_lower_ballot": ("swarm", 100),
+    "delta_base_checked": ("swarm", 60),
+    "one_accept_in_flight": ("swarm", 40),
+    "chosen_before_answer": ("swarm", 60),
+    "promise_not_across_epochs": ("replace", 60),
+    "confirm_refusal": ("swarm", 120),
+    "window": ("swarm", 80),
+    "refusal_recorded_at_retry": ("late", 100),
+    "read_majority": ("swarm", 40),
+    "read_same_ballot": ("swarm", 40),
+    "read_exact_data": ("swarm", 300),
+    "read_writes_back": ("swarm", 60),
+    "find_intents": ("finds", 60),
+    "find_indexed": ("swarm", 400),
+    "reads_resolve_intents": ("swarm", 100),
+    "prepare_before_commit": ("swarm", 40),
+    "seal": ("grow", 60),
+    "serve_only_initialised": ("swarm", 120),
+    "highest_ballot_wins": ("drain", 60),
+    "incarnation_checked": ("replace", 60),
+    "boots_checked": ("rolled-back", 20),
+    "flush_awaited": ("single", 60),
+}
+"""rule: (scenario, seeds within which a random run shows that it is off)."""
+
+_REGISTER = "tests.sim.test_rare_rules_register"
+_DOMAIN = "tests.sim.test_rare_rules_domain"
+_FLOORS = "tests.sim.test_rare_rules_collection"
+_FENCE = "tests.sim.test_rare_rules_fence"
+_COLLECTION = "tests.dht.domain.test_collection"
+_TRANSFER = "tests.dht.domain.test_transfer"
+DIRECTED: Final[dict[str, tuple[str, ...]]] = {
+    "promise_durable": (_REGISTER, "test_promise_durable_forgotten_promise_loses_an_acknowledged_write"),
+    "boot_in_ballot": (_REGISTER, "test_boot_in_ballot_two_values_at_one_ballot_read_differently"),
+    "drop_after_failed_accept": (
+        _REGISTER,
+        "test_drop_after_failed_accept_state_that_nobody_promised_on_loses_an_acknowledged_write",
+    ),
+    "window_floor": (_REGISTER, "test_window_floor_transaction_that_was_forgotten_is_applied_again"),
+    "find_majority": (_REGISTER, "test_find_majority_replica_that_missed_the_write_answers_alone"),
+    "find_lists_unsettled": (
+        _REGISTER,
+        "test_find_lists_unsettled_write_that_is_not_durable_yet_is_told_and_lost",
+    ),
+    "abort_before_touching_intent": (
+        _REGISTER,
+        "test_abort_before_touching_intent_transaction_is_applied_by_half",
+    ),
+    "serving_only": (_DOMAIN, "test_serving_only_sealed_replica_answers_a_read_and_a_find"),
+    "epoch_checked": (_DOMAIN, "test_epoch_checked_proposer_with_a_stale_roster_is_enough_for_itself"),
+    "op_in_ballot": (_REGISTER, "test_op_in_ballot_two_operations_of_one_start_share_a_ballot"),
+    "rollback_recorded": (
+        _REGISTER,
+        "test_rollback_recorded_prepare_that_comes_after_the_abort_leaves_an_intent",
+    ),
+    "floor_raised": (_FLOORS, "test_floor_raised_transaction_from_before_the_collection_is_applied_again"),
+    "decision_kept": (_REGISTER, "test_decision_kept_committed_transaction_loses_a_group"),
+    "seal_on_accept": (_DOMAIN, "test_seal_on_accept_late_accept_of_the_old_epoch_is_acknowledged_and_lost"),
+    "seal_before_init": (_DOMAIN, "test_seal_before_init_write_between_survey_and_seal_is_lost"),
+    "only_initialised_contribute": (
+        _TRANSFER,
+        "test_initialise_no_initialised_replica_in_the_epoch_before_recurses",
+        "test_initialise_planted_bug_uninitialised_contribute_loses_the_value",
+    ),
+    "init_durable": (_DOMAIN, "test_init_durable_restart_initialises_again_and_loses_what_was_written_since"),
+    "refuse_stale_init": (_DOMAIN, "test_refuse_stale_init_epoch_below_a_seal_is_not_initialised"),
+    "replace_content": (_DOMAIN, "test_replace_content_row_deleted_while_a_replica_was_away_comes_back_with_it"),
+    "gate_on_majority": (_DOMAIN, "test_gate_on_majority_node_that_leaves_is_let_go_with_the_only_copy"),
+    "decided_by_previous_voters": (
+        _DOMAIN,
+        "test_decided_by_previous_voters_member_that_is_gone_is_asked_for_the_next_link",
+    ),
+    "floor_carried": (
+        _FLOORS,
+        "test_floor_carried_transaction_from_before_the_collection_is_applied_again",
+    ),
+    "collect_needs_all": (
+        _COLLECTION,
+        "test_replica_without_the_tombstone_keeps_the_others_from_erasing_it",
+        "test_replica_without_the_tombstone_brings_the_dead_back_when_a_majority_is_enough",
+    ),
+    "floor_keeps_promise": (
+        _FLOORS,
+        "test_floor_keeps_promise_accept_on_its_way_overwrites_a_later_write",
+    ),
+    "version_with_promise": (
+        _FENCE,
+        "test_version_with_promise_replica_that_missed_the_catalog_commits_under_the_old_one",
+    ),
+    "fence_settles_groups": (_FENCE, "test_fence_settles_groups_value_of_a_minority_comes_to_light_after_it"),
+    "fence_ends_intents": (_FENCE, "test_fence_ends_intents_transaction_prepared_before_it_commits_after_it"),
+    "versions_carried": (_FENCE, "test_versions_carried_new_replica_tells_what_the_old_ones_told"),
+    "promises_carried": (_FENCE, "test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replica"),
+}
+"""rule: (module, tests of a hand-made schedule: with the rule and without)."""

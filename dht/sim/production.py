@@ -16,6 +16,7 @@ from dht.register.rules import RULES, Rules
 from dht.requests import Store
 from dht.sim.cluster import Boot, Build, Node
 from dht.storage.registers import RegisterFile
+from dht.wire.boots import BootBook
 
 
 class ProductionNode:
@@ -29,7 +30,10 @@ class ProductionNode:
         tablets: int,
         remove_after_s: float,
         collect_every_s: float,
+        boots_checked: bool = True,
     ) -> None:
+        if boots_checked:
+            boot.network.meet = BootBook(boot.disk).accept
         registers = RegisterFile(boot.disk, tablets)
         local = LocalNode(boot.node_id, boot.incarnation, boot.boot, boot.pop, boot.name, boot.address)
         self._boot = boot
@@ -73,6 +77,14 @@ class ProductionNode:
         ) and not any(m.leaving for m in roster.members)
 
     @property
+    def joined(self) -> bool:
+        return self.domain.joined
+
+    @property
+    def serving(self) -> bool:
+        return any(self.domain.tablets.serves(tablet) for tablet in range(self._tablets))
+
+    @property
     def left(self) -> bool:
         return self.domain.removed
 
@@ -90,13 +102,18 @@ class ProductionNode:
 
 
 def builder(
-    off: Sequence[str], domain_off: Sequence[str], tablets: int, remove_after_s: float, collect_every_s: float
+    off: Sequence[str],
+    domain_off: Sequence[str],
+    tablets: int,
+    remove_after_s: float,
+    collect_every_s: float,
+    boots_checked: bool = True,
 ) -> Build:
     """Builds nodes with these rules switched off."""
     rules = msgspec.structs.replace(RULES, **dict.fromkeys(off, False))
     domain_rules = msgspec.structs.replace(DOMAIN_RULES, **dict.fromkeys(domain_off, False))
 
     def build(boot: Boot) -> Node:
-        return ProductionNode(boot, rules, domain_rules, tablets, remove_after_s, collect_every_s)
+        return ProductionNode(boot, rules, domain_rules, tablets, remove_after_s, collect_every_s, boots_checked)
 
     return build

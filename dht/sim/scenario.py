@@ -43,11 +43,13 @@ class Faults:
     wipe: float = 0.0
     join: float = 0.0
     drain: float = 0.0
+    stillborn: float = 0.0
     down_at_once: int = 1
     lasts_s: float = 0.8
     joins: int = 0
     wipes: int = 0
     drains: int = 0
+    stillborns: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Scenario:
     rules: tuple[str, ...] = ()
     domain_rules: tuple[str, ...] = ()
     lying_disks: bool = False
+    boots_checked: bool = True
     slowness: float = 1.0
     operations: int | None = None
     variant: int | None = None
@@ -113,6 +116,7 @@ class Run:
     joins: int = 0
     wipes: int = 0
     drains: int = 0
+    stillborns: int = 0
     starting: list[asyncio.Task[None]] = field(default_factory=list)
     clients: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -137,7 +141,12 @@ def run(scenario: Scenario, seed: int, build: Build | None = None) -> Verdict:
         from dht.sim.production import builder
 
         build = builder(
-            scenario.rules, scenario.domain_rules, scenario.tablets, scenario.remove_after_s, scenario.collect_every_s
+            scenario.rules,
+            scenario.domain_rules,
+            scenario.tablets,
+            scenario.remove_after_s,
+            scenario.collect_every_s,
+            scenario.boots_checked,
         )
     cluster = Cluster(f"{scenario.name}/{seed}", build)
     bench = Bench(cluster, scenario.mix, timeout_s=scenario.timeout_s, operations_max=scenario.operations)
@@ -264,6 +273,7 @@ async def nemesis(now: Run) -> None:
         (faults.wipe, _wipe),
         (faults.join, _join),
         (faults.drain, _drain),
+        (faults.stillborn, _bury),
     ]
     weights = [weight for weight, _ in steps]
     acting: list[asyncio.Task[None]] = []
@@ -391,6 +401,24 @@ async def _join(now: Run) -> None:
     if now.joins < now.scenario.faults.joins:
         now.joins += 1
         now.start(now.cluster.add())
+
+
+async def _bury(now: Run) -> None:
+    """A new machine loses its disk when it is a member, and before it has taken anything over."""
+    cluster = now.cluster
+    if now.stillborns >= now.scenario.faults.stillborns or not _whole(now, machines=1):
+        return
+    now.stillborns += 1
+    number = cluster.add()
+    now.start(number)
+    machine = cluster.machines[number]
+    while (node := machine.node) is None or not node.joined:
+        await machine.clock.sleep(0.001)
+    await machine.clock.sleep(now.chance.choice((0.0, 0.002, 0.01)))
+    if not node.serving:
+        cluster.wipe(number)
+        await machine.clock.sleep(_lasts_s(now))
+    now.start(number)
 
 
 async def _drain(now: Run) -> None:

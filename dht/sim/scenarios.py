@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from dht.sim.scenario import Faults, Scenario
+from dht.sim.scripts import rolled_back, sizes
 from dht.sim.swarm import SWARM, swarm
 from dht.sim.workload import Mix
 
@@ -103,6 +104,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             duration_s=12.0,
             faults=Faults(drain=2, crash=1, loss=1, pause=1, drains=1, every_s=0.7),
         ),
+        Scenario("sizes", machines=1, duration_s=30.0, tablets=4, mix=Mix(pace_s=0.05), script=sizes),
+        Scenario("rolled-back", tablets=4, duration_s=5.0, script=rolled_back),
         Scenario(
             "everything",
             machines=4,

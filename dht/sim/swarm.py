@@ -16,7 +16,7 @@ from dht.sim.workload import Mix
 SWARM: Final = "swarm"
 _LONG_ONE_IN: Final = 30
 _CALM: Final = ("crash", "partition", "one_way", "loss", "slow_disk", "pause", "stragglers", "skew", "crash_all")
-_MOVING: Final = ("join", "wipe", "drain")
+_MOVING: Final = ("join", "wipe", "drain", "stillborn")
 _LOADS: Final = ("append", "cell", "bag", "transact", "owner")
 
 
@@ -24,7 +24,7 @@ def swarm(seed: int) -> Scenario:
     """The scenario of the seed."""
     chance = random.Random(f"swarm/{seed}")
     long = chance.random() < 1 / _LONG_ONE_IN
-    moving = chance.random() < 0.25
+    moving = chance.random() < 0.4
     machines = chance.choice((1, 3, 4) if moving else (1, 2, 3, 3, 3, 3, 4, 5))
     return Scenario(
         SWARM,
@@ -36,6 +36,7 @@ def swarm(seed: int) -> Scenario:
         mix=_mix(chance),
         faults=_faults(chance, long, moving),
         loss=chance.choice((0.0, 0.0, 0.01, 0.1)),
+        duplication=chance.choice((0.0, 0.0, 0.02, 0.2)),
         straggler=chance.choice((0.0, 0.01, 0.1, 0.3)),
         shuffle=chance.random() < 0.3,
         tablets=chance.choice((1, 2, 4)),
@@ -73,7 +74,7 @@ def _faults(chance: random.Random, long: bool, moving: bool) -> Faults:
     many = {}
     if moving:
         weights.update(dict.fromkeys(chance.sample(_MOVING, chance.choice((1, 1, 2, 3))), 3.0))
-        many = {"joins": chance.randint(1, 2), "wipes": 1, "drains": 1}
+        many = {"joins": chance.randint(1, 2), "wipes": 1, "drains": 1, "stillborns": 1}
     return Faults(
         every_s=chance.choice((0.3, 0.6)) if long else chance.choice((0.03, 0.1, 0.2)),
         lasts_s=chance.choice((0.05, 0.2, 0.6)),

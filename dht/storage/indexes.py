@@ -158,8 +158,13 @@ class Indexes:
             if now is not None:
                 batch.put(Space.INDEX, index.prefix + now + tail, value)
 
-    def set_specs(self, batch: Batch, database: str, version: int, specs: Sequence[TableSpec]) -> None:
-        """Into the batch: the specs, the entries of new indexes, and the removal of those that no spec names."""
+    def set_specs(
+        self, batch: Batch, database: str, version: int, specs: Sequence[TableSpec], fill: bool = True
+    ) -> None:
+        """Into the batch: the specs, the entries of new indexes, and the removal of those that no spec names.
+
+        `fill` False: a planted bug of the simulator, indexes without the rows that are there already.
+        """
         name = encode_value(database)
         known = self._databases.get(name, DatabaseIndexes(0, {}))
         tables = _tables_of(name, specs)
@@ -171,7 +176,8 @@ class Indexes:
                         batch.delete(Space.INDEX, key)
         for table, indexes in tables.items():
             had = known.tables[table].others if table in known.tables else ()
-            self._fill(batch, table, indexes, [index for index in indexes.others if index not in had])
+            if fill:
+                self._fill(batch, table, indexes, [index for index in indexes.others if index not in had])
         if version or specs:
             value = msgspec.msgpack.encode(StoredSpecs(version, tuple(specs)))
             batch.put(Space.SPEC, name, value)

@@ -159,13 +159,15 @@ class RegisterFile:
         for database, version in versions.items():
             self._indexes.tell(batch, database, version)
 
-    def set_specs(self, batch: Batch, database: str, version: int, specs: Sequence[TableSpec]) -> None:
+    def set_specs(
+        self, batch: Batch, database: str, version: int, specs: Sequence[TableSpec], *, fill: bool = True
+    ) -> None:
         """Into the batch: the table specs, new indexes filled from the rows, and old ones dropped.
 
         The batch must not hold changes of the database's application rows. In force at once. Version 0 without specs
         forgets the database.
         """
-        self._indexes.set_specs(batch, database, version, specs)
+        self._indexes.set_specs(batch, database, version, specs, fill)
 
     def find_local(
         self, query: FindQuery, tablets: Collection[int] | None = None, limit: int | None = None

@@ -16,9 +16,9 @@ from dht.errors import Conflict, Invalid
 from dht.model import Struct
 from dht.requests import Store
 from dht.storage.memory import MemoryDisk
+from dht.wire.boots import BootBook
 from dht.wire.local import Connection
 from lucd import messages, workers
-from lucd.boots import BootBook
 from lucd.door import Door
 from lucd.notify import notify
 from lucd.workers import WorkerSupervisor

@@ -65,7 +65,7 @@ def delete(pk: int) -> Part:
 
 def play(story: Callable[[Yard], Coroutine[Any, Any, None]], *off: str) -> None:
     async def told() -> None:
-        await story(Yard(Cluster(1, builder((), off, 1, 1e6, 1e6))))
+        await story(Yard(Cluster(1, builder((), off, 1, 1e6, 1e6, boots_checked=False))))
 
     virtual.run(told(), time_limit_s=1000.0)
 
@@ -135,3 +135,24 @@ def test_floor_keeps_promise_accept_on_its_way_overwrites_a_later_write(on: bool
         assert await yard.keys(first, KEY) == [row_key(1, (1 if on else 2,))]
 
     play(story, *(() if on else ("floor_keeps_promise",)))
+
+
+@BOTH
+def test_floor_raised_transaction_from_before_the_collection_is_applied_again(on: bool) -> None:
+    """A row is inserted, deleted, and its group collected, with its window. Then the insert is tried again."""
+
+    async def story(yard: Yard) -> None:
+        await yard.grow(1)
+        store = yard.store(0)
+        await store.create_database("db")
+        (read,) = await store.read([KEY])
+        old = yard.transaction(Part(KEY, read.ballot, insert(1).changes))
+        await store.commit(old)
+        await store.commit(yard.transaction(delete(1)))
+        await asyncio.sleep(1.0)
+        await yard.sweep()
+        error = await failed(store.commit(old, 1))
+        assert isinstance(error, Indeterminate) if on else error is None
+        assert await yard.keys(0, KEY) == ([] if on else [row_key(1, (1,))])
+
+    play(story, *(() if on else ("floor_raised",)))

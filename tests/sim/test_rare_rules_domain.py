@@ -15,11 +15,13 @@ from dht.domain.roster import successor
 from dht.domain.rules import DomainRules
 from dht.domain.tablets import Tablets
 from dht.errors import DhtError, NotServing, Unavailable
-from dht.model import ZERO, Ballot, GroupKey, NodeId, Struct
+from dht.model import ZERO, Ballot, FindQuery, GroupKey, NodeId, Struct
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
+from dht.register.find import FindServer
 from dht.register.group import GroupState
-from dht.register.messages import Accept, Verdict
+from dht.register.messages import Accept, FindReplica, ReadItem, Verdict, Wanted
+from dht.register.rules import Rules
 from dht.rows import encode_row
 from dht.storage.memory import MemoryDisk
 from dht.world import Batch
@@ -229,3 +231,60 @@ def test_refuse_stale_init_epoch_below_a_seal_is_not_initialised(on: bool) -> No
     tablets.initialise(batch, 0, 5, 3, ZERO)
     tablets.submit(batch)
     assert [tablets.may_initialise(0, epoch) for epoch in (4, 5, 6)] == [not on, not on, True]
+
+
+@BOTH
+def test_epoch_checked_proposer_with_a_stale_roster_is_enough_for_itself(on: bool) -> None:
+    """Epoch 1 is {0}, epoch 2 is {0, 1, 2}, all initialised. Somebody who has only heard of epoch 1 proposes there.
+
+    0 alone is a majority of epoch 1, and none of epoch 2: 1 and 2 answer a read without it.
+    """
+
+    async def story(stage: Stage) -> None:
+        k = stage.keys[0]
+        assert await accepts(stage, 0, k, 1, 1, "old")
+        await three_replicas(stage)
+        acknowledged = await accepts(stage, 0, k, 1, 2, "new")
+        assert acknowledged is not on
+        assert [stage.row(number, k) for number in (1, 2)] == [value("old")] * 2
+
+    staged(story, 3, DomainRules(epoch_checked=on))
+
+
+@BOTH
+def test_serving_only_sealed_replica_answers_a_read_and_a_find(on: bool) -> None:
+    """Epoch 1 is {0}, epoch 2 is {1}, which acknowledges a write. Somebody who knows epoch 1 only reads at 0."""
+
+    async def story(stage: Stage) -> None:
+        k, node = stage.keys[0], stage.world.node(0)
+        assert await accepts(stage, 0, k, 1, 1, "old")
+        stage.move(1)
+        await stage.tell(0, 1)
+        assert await stage.initialise(1)
+        assert await accepts(stage, 1, k, 2, 2, "new")
+        boot = node.boot
+        context = Context(
+            boot.node_id,
+            boot.boot,
+            boot.clock,
+            boot.chance,
+            boot.network,
+            boot.disk,
+            node.registers,
+            node.domain,
+            Rules(serving_only=on),
+        )
+        acceptor = Acceptor(context)
+        state = acceptor.state(ReadItem(k, 1, Wanted.DATA, None))
+        assert state.serving is not on
+        assert state.rows == (None if on else {ROW: value("old")})
+
+        async def learned(database: str, version: int) -> int:
+            return version
+
+        query = FindQuery("db", 1, 0)
+        asked = FindReplica(query, (stage.tablet,), (1,), (True,), 10)
+        reply = await FindServer(context, acceptor, learned).serve(asked)
+        assert [row.row for row in reply.rows] == ([] if on else [value("old")])
+
+    staged(story, 2)

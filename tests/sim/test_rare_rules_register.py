@@ -14,7 +14,7 @@ from dht.errors import Conflict, DhtError, Indeterminate, Unavailable
 from dht.limits import WINDOW_TRANSACTIONS
 from dht.model import Part, Struct
 from dht.register.group import WINDOW_SLACK_TRANSACTIONS
-from dht.register.messages import Accept, Coordinate, Kind
+from dht.register.messages import Accept, Coordinate, Kind, Prepare
 from dht.register.rules import Rules
 from tests.sim.bench import Bench, failed, insert, play, update
 
@@ -264,3 +264,55 @@ def test_decision_kept_committed_transaction_loses_a_group(on: bool) -> None:
         return [(await bench.row(1, key))[0] for key in (primary, other)]
 
     assert play(story, Rules(decision_kept=on)) == [1, 1 if on else 0]
+
+
+@BOTH
+def test_rollback_recorded_prepare_that_comes_after_the_abort_leaves_an_intent(on: bool) -> None:
+    """A transaction is given up while its prepare of the other group is on its way; then the prepare arrives.
+
+    Nobody will ever finish that intent by itself: it blocks the group until somebody meets it and asks around.
+    """
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        primary, other = bench.key(1), bench.key(2)
+        for key in (primary, other):
+            await bench[0].commit(bench.transaction(insert(key, {0: 0})))
+        go_on = asyncio.Event()
+        late: list[asyncio.Task[object]] = []
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Coordinate) and message.operation.kind == Kind.PREPARE:
+
+                async def deliver() -> object:
+                    await go_on.wait()
+                    return await failed(bench[to].answer(bench.ids[sender], message))
+
+                late.append(asyncio.create_task(deliver()))
+                return False
+            return not (isinstance(message, Prepare) and sender == 0)
+
+        bench.gate = gate
+        both = bench.transaction(update(primary, {0: 1}), update(other, {0: 1}))
+        error = await failed(bench[0].commit(both, timeout_s=3.0))
+        assert isinstance(error, DhtError)
+        await asyncio.sleep(1.0)
+        go_on.set()
+        await asyncio.gather(*late)
+        return [bench.files[2].header(key).intents for key in (primary, other)]
+
+    assert play(story, Rules(rollback_recorded=on)) == [0, 0 if on else 1]
+
+
+@BOTH
+def test_op_in_ballot_two_operations_of_one_start_share_a_ballot(on: bool) -> None:
+    """Locally only: a proposer is a replica and keeps its own promise, so that its next round is higher anyway.
+
+    The rule is a second lock: it holds even if two rounds of one node on one group should ever run side by side.
+    """
+
+    async def story(bench: Bench) -> object:
+        context = bench[0]._context
+        return context.ballot(1, 7) == context.ballot(1, 7)
+
+    assert play(story, Rules(op_in_ballot=on)) is not on

@@ -1,0 +1,109 @@
+"""The table of planted bugs: what each switch breaks, and what it took to notice."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Final
+
+from dht.sim.explore import EXPLORED
+from dht.sim.planted import CAUGHT, DIRECTED, RULES, Hunt
+
+BUGS: Final = {
+    "promise_durable": "a promise is told before it is on the disk",
+    "accept_durable": "an accepted value is told before it is on the disk",
+    "refuse_lower_ballot": "an acceptor takes a ballot below its promise",
+    "delta_base_checked": "a delta is applied on another base",
+    "boot_in_ballot": "the boot counter does not grow: ballots of two starts are the same",
+    "one_accept_in_flight": "two accepts of a group in flight",
+    "chosen_before_answer": "a write is answered before its quorum",
+    "drop_after_failed_accept": "a coordinator writes on after an accept without quorum",
+    "promise_not_across_epochs": "a one-round-trip promise is carried into the next tablet epoch",
+    "confirm_refusal": "an overtaken coordinator refuses out of its cache",
+    "window": "no window: a retry is applied twice",
+    "window_floor": "a retry after its id left the window is applied",
+    "refusal_recorded_at_retry": "a refused retry leaves no record, the first attempt applies later",
+    "read_same_ballot": "a read's majority need not agree on one ballot",
+    "read_writes_back": "a read takes the highest ballot without writing it back",
+    "find_lists_unsettled": "find trusts a group that is not settled (an unlisted group)",
+    "find_intents": "find ignores intents",
+    "find_majority": "find answers without a majority of each tablet",
+    "reads_resolve_intents": "a read does not ask the primary of an intent",
+    "abort_before_touching_intent": "a resolver touches an intent before it wrote the abort",
+    "decision_kept": "a decision record is dropped early",
+    "prepare_before_commit": "the primary commits before all groups have prepared",
+    "version_with_promise": "a value made under an older catalog is proposed on a newer promise",
+    "fence_settles_groups": "a fence does not settle what a minority accepted",
+    "fence_ends_intents": "a fence leaves intents of the older catalog",
+    "read_majority": "a read from one replica",
+    "read_exact_data": "a read returns data of another ballot than the quorum's",
+    "serving_only": "a sealed or uninitialised replica answers reads and counts in a find",
+    "find_indexed": "find counts a half-indexed replica",
+    "op_in_ballot": "the next ballot is not unique per operation",
+    "rollback_recorded": "a late prepare after an abort leaves an intent",
+    "seal": "no seal",
+    "seal_on_accept": "a seal stops prepares but not accepts",
+    "seal_before_init": "the old replicas are read before they are sealed",
+    "serve_only_initialised": "a member votes before it is initialised",
+    "only_initialised_contribute": "uninitialised replicas contribute (the empty majority)",
+    "highest_ballot_wins": "any value is merged instead of the highest ballot",
+    "init_durable": "the initialised flag is not durable",
+    "refuse_stale_init": "a late initialisation of an older epoch",
+    "replace_content": "initialisation merges the replica's own leftovers: a deleted row is resurrected",
+    "decided_by_previous_voters": "a link is decided by the voters of the last but one",
+    "incarnation_checked": "a wiped disk under the same id",
+    "gate_on_majority": "the next change does not wait for the last",
+    "floor_carried": "a deletion's floor is not carried to new replicas",
+    "collect_needs_all": "a tombstone is collected after a majority: late rows are resurrected",
+    "floor_keeps_promise": "the floor forgets the promise: a late create passes",
+    "versions_carried": "new replicas do not know the catalog versions that the old ones told",
+    "promises_carried": "new replicas do not list groups that were only promised",
+    "floor_raised": "deletion without floor",
+    "epoch_checked": "a stale roster's frame is accepted",
+    "boots_checked": "a copied or rolled-back data directory is accepted",
+    "flush_awaited": "the disk lies: durable before the flush",
+}
+
+
+def table(hunts: Iterable[Hunt]) -> str:
+    """Markdown, in the order of the rules."""
+    by_rule = {found.rule: found for found in hunts}
+    lines = [
+        "| planted bug | switch | caught by | seeds to catch: first, median, most | stated in the tests |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for rule in RULES:
+        ways, seeds, stated = [], "", ""
+        if rule in CAUGHT:
+            name, within = CAUGHT[rule]
+            ways.append(f"random runs of `{name}`")
+            stated = f"within {within}"
+            found = by_rule.get(rule)
+            if found is not None and found.caught:
+                gaps = found.gaps
+                seeds = f"{gaps[0]}, {statistics.median(gaps):g}, {max(gaps)} ({len(gaps)} catches)"
+            elif found is not None:
+                seeds = f"none in {found.tried}"
+        if rule in DIRECTED:
+            module, *names = DIRECTED[rule]
+            ways.append(f"a schedule: {module.rpartition('.')[2]}, `{names[-1]}`")
+        if rule in EXPLORED:
+            ways.append(f"the explorer: `{EXPLORED[rule]}`")
+        lines.append(f"| {BUGS[rule]} | `{rule}` | {'; '.join(ways)} | {seeds} | {stated} |")
+    return "\n".join(lines)
+
+
+def page(text: str, first: int, seeds: int, catches: int) -> str:
+    """The document around the table."""
+    return f"""# Planted bugs
+
+Each rule of the protocol has a switch that breaks it. This table was made by
+
+    python -m dht.sim planted --first {first} --seeds {seeds} --catches {catches}
+
+which, with the rule off, runs seed after seed until so many have shown a violation. `tests/sim/test_planted_bugs.py`
+holds that each is caught within the stated number of seeds, or has a hand-made schedule that shows it. Why a rule is
+there is in [protocol](../protocol.md).
+
+{text}
+"""
