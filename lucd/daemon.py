@@ -40,6 +40,7 @@ from nova_bridge.rpc.bus import Bus
 
 log = logging.getLogger(__name__)
 _OWNER_KEY = b"node"
+_BOOT_KEY = b"boot"
 READY_POLL_S = 0.05
 
 
@@ -58,6 +59,7 @@ class Daemon:
         self.disk = SqliteDisk(opened.store_file)
         self._steps.callback(self.disk.close)
         _refuse_foreign_file(self.disk, self.identity)
+        _refuse_older_file(self.disk, opened)
         registers = RegisterFile(self.disk, TABLETS_PER_DOMAIN)
         cluster = Cluster(opened.cluster.cluster_id, opened.cluster.secret)
         self.network = LinkNetwork(self.identity, cluster, BootBook(self.disk).accept)
@@ -123,6 +125,7 @@ class Daemon:
     async def start(self) -> None:
         """Raises a DhtError, after which `stop` is due, when this node cannot start as configured."""
         settings = self.settings
+        await self._note_boot()
         await self._keep(AdminDoor(settings.admin, self._report.status))
         await self.network.start(settings.listen.host, settings.listen.port, str(settings.advertise))
         self._steps.push_async_callback(self.network.stop)
@@ -130,7 +133,6 @@ class Daemon:
         if self.domain.chain.newest is None and self._opened.founder:
             await self.domain.found()
             log.info("founded domain %s", self.domain.name)
-        self._opened.note_stored()
         self._update_addresses()
         await self._keep(self.store)
         self._spawn(self._meet_bootstrap())
@@ -138,6 +140,13 @@ class Daemon:
         settings.socket.chmod(settings.socket_mode)
         await self._keep(self._workers)
         self._state = ""
+
+    async def _note_boot(self) -> None:
+        """In the file, durably, then in the directory, before this node speaks to anybody."""
+        batch = Batch()
+        batch.put(Space.META, _BOOT_KEY, self._opened.boot.to_bytes(8, "big"))
+        await self.disk.durable(self.disk.submit(batch))
+        self._opened.note_stored()
 
     async def ready(self) -> None:
         """Return when this node serves; says in the log what it waits for."""
@@ -276,4 +285,14 @@ def _refuse_foreign_file(disk: SqliteDisk, identity: NodeIdentity) -> None:
         raise StorageError(
             "store.sqlite in the data directory belongs to another node or incarnation; put the right file back, or "
             "wipe the directory and join again"
+        )
+
+
+def _refuse_older_file(disk: SqliteDisk, opened: OpenDirectory) -> None:
+    """Peers see a rolled-back directory by its boot counter; a file put back alone is seen here."""
+    noted = int.from_bytes(disk.get(Space.META, _BOOT_KEY) or b"", "big")
+    if noted < opened.stored_boot:
+        raise StorageError(
+            f"{opened.store_file} is an older copy: its last start is number {noted}, but number {opened.stored_boot} "
+            "was noted in it already, and what it promised since is gone; wipe the directory and join again"
         )

@@ -67,6 +67,7 @@ class _NodeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     founder: bool = False
     pop: str | None = None
     stored: bool = False
+    stored_boot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +84,18 @@ class OpenDirectory:
     founder: bool
     boot: int
     lock: int
+    stored_boot: int = 0
+    """The newest start that the node's file is known to have noted: an older file was put back from somewhere."""
 
     @property
     def store_file(self) -> Path:
         return self.path / "store.sqlite"
 
     def note_stored(self) -> None:
-        """Remember that the node's file holds something: from now on a start without it is refused."""
+        """From now on a start without the node's file, or with one that does not note this start, is refused."""
         with _file_errors(self.path):
-            node = _node_file(self.path)
-            if not node.stored:
-                _write(self.path / "node.json", _json(msgspec.structs.replace(node, stored=True)), 0o600)
+            node = msgspec.structs.replace(_node_file(self.path), stored=True, stored_boot=self.boot)
+            _write(self.path / "node.json", _json(node), 0o600)
 
     def close(self) -> None:
         """Give the directory back."""
@@ -187,7 +189,8 @@ def start(path: Path, pop: str) -> OpenDirectory:
         except BaseException:
             os.close(lock)
             raise
-    return OpenDirectory(path, cluster, key, uuid.UUID(node.incarnation), node.founder, boot, lock)
+    incarnation = uuid.UUID(node.incarnation)
+    return OpenDirectory(path, cluster, key, incarnation, node.founder, boot, lock, node.stored_boot)
 
 
 def _node_file(path: Path) -> _NodeFile:

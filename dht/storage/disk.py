@@ -24,7 +24,7 @@ import apsw
 from sortedcontainers import SortedDict
 
 from dht.errors import StorageError
-from dht.storage.sqlite_file import CRC_BYTES, SqliteFile, apply, intact
+from dht.storage.sqlite_file import CRC_BYTES, SqliteFile, apply, intact, shown
 from dht.world import Batch
 
 RESERVE_BYTES: Final = 16 * 1024 * 1024
@@ -137,7 +137,7 @@ class SqliteDisk:
         else:
             try:
                 found = self._reader.execute(_GET, place).fetchall()
-            except apsw.Error as error:
+            except (apsw.Error, UnicodeDecodeError) as error:
                 raise self._fail(error, "read") from error
             value = self._opened(space, key, found[0][0]) if found else None
         self._cache.put(place, value)
@@ -164,7 +164,7 @@ class SqliteDisk:
                 (key, self._opened(space, key, value) if on_disk else value)
                 for key, value, on_disk in itertools.islice(merged, limit)
             ]
-        except apsw.Error as error:
+        except (apsw.Error, UnicodeDecodeError) as error:
             raise self._fail(error, "read") from error
 
     def submit(self, batch: Batch) -> int:
@@ -218,7 +218,7 @@ class SqliteDisk:
 
     def _opened(self, space: int, key: bytes, stored: Any) -> bytes:
         if not intact(space, key, stored):
-            damage = apsw.CorruptError(f"checksum of key {key.hex()} in space {space} does not match")
+            damage = apsw.CorruptError(f"checksum of key {shown(key)} in space {space} does not match")
             raise self._fail(damage, "read")
         value: bytes = stored[CRC_BYTES:]
         return value

@@ -1,8 +1,9 @@
 """The file under a `SqliteDisk`: opening, format, lock, reserve, checksums, and what went wrong in words.
 
 One table `kv` (space, key, value), without rowid, in key order. A value rests behind the CRC-32 of its space, key and
-content. Beside the file FILE lie FILE.lock (held while a process has it open) and FILE.reserve (space given back to
-a full file system, so that the node can be stopped and started; taken again at the next start).
+content. Beside the file FILE lie FILE.lock (held while a process has it open; says whether there must be a log),
+FILE-wal (the log) and FILE.reserve (space given back to a full file system, so that the node can be stopped and
+started; taken again at the next start).
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import fcntl
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from zlib import crc32
 
 import apsw
 
 from dht.errors import StorageError
+from dht.storage.write_ahead_log import damaged_log, end_log, missing_log, note_log
 
 FORMAT: Final = 1
 """Raised whenever an older program could not read the file. Version N also reads N - 1."""
 APPLICATION_ID: Final = 0x6C756364
 PAGE_BYTES: Final = 8192
 CRC_BYTES: Final = 4
+SPACE_MAX: Final = 999
 WAL_KEPT_BYTES: Final = 64 * 1024 * 1024
 _MAGIC: Final = b"SQLite format 3\x00"
 _BUSY_TIMEOUT_MS: Final = 5000
@@ -32,8 +35,10 @@ _WRITER_CACHE_KIB: Final = 16384
 
 # A writer's group of changes is one statement over one array. One step of SQLite gives up Python's interpreter lock
 # once; a step per row would wait for a busy loop thread (5 ms) at each row: 85 ms for 20 rows, where this takes 7.
+# The view is temporary: with one in the file, integrity_check looks at no page that no table refers to.
 _TRIGGER: Final = """
-CREATE TEMP TRIGGER change INSTEAD OF INSERT ON main.changes BEGIN
+CREATE TEMP VIEW changes AS SELECT space, key, value FROM kv;
+CREATE TEMP TRIGGER change INSTEAD OF INSERT ON temp.changes BEGIN
   DELETE FROM kv WHERE NEW.value IS NULL AND space = NEW.space AND key = NEW.key;
   INSERT OR REPLACE INTO kv SELECT NEW.space, NEW.key, NEW.value WHERE NEW.value IS NOT NULL;
 END"""
@@ -47,7 +52,6 @@ BEGIN IMMEDIATE;
 CREATE TABLE kv (
   space INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, PRIMARY KEY (space, key)
 ) WITHOUT ROWID;
-CREATE VIEW changes AS SELECT space, key, value FROM kv;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {FORMAT};
 COMMIT"""
@@ -58,9 +62,15 @@ def seal(space: int, key: bytes, value: bytes) -> bytes:
     return crc32(value, crc32(key, space)).to_bytes(CRC_BYTES, "big") + value
 
 
-def intact(space: int, key: bytes, stored: bytes) -> bool:
-    """Whether a stored value is what was once written under that key."""
-    return crc32(stored[CRC_BYTES:], crc32(key, space)) == int.from_bytes(stored[:CRC_BYTES], "big")
+def intact(space: Any, key: Any, stored: Any) -> bool:
+    """Whether a stored value is what was once written under that key. Damage may have made numbers or text of them."""
+    if not (
+        isinstance(stored, bytes) and isinstance(key, bytes) and isinstance(space, int) and len(stored) >= CRC_BYTES
+    ):
+        return False
+    return 0 <= space <= SPACE_MAX and crc32(stored[CRC_BYTES:], crc32(key, space)) == int.from_bytes(
+        stored[:CRC_BYTES], "big"
+    )
 
 
 def apply(writer: apsw.Connection, changes: Iterable[tuple[tuple[int, bytes], bytes | None]]) -> None:
@@ -89,16 +99,21 @@ class SqliteFile:
         connections: list[apsw.Connection] = []
         try:
             _refuse_foreign(path)
+            if (problem := missing_log(path, self._lock)) is not None:
+                raise apsw.CorruptError(problem)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self.writer = apsw.Connection(str(path))
             connections.append(self.writer)
+            # Closing after an error must not fold the log and take it away: its note stays, too.
+            self.writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             self._prepare(check)
             self._take_reserve()
+            note_log(self._lock, self.writer, FORMAT)
             self.reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
             connections.append(self.reader)
             self.reader.set_busy_timeout(_BUSY_TIMEOUT_MS)
             self.reader.pragma("cache_size", -_READER_CACHE_KIB)
-        except (apsw.Error, OSError, StorageError) as error:
+        except (apsw.Error, OSError, StorageError, UnicodeDecodeError) as error:
             for connection in connections:
                 with contextlib.suppress(apsw.Error):
                     connection.close()
@@ -118,6 +133,8 @@ class SqliteFile:
                 f"cannot open {self.path}: its file system does not support SQLite's write-ahead log (shared memory); "
                 "put the data directory on a local disk"
             )
+        if (problem := damaged_log(self.path, writer)) is not None:
+            raise apsw.CorruptError(problem)
         writer.pragma("synchronous", "full")
         writer.pragma("journal_size_limit", WAL_KEPT_BYTES)
         writer.pragma("temp_store", "memory")
@@ -125,9 +142,18 @@ class SqliteFile:
         if writer.pragma("user_version") == 0:
             writer.execute(_SCHEMA)
             _sync_directory(self.path.parent)
-        elif check and (problem := writer.execute("PRAGMA integrity_check(1)").fetchall()[0][0]) != "ok":
-            raise StorageError(self.explain(apsw.CorruptError(str(problem)), "check"))
+        elif check:
+            self._check_content()
         writer.execute(_TRIGGER)
+
+    def _check_content(self) -> None:
+        """Pages, order and checksums: a key that was changed in place would be an absence when it is asked for."""
+        problem = self.writer.execute("PRAGMA integrity_check(1)").fetchall()[0][0]
+        if problem != "ok":
+            raise apsw.CorruptError(str(problem))
+        for space, key, stored in self.writer.execute("SELECT space, key, value FROM kv"):
+            if not intact(space, key, stored):
+                raise apsw.CorruptError(f"checksum of key {shown(key)} in space {space} does not match")
 
     def _check_format(self) -> None:
         application, version = self.writer.pragma("application_id"), self.writer.pragma("user_version")
@@ -176,7 +202,7 @@ class SqliteFile:
                     "the file system is full. The node's reserve was given back to it: free space, then start the node "
                     "again; nothing that was acknowledged is lost"
                 )
-            case apsw.CorruptError() | apsw.NotADBError():
+            case apsw.CorruptError() | apsw.NotADBError() | UnicodeDecodeError():
                 return what + (
                     f"the file is damaged ({error}). Keep a copy if you need one, wipe this node's data directory and "
                     "start the node again: it is rebuilt from the other replicas"
@@ -188,10 +214,18 @@ class SqliteFile:
 
     def close(self) -> None:
         """Fold the log into the file if the disk allows, and release the lock."""
+        with contextlib.suppress(apsw.Error, OSError):
+            self.reader.close()
+            end_log(self._lock, self.writer)
         for connection in (self.reader, self.writer):
             with contextlib.suppress(apsw.Error):
                 connection.close()
         os.close(self._lock)
+
+
+def shown(key: Any) -> str:
+    """A key for a message, whatever damage made of it."""
+    return key.hex() if isinstance(key, bytes) else repr(key)
 
 
 def _lock(path: Path) -> int:

@@ -274,7 +274,9 @@ def flip(path: Path, what: bytes) -> None:
 def test_flipped_byte_in_value_raises_storage_error_and_stops_the_disk(path: Path) -> None:
     filled(path)
     flip(path, b"value-0007")
-    disk = SqliteDisk(path, reserve_bytes=0)
+    with pytest.raises(StorageError, match=r"checksum.*wipe"):
+        SqliteDisk(path, reserve_bytes=0)
+    disk = SqliteDisk(path, reserve_bytes=0, check=False)
     assert disk.get(1, b"key-0008") == b"value-0008" * 20
     number = disk.submit(batch_of((1, b"a", b"b")))
     with pytest.raises(StorageError, match=r"damaged.*wipe"):
