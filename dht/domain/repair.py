@@ -224,10 +224,13 @@ class Repair:
         return mark.accepted > own.accepted and mark.accepted >= max(own.promise, floor)
 
     def _stuck(self, mark: RegisterMark, epoch: int) -> bool:
-        """Whether only a promise made here stands in the way."""
+        """Whether the two differ in what cannot be installed: a promise stands in the way, or nobody finished it."""
         own = self._registers.header(mark.key)
-        chosen = mark.chosen == mark.accepted and mark.accepted.epoch == epoch
-        return chosen and own.accepted < mark.accepted < own.promise
+        if own.accepted == mark.accepted or mark.accepted.epoch != epoch or self._behind(mark, epoch):
+            return False
+        if mark.chosen == mark.accepted and own.accepted < mark.accepted:
+            return mark.accepted < own.promise
+        return own.accepted != own.chosen or mark.accepted != mark.chosen
 
     async def _settle(self, keys: list[GroupKey]) -> None:
         if self.settle is None:

@@ -6,14 +6,17 @@ asserted, because the machine of a test run is a busy one.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from lucd import messages
 from tests.cluster import Cluster
+from tests.faults import stepped_clock
 from tests.faults.load import Clients, Load, assert_whole, row_group
 
 pytestmark = pytest.mark.cluster
@@ -23,8 +26,15 @@ STOPPED_S = 4.0
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("kill"), nodes=3) as started:
+    made = Cluster(tmp_path_factory.mktemp("kill"), nodes=3)
+    made.nodes[1].launcher = [sys.executable, stepped_clock.__file__, str(clock_of(made))]
+    with made as started:
         yield started
+
+
+def clock_of(cluster: Cluster) -> Path:
+    """The file that says by how much the second daemon's wall clock is off."""
+    return cluster.path / "clock"
 
 
 @pytest.fixture(scope="module")
@@ -106,4 +116,17 @@ def test_stopped_daemon_is_passed_by_and_serves_nothing_stale_afterwards(cluster
     assert [report.wrong for report in (*safe.reports, *hit.reports)] == [[]] * 6
     assert safe.pause_s < PAUSE_MAX_S
     cluster.wait_whole()
+    assert_whole(load, cluster)
+
+
+def test_clock_stepped_by_hours_is_noticed_by_nobody(cluster: Cluster, load: Load) -> None:
+    cluster.wait_whole()
+    with Clients(load, cluster.nodes * 2) as clients:
+        for hours in (7, -7, 24 * 400, 0):
+            clock_of(cluster).write_text(str(3600 * hours))
+            clients.wait_for(15)
+    print(f"\nclock of daemon 2 stepped by 7 hours, back by 14, forward by 400 days, and right again: {clients.said()}")
+    assert [report.errors for report in clients.reports] == [[]] * 6
+    assert [report.wrong for report in clients.reports] == [[]] * 6
+    assert all(node.status()["ready"] for node in cluster.nodes)
     assert_whole(load, cluster)
