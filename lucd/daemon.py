@@ -214,14 +214,11 @@ class Daemon:
 
     def _update_addresses(self) -> None:
         """The address book follows the roster."""
-        newest = self.domain.chain.newest
-        if newest is None:
-            return
         known = self.network.addresses()
-        for member in newest.members:
-            host, port = parse_address(member.address)
-            if member.node_id != self.node_id and known.get(member.node_id) != (host, port):
-                self.network.set_address(member.node_id, host, port)
+        for node, address in self.domain.acquaintances().items():
+            host, port = parse_address(address)
+            if known.get(node) != (host, port):
+                self.network.set_address(node, host, port)
 
     async def _meet_bootstrap(self) -> None:
         """Dial the bootstrap nodes until this node is a member; tell the log when what is the case changes."""

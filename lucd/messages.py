@@ -54,7 +54,11 @@ class AskNodes(Message, frozen=True, tag=202):
 
 
 class NodeLine(Struct, frozen=True):
-    """`role`: voter, member, or contact (known to the overlay only). `reachable`: as this node sees it."""
+    """`role`: voter, member, or contact (known to the overlay only). `reachable`: as this node sees it.
+
+    `to_copy`: groups that the member still has to copy, as it told last, of `to_copy_bytes`; `to_take_over`: its
+    tablets that it does not serve yet.
+    """
 
     node_id: str
     pop: str
@@ -63,6 +67,9 @@ class NodeLine(Struct, frozen=True):
     role: str
     reachable: bool
     this: bool
+    to_copy: int = 0
+    to_copy_bytes: int = 0
+    to_take_over: int = 0
 
 
 @message
@@ -103,7 +110,10 @@ class RecoveryLine(Struct, frozen=True):
 
 @message
 class DomainReply(Message, frozen=True, tag=205):
-    """`survivable`: as in the status."""
+    """`survivable`, `state_of_tablets`: as in the status. `state`: healthy, degraded or unavailable.
+
+    `unchecked`: tablets that this node has not compared with another replica since it started.
+    """
 
     name: str
     generation: int
@@ -112,6 +122,9 @@ class DomainReply(Message, frozen=True, tag=205):
     tablets: tuple[TabletLine, ...]
     survivable: tuple[str, ...]
     recoveries: tuple[RecoveryLine, ...] = ()
+    state: str = ""
+    state_of_tablets: dict[str, int] = {}
+    unchecked: int = 0
 
 
 @message
@@ -137,9 +150,13 @@ class WhereReply(Message, frozen=True, tag=207):
 
 @message
 class DrainNode(Message, frozen=True, tag=208):
-    """Move this PoP's tablets away from the node and take it out of the roster. Replied to when that is decided."""
+    """Take the node of this PoP out of the roster. Replied to when that is begun.
+
+    `lost`: it does not answer and never will again with this disk; else its tablets move away first.
+    """
 
     node_id: str
+    lost: bool = False
 
 
 @message

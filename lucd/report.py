@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from dht.codec import Message
 from dht.domain.domain import Domain
 from dht.domain.roster import Member, Roster, TabletReplicas
@@ -68,7 +70,7 @@ class Report:
             case messages.RecoverDomain():
                 return await self._recovery.order(message)
             case messages.DrainNode():
-                return await self.drain(message.node_id)
+                return await self.drain(message.node_id, lost=message.lost)
             case _:
                 raise Invalid(f"{type(message).__name__} is not a question to the daemon")
 
@@ -139,11 +141,23 @@ class Report:
             roster.domain,
             roster.generation,
             roster.epoch,
-            tuple(self._member_line(roster, m) for m in roster.members),
+            tuple(self._copying(self._member_line(roster, m), health) for m in roster.members),
             tuple(self._tablet_line(tablet, roster.replicas(tablet)) for tablet in range(len(roster.tablets))),
             tuple(health.get("survivable", ())),
             self._recovery.all(),
+            health.get("state", ""),
+            dict(health.get("tablets", {})),
+            health.get("unchecked", 0),
         )
+
+    @staticmethod
+    def _copying(line: NodeLine, health: dict[str, Any]) -> NodeLine:
+        """The line with what the member still has to copy."""
+        for m in health.get("members", ()):
+            if m["node_id"] == line.node_id:
+                figures = {name: m[name] for name in ("to_copy", "to_copy_bytes", "to_take_over")}
+                return msgspec.structs.replace(line, **figures)
+        return line
 
     async def where(self, key: GroupKey) -> messages.WhereReply:
         roster = self._roster("")
@@ -164,12 +178,12 @@ class Report:
             f"{ballot.generation}.{ballot.epoch}.{ballot.round} by {ballot.node.hex()[8:16] or 'nobody'}",
         )
 
-    async def drain(self, node_id: str) -> Done:
+    async def drain(self, node_id: str, *, lost: bool = False) -> Done:
         try:
             node = bytes.fromhex(node_id)
         except ValueError:
             raise Invalid(f"{node_id!r} is no node id; `lucd node list` shows them") from None
-        await self._parts.domain.leave(node, drain=True)
+        await self._parts.domain.leave(node, drain=not lost)
         return Done()
 
     def _roster(self, name: str) -> Roster:

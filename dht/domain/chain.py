@@ -9,7 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from dht.domain.roster import FIRST_EPOCH, Roster, TabletReplicas, check_shape, check_step, decode_link, encode_link
+from dht.domain.roster import (
+    FIRST_EPOCH,
+    Roster,
+    TabletReplicas,
+    check_shape,
+    check_step,
+    decode_link,
+    digest,
+    encode_link,
+)
 from dht.errors import NotFound, RemoteProtocolError
 from dht.model import NodeId
 from dht.world import Batch, Disk, Space
@@ -96,6 +105,19 @@ class Chain:
     def generation_epoch(self) -> int:
         """Epoch of the newest of them, 0 if there is none: no earlier epoch is answered for."""
         return self._recoveries[-1].epoch if self._recoveries else 0
+
+    @property
+    def branch(self) -> bytes:
+        """Digest of the link that began the present generation, empty in the first: tells two recoveries apart."""
+        return digest(self._recoveries[-1]) if self._recoveries else b""
+
+    @property
+    def left_out(self) -> tuple[NodeId, ...]:
+        """Members before the newest recovery that it did not list: they may have begun a generation of their own."""
+        if not self._recoveries:
+            return ()
+        link = self._recoveries[-1]
+        return tuple(m.node_id for m in self.link(link.epoch - 1).members if link.member(m.node_id) is None)
 
     def survivors(self, old: int, new: int) -> Roster | None:
         """The newest link that began a generation after link `old`, up to link `new`."""

@@ -25,6 +25,7 @@ from dht.domain.messages import (
     AskJoin,
     AskLeave,
     AskLinks,
+    AskRecovery,
     AskRegisters,
     AskSeal,
     AskStatus,
@@ -65,6 +66,8 @@ from dht.world import Batch, Chance, Clock, Disk, Network
 log = logging.getLogger(__name__)
 STATUS_INTERVAL_S: Final = 1.0
 RETURN_AFTER_S: Final = 2.5 * STATUS_INTERVAL_S
+LEFT_OUT_ROUNDS: Final = 5
+"""Every so many status rounds those are asked, too, that a recovery left out: they may have begun another one."""
 JOIN_TIMEOUT_S: Final = 15.0
 PAGE_TIMEOUT_S: Final = 10.0
 LINKS_PER_PAGE: Final = 100
@@ -122,6 +125,7 @@ class Domain:
         self._refreshing: asyncio.Task[None] | None = None
         self._views: tuple[TabletReplicas, ...] = ()
         self._look_now = asyncio.Event()
+        self._rounds = 0
         node = local.node_id
         self.watch = Watch(node, clock.monotonic())
         self._acceptor = DecreeAcceptor(self.chain, disk, node, local.incarnation, rules)
@@ -333,6 +337,18 @@ class Domain:
         """Take a member out: `drain` moves its tablets first, else it is treated as lost. Returns the link's epoch."""
         return (await self._membership.leave(AskLeave(self.name, node, drain))).epoch
 
+    def acquaintances(self) -> dict[NodeId, str]:
+        """Addresses of all that this node may have to speak to: members, and those that a recovery left out."""
+        newest = self.chain.newest
+        if newest is None:
+            return {}
+        out = self.chain.left_out
+        before = self.chain.link(self.chain.generation_epoch - 1).members if out else ()
+        known = {m.node_id: m.address for m in before if m.node_id in out}
+        known.update({m.node_id: m.address for m in newest.members})
+        known.pop(self.local.node_id, None)
+        return known
+
     def health(self) -> dict[str, object]:
         """For status commands and metrics; see `dht.domain.health`."""
         node, unchecked = self.local.node_id, self.repair.unchecked()
@@ -399,9 +415,12 @@ class Domain:
 
     def _compare(self, sender: NodeId, message: AskStatus) -> None:
         """Who asks may hold newer links, or those of a generation that began without this node."""
-        if message.generation > self.generation:
+        if self.generations.is_higher(message.generation, message.branch):
             self.generations.meet_soon(sender, message.generation)
-        elif message.epoch > self.chain.epoch:
+        elif (message.generation, message.branch) == (
+            self.generation,
+            self.chain.branch,
+        ) and message.epoch > self.chain.epoch:
             self._refresh_soon()
 
     def _taken_over(self, tablet: int) -> None:
@@ -438,6 +457,8 @@ class Domain:
                 return self._source.headers(message)
             case AskRegisters():
                 return self._source.registers(message)
+            case AskRecovery():
+                return await self.generations.grant(sender, message)
             case AskTombstones():
                 return await self.collection.acknowledge(message)
             case Collect():
@@ -472,13 +493,15 @@ class Domain:
     def status(self) -> Status:
         """What the other members are told about this one."""
         marks = []
-        for tablet in self.tablets.known():
+        for tablet in sorted({*self.tablets.known(), *self.transfer.remaining}):
             state = self.tablets.state(tablet)
             current = state.current if self.tablets.confirmed(tablet) else 0
             groups, size_bytes = self.transfer.remaining.get(tablet) or self.repair.remaining.get(tablet, (0, 0))
             marks.append(TabletMark(tablet, current, state.sealed, groups, state.agreed, size_bytes))
         silent = tuple((n, s) for n, s in self.watch.silent_s(self._clock.monotonic()).items())
-        return Status(self.chain.epoch, self.local.incarnation, tuple(marks), silent, self.generation)
+        return Status(
+            self.chain.epoch, self.local.incarnation, tuple(marks), silent, self.generation, self.chain.branch
+        )
 
     # ---- background
 
@@ -521,10 +544,15 @@ class Domain:
             others = [n for n in others if self._network.alive(n)] or others
         if self.generations.superseded:
             return
-        replies = await ask_each(self.ask, others, AskStatus(self.name, self.chain.epoch, self.generation), Status)
-        for node, status in replies.items():
-            if status.generation != self.generation:
-                if status.generation > self.generation:
+        if not only_alive:
+            self._rounds += 1
+            if self._rounds % LEFT_OUT_ROUNDS == 0:
+                others += [n for n in self.chain.left_out if n not in others and newest.member(n) is None]
+        branch = self.chain.branch
+        asked = AskStatus(self.name, self.chain.epoch, self.generation, branch)
+        for node, status in (await ask_each(self.ask, others, asked, Status)).items():
+            if (status.generation, status.branch) != (self.generation, branch) or newest.member(node) is None:
+                if self.generations.is_higher(status.generation, status.branch):
                     self.generations.meet_soon(node, status.generation)
                 continue
             now_s = self._clock.monotonic()

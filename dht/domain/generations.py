@@ -10,18 +10,29 @@ import msgspec
 
 from dht.domain.asking import Ask, ask_each
 from dht.domain.chain import Chain
-from dht.domain.messages import AskLinks, AskStatus, Links, Newest, Status, TellLink
+from dht.domain.messages import (
+    AskLinks,
+    AskRecovery,
+    AskStatus,
+    Links,
+    Newest,
+    RecoveryVote,
+    Status,
+    TellLink,
+)
 from dht.domain.recovery import (
     Recovery,
     bereft_tablets,
     keep_record,
+    keep_vote,
     majority_lives,
     mark_superseded,
     records,
     recovered,
     superseded_by,
+    vote,
 )
-from dht.domain.roster import Roster
+from dht.domain.roster import Roster, check_step
 from dht.errors import DhtError, Invalid, Unavailable
 from dht.model import NodeId
 from dht.world import Clock, Disk
@@ -96,6 +107,7 @@ class Generations:
         empty = tuple(t for t, nodes in enumerate(roster.tablets) if not set(nodes).intersection(chosen))
         bereft = bereft_tablets(roster, chosen)
         record = Recovery(self._clock.wall(), self._node, link.generation, link.epoch, chosen, lost, bereft, empty)
+        await self._ask_votes(link, chosen)
         await self._keep(record)
         log.warning(
             "domain %s is recovered, data loss accepted: generation %d begins at link %d with %d members, without %s",
@@ -122,6 +134,37 @@ class Generations:
         if self._node not in chosen:
             raise Invalid(f"this node, {self._node.hex()}, is not among the survivors named; recover at one of them")
         return chosen
+
+    async def _ask_votes(self, link: Roster, survivors: Sequence[NodeId]) -> None:
+        """Raises Invalid unless every survivor takes part in this order and in no other one.
+
+        One after the other in a fixed order: of two orders among the same survivors one is refused by the first of
+        them, before it has any vote.
+        """
+        for node in sorted(survivors):
+            found = (await ask_each(self._ask, [node], AskRecovery(link.domain, link), RecoveryVote)).get(node)
+            if found is None or not found.granted:
+                why = "it does not answer" if found is None else found.why
+                raise Invalid(f"node {node.hex()} does not take part in this recovery: {why}; nothing was changed")
+
+    async def grant(self, sender: NodeId, request: AskRecovery) -> RecoveryVote:
+        """This node's vote on an order, durable when this returns. Two orders with a common survivor never both begin;
+        of two without one, which a cut can cause, all but the highest (generation, branch) stop when they meet.
+        """
+        link, newest = request.link, self._roster()
+        if link.generation != newest.generation + 1:
+            return RecoveryVote(False, f"it holds generation {newest.generation} already")
+        check_step(newest, link)
+        if (other := vote(self._disk, link, sender)) is not None:
+            return RecoveryVote(False, f"it takes part in the one that was ordered at node {other.ordered_at.hex()}")
+        await self._disk.durable(keep_vote(self._disk, link, sender))
+        return RecoveryVote(True)
+
+    def is_higher(self, generation: int, branch: bytes) -> bool:
+        """Whether a generation that was met counts more than the one here. Of equal ones any fixed order will do."""
+        newest = self._chain.newest
+        own = 0 if newest is None else newest.generation
+        return (generation, branch) > (own, self._chain.branch)
 
     async def note(self, record: Recovery, findings: Sequence[str]) -> Recovery:
         """Add to the audit record what was done to the data."""

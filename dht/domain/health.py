@@ -25,7 +25,8 @@ def health(
     majority answers), unavailable (fewer). `state`: "healthy" if all are whole, "unavailable" if one is, else
     "degraded". `survivable`: what may be lost, one at a time, with every tablet still served: "node",
     "failure_domain". `to_copy`, `to_copy_bytes`: groups that this node still copies; for each member, too, as it told
-    last. `unchecked`: tablets that this node has not compared with another replica since it started. `warnings`:
+    last, and `to_take_over`, its tablets that it does not serve yet (of those, what is not begun is not counted in
+    groups). `unchecked`: tablets that this node has not compared with another replica since it started. `warnings`:
     sentences for humans.
     """
     if roster is None:
@@ -62,6 +63,10 @@ def health(
                 "reachable": m.node_id in reachable,
                 "voter": m.node_id in roster.voters,
                 "tablets": len(roster.tablets_of(m.node_id)),
+                "to_take_over": sum(
+                    m.node_id in nodes and not _initialised(marks, m.node_id, t, roster.tablet_epochs[t])
+                    for t, nodes in enumerate(roster.tablets)
+                ),
                 "to_copy": to_copy.get(m.node_id, (0, 0))[0],
                 "to_copy_bytes": to_copy.get(m.node_id, (0, 0))[1],
             }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 from dht.domain.asking import Ask, ask_each
@@ -25,6 +25,7 @@ from dht.world import Clock
 
 log = logging.getLogger(__name__)
 CHANGE_ATTEMPTS_MAX: Final = 5
+MEND_PATIENCE_S: Final = 10.0
 
 
 class Membership:
@@ -52,6 +53,7 @@ class Membership:
         self._remove_after_s = remove_after_s
         self._rules = rules
         self._changing = asyncio.Lock()
+        self._unchanged = (0, 0.0)
 
     async def join(self, sender: NodeId, request: AskJoin) -> Newest:
         """Make the sender a member as it describes itself.
@@ -114,7 +116,7 @@ class Membership:
         if roster is None or self._changing.locked() or now_s - self._watch.started_s < REACHABLE_S:
             return
         reachable = self._watch.reachable(now_s)
-        if next((v for v in roster.voters if v in reachable), None) != self._node:
+        if not self._my_turn(roster, reachable, now_s):
             return
         silent = {n: s for n, s in self._watch.reported_silence.items() if n in reachable}
         silent[self._node] = self._watch.silent_s(now_s)
@@ -124,6 +126,18 @@ class Membership:
             await self._change(roster, members)
         for node in gone:
             log.warning("member %s of domain %s is lost and is being replaced", node.hex()[:12], roster.domain)
+
+    def _my_turn(self, roster: Roster, reachable: Collection[NodeId], now_s: float) -> bool:
+        """The first reachable voter acts at once, the next ones when that had time and left the roster as it is.
+
+        The first may be unable to: it may not reach a majority that others reach, or hang in a disk.
+        """
+        near = [v for v in roster.voters if v in reachable]
+        if self._node not in near:
+            return False
+        if self._unchanged[0] != roster.epoch:
+            self._unchanged = (roster.epoch, now_s)
+        return now_s - self._unchanged[1] >= near.index(self._node) * MEND_PATIENCE_S
 
     async def _change(self, roster: Roster, members: Sequence[Member], newcomer: NodeId | None = None) -> None:
         """Propose one step, and tell everybody what was decided."""

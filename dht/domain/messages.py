@@ -159,10 +159,14 @@ class Registers(Message, frozen=True, tag=65):
 
 @message
 class AskStatus(DomainMessage, frozen=True, tag=66):
-    """Sent by every member to every other at short intervals: liveness, newest epoch, state of tablets."""
+    """Sent by every member to every other at short intervals: liveness, newest epoch, state of tablets.
+
+    `branch`: digest of the link that began the generation, empty in the first: two recoveries may begin the same one.
+    """
 
     epoch: int
     generation: int = 0
+    branch: bytes = b""
 
 
 class TabletMark(Struct, frozen=True):
@@ -189,6 +193,7 @@ class Status(Message, frozen=True, tag=67):
     tablets: tuple[TabletMark, ...]
     silent: tuple[tuple[NodeId, float], ...]
     generation: int = 0
+    branch: bytes = b""
 
 
 @message
@@ -250,3 +255,18 @@ class Collected(Message, frozen=True, tag=83):
     """How many were erased."""
 
     registers: int
+
+
+@message
+class AskRecovery(DomainMessage, frozen=True, tag=84):
+    """May `link` begin a generation, as a human ordered at the sender? Each survivor takes part in one order only."""
+
+    link: Roster
+
+
+@message
+class RecoveryVote(Message, frozen=True, tag=85):
+    """`granted`: durably. Else `why` not, a sentence."""
+
+    granted: bool
+    why: str = ""

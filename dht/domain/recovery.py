@@ -120,3 +120,35 @@ def superseded_by(disk: Disk, domain: str) -> int:
     """The generation that was begun without what this file holds; 0 if none is known."""
     value = disk.get(Space.META, _superseded_key(domain))
     return 0 if value is None else int.from_bytes(value, "big")
+
+
+class Vote(Struct, frozen=True):
+    """This node takes part in the recovery that was ordered at `ordered_at`, and begins with that link."""
+
+    generation: int
+    ordered_at: NodeId
+    link: bytes
+
+
+_encode_vote = msgspec.msgpack.Encoder().encode
+_decode_vote = msgspec.msgpack.Decoder(Vote).decode
+
+
+def _vote_key(domain: str) -> bytes:
+    return b"recovering/" + domain.encode()
+
+
+def vote(disk: Disk, link: Roster, ordered_at: NodeId) -> Vote | None:
+    """The vote that stands against the order, if any. One counts for nothing whose orderer is not to survive."""
+    value = disk.get(Space.META, _vote_key(link.domain))
+    earlier = None if value is None else _decode_vote(value)
+    if earlier is None or earlier.generation < link.generation or earlier.ordered_at == ordered_at:
+        return None
+    return earlier if link.member(earlier.ordered_at) is not None else None
+
+
+def keep_vote(disk: Disk, link: Roster, ordered_at: NodeId) -> int:
+    """Submit the vote; returns the batch's number."""
+    batch = Batch()
+    batch.put(Space.META, _vote_key(link.domain), _encode_vote(Vote(link.generation, ordered_at, digest(link))))
+    return disk.submit(batch)

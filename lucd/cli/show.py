@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
 
-from dht.errors import Invalid
+from dht.errors import Invalid, Unavailable
 from dht.model import GroupKey, Value
-from dht.requests import Done
 from dht.rows import group_key
 from lucd import messages
 from lucd.cli.connection import ask, client, socket_option
@@ -28,6 +28,13 @@ def _node_row(node: NodeLine) -> tuple[str, ...]:
         node.role,
         "yes" if node.reachable else "no",
     )
+
+
+def _to_copy(node: NodeLine) -> str:
+    parts = [f"{node.to_take_over} tablets"] if node.to_take_over else []
+    if node.to_copy:
+        parts.append(f"{node.to_copy} groups ({node.to_copy_bytes / 2**20:.1f} MiB)")
+    return ", ".join(parts) or "nothing"
 
 
 def _losses(survivable: tuple[str, ...]) -> str:
@@ -85,11 +92,36 @@ def node_list(config: Path | None, socket: Path | None, form: str) -> None:
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for its tablets to move.")
 @socket_option
 def node_drain(node_id: str, timeout: float, config: Path | None, socket: Path | None) -> None:
-    """Move the tablets away from NODE_ID (of this PoP) and take it out of the roster."""
+    """Move the tablets away from NODE_ID (of this PoP) and take it out of the roster; returns when it is out."""
     with client(config, socket, timeout) as daemon:
-        reply = daemon.call(messages.DrainNode(node_id))
-    changed = isinstance(reply, Done) and reply.changed
-    click.echo(f"Node {node_id} {'left the roster' if changed else 'was not in the roster'}.")
+        daemon.call(messages.DrainNode(node_id))
+        deadline_s = time.monotonic() + timeout
+        while isinstance(reply := daemon.call(messages.AskDomain(), repeatable=True), messages.DomainReply):
+            member = next((m for m in reply.members if m.node_id == node_id), None)
+            if member is None:
+                break
+            if time.monotonic() > deadline_s:
+                raise Unavailable(
+                    f"node {node_id} is being drained, but is not out after {timeout:.0f} s: it leaves by itself when "
+                    "the others have copied its tablets; `lucd domain show` tells what remains"
+                )
+            time.sleep(0.2)
+    click.echo(f"Node {node_id} left the roster; stop it.")
+
+
+@node.command("remove")
+@click.argument("node_id")
+@socket_option
+def node_remove(node_id: str, config: Path | None, socket: Path | None) -> None:
+    """Take NODE_ID (of this PoP), which is lost for good, out of the roster now, not after `remove_after_s`.
+
+    Refused while it answers: drain it then. If it comes back it has to join with an empty data directory.
+    """
+    with client(config, socket, 60.0) as daemon:
+        daemon.call(messages.DrainNode(node_id, lost=True))
+    click.echo(
+        f"Node {node_id} leaves the roster as soon as others have its tablets; `lucd domain show` lists it till then."
+    )
 
 
 @click.group()
@@ -112,11 +144,14 @@ def domain_show(name: str, config: Path | None, socket: Path | None, form: str) 
             ("domain", reply.name),
             ("generation", reply.generation),
             ("epoch", reply.epoch),
+            ("state", reply.state),
+            ("tablets", ", ".join(f"{number} {name}" for name, number in reply.state_of_tablets.items())),
             ("survives", _losses(reply.survivable)),
+            *((("comparing", f"{reply.unchecked} tablets here with their other replicas"),) if reply.unchecked else ()),
         ]
     )
     click.echo()
-    show_table(_NODE_HEAD, [_node_row(line) for line in reply.members])
+    show_table((*_NODE_HEAD, "TO COPY"), [(*_node_row(line), _to_copy(line)) for line in reply.members])
     click.echo()
     short = {line.node_id: line.node_id[8:16] for line in reply.members}
     show_table(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from dht.domain.messages import AskRecovery, RecoveryVote
 from dht.domain.recovery import majority_lives, recovered
 from dht.domain.roster import Roster, check_step, successor
 from dht.errors import Invalid, NotServing, RemoteProtocolError
@@ -213,5 +216,75 @@ def test_first_link_of_a_generation_with_old_epochs_or_strangers_is_refused() ->
             recovered(old, [b"nobody"])
         assert majority_lives(old, [m.node_id for m in old.members][:2])
         assert not majority_lives(old, [node_id(world, 0)])
+
+    play(story)
+
+
+def test_two_orders_with_a_common_survivor_only_one_begins() -> None:
+    async def story(world: World) -> None:
+        await world.grow(5)
+        for i, k in enumerate(KEYS):
+            await world.put(0, k, f"v{i}")
+        for n in (0, 1, 2):
+            world.cluster.crash(n)
+        ordered = [asyncio.ensure_future(recover(world, n, 3, 4)) for n in (3, 4)]
+        done = await asyncio.gather(*ordered, return_exceptions=True)
+        assert len([r for r in done if isinstance(r, Invalid)]) == 1
+        await all_served(world)
+        await world.until(lambda: world.domain(3).roster == world.domain(4).roster)
+        assert world.domain(3).generation == 2
+
+    play(story)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_recoveries_behind_a_cut_one_wins_and_the_other_stops_for_good(seed: int) -> None:
+    async def story(world: World) -> None:
+        await world.grow(5)
+        for i, k in enumerate(KEYS):
+            await world.put(0, k, f"v{i}")
+        world.cluster.crash(0)
+        world.cluster.partition([1, 2], [3, 4])
+        await world.cluster.machines[0].clock.sleep(10.0)
+        await recover(world, 1, 1, 2)
+        await recover(world, 3, 3, 4)
+        await all_served(world)
+        assert world.domain(1).generation == world.domain(3).generation == 2
+        wins = 1 if world.domain(1).chain.branch > world.domain(3).chain.branch else 3
+        loses = 4 - wins
+        world.cluster.heal()
+        both = (loses, loses + 1)
+        await world.until(lambda: all(world.domain(n).generations.superseded == 2 for n in both), 60.0, "stopping")
+        await world.cluster.machines[0].clock.sleep(20.0)
+        assert all(world.domain(n).joined for n in (wins, wins + 1))
+        assert not any(world.domain(n).joined for n in both)
+        assert isinstance(await outcome(_admit(world, loses)), NotServing)
+        before = [world.node(loses).registers.row(k, ROW) for k in KEYS]
+        world.cluster.crash(loses)
+        await world.cluster.start(loses)
+        assert world.domain(loses).generations.superseded == 2
+        assert [world.node(loses).registers.row(k, ROW) for k in KEYS] == before
+        world.cluster.wipe(loses)
+        await world.cluster.start(loses)
+        await world.until(lambda: world.domain(loses).joined, 60.0, "joining wiped")
+
+    play(story, seed)
+
+
+def test_vote_for_an_order_whose_orderer_is_gone_does_not_stand_in_the_way() -> None:
+    async def story(world: World) -> None:
+        await written(world, 3)
+        link = recovered(world.domain(0).roster, [node_id(world, 0), node_id(world, 1)])
+        voted = await world.domain(1).answer(node_id(world, 0), AskRecovery("one", link))
+        assert voted == RecoveryVote(True)
+        again = await world.domain(1).answer(node_id(world, 2), AskRecovery("one", link))
+        assert isinstance(again, RecoveryVote)
+        assert not again.granted
+        assert node_id(world, 0).hex() in again.why
+        world.cluster.crash(0)
+        world.cluster.crash(2)
+        await recover(world, 1, 1)
+        await all_served(world)
+        assert world.domain(1).generation == 2
 
     play(story)
