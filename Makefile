@@ -7,12 +7,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SEEDS ?= 1000
 ROUNDS ?= 1000
+FRAMES ?= 100000
+FILES ?= 10000
 INSTANCES ?= 10000
 MINUTES ?= 10
 DEVIATIONS ?= 2
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak explore planted kill-run join-run overload restart races sql-random nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak explore planted kill-run join-run overload restart races fuzz sql-random nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -57,6 +59,11 @@ races: $(VENV)/.test
 sql-random: $(VENV)/.test
 	LUCD_SQL_SEEDS=$(SEEDS) $(PY) -m pytest tests/nova_bridge/sql/test_random_statements.py \
 	  tests/nova_bridge/sql/test_random_transactions.py
+
+# Frames, datagrams and data files damaged at random. SEED=n makes the same cases again; each says how to run one alone.
+fuzz: $(VENV)/.test
+	$(PY) -W error -m tests.faults.fuzzed_frames --frames $(FRAMES) $(if $(SEED),--seed $(SEED))
+	$(PY) -m tests.faults.mutated_files --files $(FILES) $(if $(SEED),--seed $(SEED))
 
 nova-suites: $(VENV)/.test
 	$(PY) tests/nova_suites/run.py

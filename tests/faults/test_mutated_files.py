@@ -1,4 +1,4 @@
-"""A small part of `make fuzz`: damaged data files, and what a log that is not all there looks like."""
+"""A small part of `make fuzz`: frames and data files damaged at random; what a log that is not all there looks like."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dht.storage.disk import SqliteDisk
 from dht.storage.sqlite_file import seal
 from dht.storage.write_ahead_log import log_path
 from dht.world import Batch
+from tests.faults import fuzzed_frames
 from tests.faults.mutated_files import run_cases
 
 
@@ -20,6 +21,12 @@ def test_mutated_files_are_refused_or_right() -> None:
     totals = run_cases(seed=1, first=0, count=60)
     assert totals.total() == 60
     assert sum(times for kind, times in totals.items() if kind.endswith("refused")) > 20
+
+
+async def test_fuzzed_frames_and_datagrams_are_counted_and_nothing_else() -> None:
+    totals = await fuzzed_frames.run_cases(seed=1, first=0, count=2000)
+    assert totals["handshake: refused"] > 400
+    assert totals["datagram: received"] > 10
 
 
 def killed(path: Path, commits: int = 6) -> Path:
