@@ -12,6 +12,9 @@ from pathlib import Path
 
 import click
 
+from dht.sim.costs import SIZES, costs
+from dht.sim.costs import page as cost_page
+from dht.sim.costs import table as cost_table
 from dht.sim.explore import CASES, explore
 from dht.sim.planted import CAUGHT, hunt, switched_off
 from dht.sim.planted_table import page, table
@@ -132,6 +135,16 @@ def planted_command(seeds: int, catches: int, first: int, jobs: int, write: str 
     click.echo(text)
     if write is not None:
         Path(write).write_text(page(text, first, seeds, catches))
+
+
+@main.command(name="costs")
+@click.option("--write", type=click.Path(dir_okay=False), help="Write the table there, too.")
+def costs_command(write: str | None) -> None:
+    """Messages and CPU of one write, read and find in a PoP of 3 to 50 nodes."""
+    text = cost_table([costs(nodes) for nodes in SIZES])
+    click.echo(text)
+    if write is not None:
+        Path(write).write_text(cost_page(text))
 
 
 def _run_one(name: str, off: tuple[str, ...], seed: int) -> Verdict:
