@@ -139,7 +139,7 @@ class Statements:
                     return f"INSERT INTO {table} {listed}", arguments
                 names = ", ".join(columns[1:])
                 return (
-                    f"INSERT INTO {table} (id, {names}) SELECT id + 3, {names} FROM {table} WHERE {picked}",
+                    f"INSERT INTO {table} (id, {names}) SELECT id + 3, {names} FROM {table} WHERE {picked} ORDER BY id",
                     arguments,
                 )
             case 9:
