@@ -9,12 +9,13 @@ SEEDS ?= 1000
 ROUNDS ?= 1000
 FRAMES ?= 100000
 FILES ?= 10000
+NODES ?= 300
 INSTANCES ?= 10000
 MINUTES ?= 10
 DEVIATIONS ?= 2
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak explore planted kill-run join-run overload restart races fuzz sql-random nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak explore planted kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -64,6 +65,10 @@ sql-random: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(PY) -W error -m tests.faults.fuzzed_frames --frames $(FRAMES) $(if $(SEED),--seed $(SEED))
 	$(PY) -m tests.faults.mutated_files --files $(FILES) $(if $(SEED),--seed $(SEED))
+
+# The overlay while half of its nodes are replaced, in virtual time.
+churn: $(VENV)/.test
+	$(PY) -m tests.dht.overlay.churn --nodes $(NODES) --minutes $(MINUTES)
 
 nova-suites: $(VENV)/.test
 	$(PY) tests/nova_suites/run.py
