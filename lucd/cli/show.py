@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from dht.errors import Invalid, Unavailable
+from dht.errors import DhtError, Invalid, Unavailable
 from dht.model import GroupKey, Value
 from dht.rows import group_key
 from lucd import messages
-from lucd.cli.connection import ask, client, socket_option
+from lucd.cli.connection import ask, client, socket_option, store
 from lucd.cli.output import format_option, show_fields, show_json, show_table
 from lucd.messages import NodeLine
 
@@ -194,6 +194,22 @@ def domain_recover(
         reply = daemon.call(messages.RecoverDomain(survivors, accept_data_loss, timeout))
     if isinstance(reply, messages.RecoverReply):
         _show_recoveries((reply.recovery,))
+    _fit_unique_entries(config, socket)
+
+
+def _fit_unique_entries(config: Path | None, socket: Path | None) -> None:
+    """Unique entries and sequences follow the rows that survived; indexes are built from rows anyway."""
+    from nova_bridge.sql.database import Database  # pulls in the SQL door, which other commands do without
+    from nova_bridge.sql.repair import check
+
+    with store(config, socket, 120.0) as opened:
+        for name in opened.list_databases():
+            try:
+                found = list(check(Database(opened, name, 120.0), repair=True))
+            except DhtError as error:
+                found = [f"{error.message}: run `lucd database check {name} --repair`"]
+            for text in found:
+                click.echo(f"  database {name}: {text}")
 
 
 @click.group()

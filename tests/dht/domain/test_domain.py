@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dht.domain.domain import Domain
 from dht.domain.messages import AskJoin
 from dht.errors import Invalid, NotServing
 from tests.dht.domain.small_world import World, key, outcome, play, value
@@ -362,5 +363,79 @@ def test_health_of_three_says_one_may_fail() -> None:
         health = world.domain(0).health()
         assert health["tablets"] == {"whole": 0, "degraded": 8, "unavailable": 0}
         assert health["survivable"] == []
+
+    play(story)
+
+
+def test_refusal_of_a_sealed_replica_points_to_the_newer_ones_after_one_hop() -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        stale, other = world.domain(0), world.domain(1)
+        await world.add()
+        await world.until(lambda: len(other.roster.tablets_of(world.cluster.machines[3].node_id)) == 6)
+        await world.until(world.is_settled)
+        tablet = next(t for t, e in enumerate(other.roster.tablet_epochs) if e == other.roster.epoch)
+        old = stale.chain.link(stale.roster.tablet_epochs[tablet] - 1).replicas(tablet)
+        # As one that has the link but has heard nothing of the take-over.
+        stale.watch = type(stale.watch)(stale.local.node_id, 0.0)
+        stale._views = tuple(old if t == tablet else view for t, view in enumerate(stale._views))
+        hops = 0
+        while stale.replicas(tablet).epoch != other.roster.tablet_epochs[tablet]:
+            hops += 1
+            with pytest.raises(NotServing) as refusal:
+                other.admit(tablet, stale.replicas(tablet).epoch)
+            assert stale.pointed(refusal.value)
+        assert hops == 1
+
+    play(story)
+
+
+def test_refusal_from_a_longer_chain_is_followed_by_fetching_it() -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        await fill(world, 0, "a")
+        world.cluster.partition([0], [1, 2])
+        await world.add()
+        world.cluster.partition([0], [3])
+        await world.until(lambda: len(world.domain(1).roster.members) == 4, 120.0)
+        await world.until(lambda: len(world.domain(1).roster.tablets_of(world.cluster.machines[3].node_id)) > 0)
+        await world.cluster.machines[1].clock.sleep(10.0)
+        world.cluster.heal()
+        stale, newer = world.domain(0), world.domain(1)
+        tablet = newer.roster.tablets_of(world.cluster.machines[3].node_id)[0]
+        assert stale.chain.epoch < newer.roster.tablet_epochs[tablet]
+        refusal = await outcome(_admit(newer, tablet, stale.replicas(tablet).epoch))
+        if isinstance(refusal, NotServing):
+            assert not stale.pointed(refusal)
+            await stale.refresh(refusal.detail["roster_epoch"])  # type: ignore[arg-type]
+        assert stale.chain.epoch >= newer.roster.tablet_epochs[tablet]
+        await world.settled(120.0)
+        await check(world, 0, "a")
+
+    play(story)
+
+
+async def _admit(domain: Domain, tablet: int, epoch: int) -> None:
+    domain.admit(tablet, epoch)
+
+
+def test_first_voter_that_cannot_mend_does_not_stop_the_others() -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        await fill(world, 0, "a")
+        first = world.domain(0).roster.voters[0]
+        number = next(i for i in range(3) if world.cluster.machines[i].node_id == first)
+        membership = world.domain(number)._membership
+
+        async def hang() -> None:
+            await world.cluster.machines[number].clock.sleep(1000.0)
+
+        membership.mend = hang  # type: ignore[method-assign]
+        asked = next(i for i in range(3) if i != number)
+        gone = next(m.node_id for m in world.domain(0).roster.members if m.node_id not in (first,))
+        await world.add()
+        await world.until(lambda: world.domain(asked).roster.member(world.cluster.machines[3].node_id) is not None)
+        await world.domain(asked).leave(gone, drain=True)
+        await world.until(lambda: world.domain(asked).roster.member(gone) is None, 120.0, "leaving")
 
     play(story)
