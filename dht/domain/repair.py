@@ -31,6 +31,7 @@ from dht.world import Batch, Chance, Clock, Disk
 log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S: Final = 600.0
 TABLET_PAUSE_S: Final = 0.05
+START_PAUSE_S: Final = 1.5
 RETURN_PAUSE_S: Final = 0.005
 TABLETS_AT_ONCE: Final = 8
 """After a cut or an absence many writes were missed, so it is not the time to be slow."""
@@ -80,6 +81,8 @@ class Repair:
     async def run(self) -> None:
         """Until cancelled. The first sweep comes soon after the start: this node may have been away."""
         due_s = self._clock.monotonic() + 3.0 * self._chance.uniform(0.8, 1.2)
+        # First this node serves; all its peers "return" to it at its start.
+        await self._clock.sleep(START_PAUSE_S)
         while self._disk.failed is None:
             if not await self._woken(due_s - self._clock.monotonic()):
                 pause_s = SWEEP_INTERVAL_S if await self.sweep() else 5.0
