@@ -75,6 +75,10 @@ class Node(Protocol):
         """Ask the cluster to move everything away from the node and to let it go."""
         ...
 
+    async def recover(self, *, salvage: bool) -> None:
+        """Begin a new generation with this node alone, a majority being lost for good; `salvage`: repair the data."""
+        ...
+
     @property
     def left(self) -> bool:
         """Whether the cluster has let this node go."""
@@ -280,6 +284,18 @@ class Cluster:
                 raise AssertionError(f"the cluster did not settle within {patience_s:.0f} s without faults")
             await clock.sleep(SETTLE_LOOK_EVERY_S)
         self.say("settled")
+
+    async def recover(self, number: int, *, salvage: bool = True) -> None:
+        """Order the machine's node to go on alone; asked until it is done."""
+        machine = self.machines[number]
+        self.say(f"{machine.name} is told to go on without the others, data loss accepted")
+        while True:
+            assert machine.node is not None
+            try:
+                return await self._inside(machine, partial(machine.node.recover, salvage=salvage), "recover")
+            except DhtError as error:
+                self.say(f"{machine.name} does not recover yet: {error.message[:160]}")
+            await machine.clock.sleep(0.5)
 
     async def drain(self, number: int) -> None:
         """Have the machine's node leave; retire the machine when it is out. Asks until that is so."""

@@ -61,6 +61,7 @@ BUGS: Final = {
     "floor_raised": "deletion without floor",
     "epoch_checked": "a stale roster's frame is accepted",
     "boots_checked": "a copied or rolled-back data directory is accepted",
+    "salvaged": "a recovery that does not jump the sequences",
     "flush_awaited": "the disk lies: durable before the flush",
 }
 

@@ -84,6 +84,14 @@ class ProductionNode:
     def serving(self) -> bool:
         return any(self.domain.tablets.serves(tablet) for tablet in range(self._tablets))
 
+    async def recover(self, *, salvage: bool) -> None:
+        if self.domain.roster.members != (self.domain.local.member(),):
+            await self.domain.generations.recover([self._boot.node_id], accept_data_loss=True)
+        while not self.settled:
+            await self._boot.clock.sleep(0.1)
+        if salvage:
+            await self._store.salvage(60.0)
+
     @property
     def left(self) -> bool:
         return self.domain.removed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from dht.sim.scenario import Faults, Scenario
-from dht.sim.scripts import rolled_back, sizes
+from dht.sim.scripts import recovered, rolled_back, sizes
 from dht.sim.swarm import SWARM, swarm
 from dht.sim.workload import Mix
 
@@ -106,6 +106,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         ),
         Scenario("sizes", machines=1, duration_s=30.0, tablets=4, mix=Mix(pace_s=0.05), script=sizes),
         Scenario("rolled-back", tablets=4, duration_s=5.0, script=rolled_back),
+        Scenario("recovered", tablets=4, duration_s=5.0, script=recovered),
         Scenario(
             "everything",
             machines=4,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
+from dht.sim.workload import Client
+
 if TYPE_CHECKING:
     from dht.sim.scenario import Run
 
@@ -83,3 +85,42 @@ async def rolled_back(now: Run) -> None:
     now.start(away)
     await clock.sleep(0.5)
     now.start(victim)
+
+
+async def recovered(now: Run) -> None:
+    """Two of three members are gone for good, with the newest ids of a sequence; the third goes on by order (rule 8).
+
+    The survivor has all that was written, and missed the blocks of ids that the others gave out since: those must not
+    be given out again. One of the lost comes back with its disk, serves nothing, and is wiped.
+    """
+    cluster, bench = now.cluster, now.bench
+    clock = cluster.machines[0].clock
+    await clock.sleep(now.chance.uniform(0.2, 0.5))
+    bench.stopping = True
+    await asyncio.gather(*now.clients)
+    drawer = Client(bench, "drawer", cluster.chance("drawer"))
+    while not any(draw.first is not None for draw in bench.history.draws):
+        await drawer.draw()  # of a sequence that the survivor has never heard of, nothing can be known
+    await clock.sleep(2.0)
+    survivor, *lost = now.chance.sample(range(len(cluster.machines)), len(cluster.machines))
+    cluster.partition([survivor], lost)
+    for _ in range(4):
+        drawer.machine = now.chance.choice(lost)
+        await drawer.draw()
+    for number in lost:
+        cluster.crash(number)
+    cluster.heal()
+    await clock.sleep(1.0)
+    await cluster.recover(survivor, salvage=now.scenario.salvaged)
+    await cluster.start(lost[0])
+    for _ in range(4):
+        drawer.machine = survivor
+        await drawer.draw()
+    for number in lost:
+        cluster.wipe(number)
+        await cluster.start(number)
+    await cluster.settle()
+    bench.stopping = False
+    loop = asyncio.get_running_loop()
+    now.clients += [loop.create_task(Client(bench, f"e{i}", cluster.chance(f"later {i}")).run()) for i in range(3)]
+    await clock.sleep(now.chance.uniform(0.2, 0.5))
