@@ -42,6 +42,8 @@ from dht.world import Batch
 _NOT_SERVING = ReplicaState(False, ZERO, 0)
 _READ_BYTES_MAX = 16 * 1024 * 1024
 _DOUBTFUL_SCANNED = 2_000
+MARKS_KEPT_AFTER_S = 3.0
+"""What a node that stops forgets of the chosen marks is at most so young."""
 
 
 class Acceptor:
@@ -53,6 +55,7 @@ class Acceptor:
         self._disk = context.disk
         # The batch that holds the newest promise or state of a group, while it may not be durable yet.
         self._pending: dict[GroupKey, int] = {}
+        self._keeping = False
 
     def admit(self, key: GroupKey, ballot: Ballot, *, accept: bool = False) -> None:
         """Raise NotServing unless the ballot's tablet epoch and generation are the ones served here."""
@@ -130,13 +133,20 @@ class Acceptor:
 
     def chosen(self, request: Chosen) -> None:
         """Keep the marks that are of the states held here. Not awaited: a mark is true, remembered or not."""
-        file = self._file
+        marks = zip(request.keys, request.ballots, strict=False)
+        if sum([self._file.mark(key, ballot) for key, ballot in marks]) and not self._keeping:
+            self._keeping = True
+            self._context.spawn(self._keep_marks_soon())
+
+    async def _keep_marks_soon(self) -> None:
+        """A group that is written again meanwhile has its mark on the disk for nothing; the others share a commit."""
+        try:
+            await self._context.clock.sleep(MARKS_KEPT_AFTER_S)
+        finally:
+            self._keeping = False
         batch = Batch()
-        for key, ballot in dict(zip(request.keys, request.ballots, strict=False)).items():
-            header = file.header(key)
-            if header.accepted == ballot and header.chosen != ballot:
-                marked = Header(header.promise, header.accepted, ballot, header.digest, header.deleted)
-                file.write(batch, key, marked, {})
+        if self._disk.failed is None:
+            self._file.keep_marks(batch)
         if batch.writes:
             self._disk.submit(batch)
 

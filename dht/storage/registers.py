@@ -52,6 +52,18 @@ _encode_header = msgspec.msgpack.Encoder().encode
 _decode_header = msgspec.msgpack.Decoder(Header).decode
 
 
+def _marked(header: Header) -> Header:
+    return Header(
+        header.promise,
+        header.accepted,
+        header.accepted,
+        header.digest,
+        header.deleted,
+        header.size_bytes,
+        header.intents,
+    )
+
+
 class RegisterFile:
     """All registers of one node, over its disk. `tablets`: the domain's number of tablets, fixed for its life."""
 
@@ -61,6 +73,8 @@ class RegisterFile:
         self._indexes = Indexes(disk)
         # database -> group -> the tables that were written since the group was last settled; None: any table.
         self._unsettled: dict[bytes, dict[GroupKey, set[bytes] | None]] = {}
+        # What is chosen and not yet written down as such: it costs nothing with the register's next change.
+        self._marks: dict[GroupKey, Ballot] = {}
         for key, value in scan(disk, Space.REGISTER, b"", PREFIX_END * 3):
             if not self._header_of(value).settled:
                 group = key[_TABLET_BYTES:]
@@ -69,7 +83,30 @@ class RegisterFile:
     def header(self, key: GroupKey) -> Header:
         """The register's header; `ABSENT` when this node has none."""
         value = self._disk.get(Space.REGISTER, self._place(key))
-        return ABSENT if value is None else self._header_of(value)
+        if value is None:
+            return ABSENT
+        header = self._header_of(value)
+        if self._marks and self._marks.get(key) == header.accepted:
+            return _marked(header)
+        return header
+
+    def mark(self, key: GroupKey, ballot: Ballot) -> bool:
+        """Note that the ballot is chosen; whether that is news of the state held here.
+
+        In force at once, on the disk with the register's next change or with `keep_marks`: it is only a hint.
+        """
+        header = self.header(key)
+        if header.accepted != ballot or header.chosen == ballot:
+            return False
+        self._marks[key] = ballot
+        if not header.intents:
+            self._settle(key)
+        return True
+
+    def keep_marks(self, batch: Batch) -> None:
+        """Into the batch, which is to hold nothing else: the marks that are not on the disk."""
+        for key in list(self._marks):
+            self.write(batch, key, self.header(key), {})
 
     def rows(self, key: GroupKey) -> dict[RowKey, bytes]:
         """All rows of the group by row key, in key order, system rows too."""
@@ -109,6 +146,7 @@ class RegisterFile:
             header.promise, header.accepted, header.chosen, header.digest, header.deleted, size_bytes, intents
         )
         batch.put(Space.REGISTER, place, _encode_header(header))
+        self._marks.pop(key, None)
         self._note(key, header, delta)
         return header
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
-from register_cluster import LoopClock, StaticDomain
+from register_cluster import LoopClock, StaticDomain, eventually
 
 from dht.errors import Invalid, NotServing, RemoteProtocolError
 from dht.model import ZERO, Ballot, Comparison, Constraint, FindQuery
@@ -99,13 +100,28 @@ def test_read_at_another_epoch_is_answered_as_not_serving(acceptor):
     assert (there.serving, there.rows) == (False, None)
 
 
-def test_chosen_mark_counts_only_for_the_state_held(acceptor):
+async def test_chosen_mark_counts_only_for_the_state_held(acceptor):
     acceptor.accept(accept(2, ZERO, row(1), GroupState({}, ZERO)))
     file = acceptor._file
     acceptor.chosen(Chosen((KEY,), (ballot(1),)))
     assert not file.header(KEY).settled
     acceptor.chosen(Chosen((KEY,), (ballot(2),)))
     assert file.header(KEY).settled
+
+
+async def test_chosen_marks_of_a_while_are_one_batch(acceptor, monkeypatch):
+    monkeypatch.setattr("dht.register.acceptor.MARKS_KEPT_AFTER_S", 0.01)
+    acceptor.accept(accept(2, ZERO, row(1), GroupState({}, ZERO)))
+    batches = []
+    submit = acceptor._disk.submit
+    monkeypatch.setattr(acceptor._disk, "submit", lambda batch: batches.append(batch) or submit(batch))
+    for _ in range(3):
+        acceptor.chosen(Chosen((KEY,), (ballot(2),)))
+    assert not batches
+    await eventually(lambda: batches)
+    assert RegisterFile(acceptor._disk).header(KEY).settled
+    await asyncio.sleep(0.03)
+    assert len(batches) == 1
 
 
 def test_register_without_header_keeps_the_floor_of_its_tablet(acceptor):

@@ -136,6 +136,41 @@ def test_unsettled_group_is_reported_until_chosen_and_after_restart() -> None:
     assert RegisterFile(disk).unsettled("db", 1, None) == []
 
 
+def test_mark_counts_at_once_and_is_on_the_disk_with_the_next_change_or_when_marks_are_kept() -> None:
+    disk, file = make()
+    for number in (1, 2, 3):
+        put(file, disk, group(number), {row_key(1, (1,)): row(1)}, OPEN)
+    assert not file.mark(group(1), B1)
+    assert [file.mark(group(number), B2) for number in (1, 2)] == [True, True]
+    assert not file.mark(group(1), B2)
+    assert [file.header(group(number)).settled for number in (1, 2, 3)] == [True, True, False]
+    assert file.unsettled("db", 1, None) == [group(3)]
+    assert RegisterFile(disk).unsettled("db", 1, None) == [group(1), group(2), group(3)]
+    put(file, disk, group(1), {}, file.header(group(1)))
+    assert RegisterFile(disk).unsettled("db", 1, None) == [group(2), group(3)]
+    batch = Batch()
+    file.keep_marks(batch)
+    assert [space for space, _, _ in batch.writes] == [Space.REGISTER]
+    disk.submit(batch)
+    assert RegisterFile(disk).unsettled("db", 1, None) == file.unsettled("db", 1, None) == [group(3)]
+
+
+def test_mark_of_a_value_that_was_overtaken_or_erased_does_not_count() -> None:
+    disk, file = make()
+    for number in (1, 2):
+        put(file, disk, group(number), {row_key(1, (1,)): row(1)}, Header(B1, B1, ZERO, b"d" * 16))
+        assert file.mark(group(number), B1)
+    put(file, disk, group(1), {row_key(1, (1,)): row(2)}, OPEN)
+    batch = Batch()
+    file.erase(batch, group(2))
+    disk.submit(batch)
+    again = Batch()
+    file.keep_marks(again)
+    assert not again.writes
+    assert not file.header(group(1)).settled
+    assert file.header(group(2)) == ABSENT
+
+
 def test_unsettled_group_with_intent_counts_for_every_table() -> None:
     disk, file = make()
     put(file, disk, group(1), {row_key(SYSTEM_INTENT, (b"t",)): b"x"}, SETTLED)
