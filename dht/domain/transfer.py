@@ -316,6 +316,10 @@ class Transfer:
         keys, pages = [m.key for m in marks], 0
         left_bytes = sum(m.size_bytes for m in marks)
         while keys:
+            if not sealed:
+                # Callers wait for the tablet that is sealed now; this work can wait for them.
+                async with self._one_seal:
+                    pass
             pages += 1
             self.remaining[tablet] = (len(keys), max(0, left_bytes))
             request = AskRegisters(self._chain.domain, tablet, epoch, tuple(keys[:PAGE_KEYS_MAX]), sealed)
