@@ -66,19 +66,19 @@ def hunt(rule: str, name: str, seeds: Iterable[int], catches: int) -> Hunt:
 
 
 CAUGHT: Final[dict[str, tuple[str, int]]] = {
-    "accept_durable": ("swarm", 250),
-    "refuse_lower_ballot": ("swarm", 100),
+    "accept_durable": ("single", 60),
+    "refuse_lower_ballot": ("swarm", 150),
     "delta_base_checked": ("swarm", 60),
     "one_accept_in_flight": ("swarm", 40),
     "chosen_before_answer": ("swarm", 60),
     "promise_not_across_epochs": ("replace", 60),
-    "confirm_refusal": ("swarm", 120),
+    "confirm_refusal": ("swarm", 300),
     "window": ("swarm", 80),
     "refusal_recorded_at_retry": ("late", 100),
     "read_majority": ("swarm", 40),
     "read_same_ballot": ("swarm", 40),
     "read_exact_data": ("swarm", 300),
-    "read_writes_back": ("swarm", 60),
+    "read_writes_back": ("swarm", 120),
     "find_intents": ("finds", 60),
     "find_indexed": ("swarm", 400),
     "reads_resolve_intents": ("swarm", 100),

@@ -83,6 +83,7 @@ def table(hunts: Iterable[Hunt]) -> str:
             if found is not None and found.caught:
                 gaps = found.gaps
                 seeds = f"{gaps[0]}, {statistics.median(gaps):g}, {max(gaps)} ({len(gaps)} catches)"
+                seeds += "" if found.scenario == name else f" of `{found.scenario}`"
             elif found is not None:
                 seeds = f"none in {found.tried}"
         if rule in DIRECTED:
