@@ -139,6 +139,8 @@ class _Network:
         self.process = process
         self.answer: Answer | None = None
         self.meet: object = None
+        self.fabric = self
+        self.once: tuple[type[Struct], ...] = ()
         self.identity: object = None
 
     def serve(self, answer: Answer) -> None:

@@ -45,6 +45,8 @@ class Fabric:
         self.weather = Weather()
         self.duplicable: tuple[type[Struct], ...] | None = None
         """Message classes that may arrive twice; None: all."""
+        self.once: tuple[type[Struct], ...] = ()
+        """Those that never do: what rests on the links' own promise of at most once (`dht.world.Network`)."""
         self.lost_to: Callable[[NodeId, NodeId, Struct], bool] | None = None
         """A scenario's own rule: (from, to, message) -> drop it."""
         self.names: dict[NodeId, str] = {}
@@ -115,7 +117,12 @@ class Fabric:
             return
         self._later(self.delay_s(a, b), arrive)
         twice = self.duplicable is None or isinstance(message, self.duplicable)
-        if weather.duplication and twice and self.chance.random() < weather.duplication:
+        if (
+            weather.duplication
+            and twice
+            and not isinstance(message, self.once)
+            and self.chance.random() < weather.duplication
+        ):
             self._later(self.delay_s(a, b) + self.chance.random() * weather.straggler_s, arrive)
 
     def _later(self, delay_s: float, action: Callable[[], None]) -> None:
@@ -140,6 +147,10 @@ class SimNetwork:
         self.meet: Meet | None = None
         """Raises Conflict for a peer that is not to be trusted; see `dht.wire.boots`."""
         self.closed = False
+
+    @property
+    def fabric(self) -> Fabric:
+        return self._fabric
 
     def serve(self, answer: Answer) -> None:
         self._answer = answer

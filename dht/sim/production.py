@@ -11,6 +11,7 @@ from dht.domain.roster import REPLICAS
 from dht.domain.rules import RULES as DOMAIN_RULES
 from dht.domain.rules import DomainRules
 from dht.model import NodeId
+from dht.register.messages import Coordinate
 from dht.register.node import StoreNode
 from dht.register.rules import RULES, Rules
 from dht.requests import Store
@@ -32,6 +33,8 @@ class ProductionNode:
         collect_every_s: float,
         boots_checked: bool = True,
     ) -> None:
+        # A forward that is refused at its first delivery is not recorded: a link must not deliver it again.
+        boot.network.fabric.once = (Coordinate,)
         if boots_checked:
             boot.network.meet = BootBook(boot.disk).accept
         registers = RegisterFile(boot.disk, tablets)
