@@ -112,7 +112,13 @@ def test_floor_keeps_promise_accept_on_its_way_overwrites_a_later_write(on: bool
         await yard.store(first).commit(yard.transaction(insert(1)))
         await yard.store(first).commit(yard.transaction(delete(1)))
         await asyncio.sleep(1.0)
-        rounds = yard.store(slow)._coordinator._rounds
+        coordinator = yard.store(slow)._coordinator
+        deadline = asyncio.get_running_loop().time() + 60.0
+        # A prepare more, so that its ballot is the higher one whatever the order of the nodes' ids.
+        await coordinator.run(Operation(Kind.SETTLE, bytes(15) + b"s", Part(KEY)), 0, True, deadline)
+        await asyncio.sleep(0.1)
+        coordinator.forget(KEY)
+        rounds = coordinator._rounds
         accept, go_on = rounds.accept, asyncio.Event()
 
         async def late(*args: Any) -> bool:
@@ -121,8 +127,7 @@ def test_floor_keeps_promise_accept_on_its_way_overwrites_a_later_write(on: bool
 
         rounds.accept = late  # type: ignore[method-assign]
         operation = Operation(Kind.COMMIT, bytes(16), insert(2))
-        deadline = asyncio.get_running_loop().time() + 60.0
-        coming = asyncio.create_task(failed(yard.store(slow)._coordinator.run(operation, 0, True, deadline)))
+        coming = asyncio.create_task(failed(coordinator.run(operation, 0, True, deadline)))
         await asyncio.sleep(1.0)
         await yard.sweep()
         if await failed(yard.store(first).commit(yard.transaction(insert(1)))) is not None:

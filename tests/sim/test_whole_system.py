@@ -13,7 +13,7 @@ from dht.sim.scenario import run
 from dht.sim.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
-FRESH_SEEDS = int(os.environ.get("LUCD_FRESH_SEEDS", "500"))
+FRESH_SEEDS = int(os.environ.get("LUCD_FRESH_SEEDS", "100"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
