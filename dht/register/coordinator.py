@@ -195,8 +195,13 @@ class Coordinator:
                 standing.drop()
                 _reopen(decided)
                 return False
-        elif not await self._accept(standing, replicas, base, delta, decided):
-            return False
+        else:
+            if not delta:
+                # What finishes a group without rows is its first accept too: its floor must outlive it.
+                group.pin_floor(state, delta)
+                state.apply(delta)
+            if not await self._accept(standing, replicas, base, delta, decided):
+                return False
         _answer(decided)
         return True
 

@@ -11,6 +11,7 @@ import pytest
 
 from dht.sim.scenario import run
 from dht.sim.scenarios import SCENARIOS
+from dht.sim.swarm import swarm
 
 ROOT = Path(__file__).parents[2]
 FRESH_SEEDS = int(os.environ.get("LUCD_FRESH_SEEDS", "100"))
@@ -21,6 +22,11 @@ def test_run_under_faults_has_no_violation(name: str) -> None:
     verdict = run(SCENARIOS[name], 1)
     assert verdict.violations == [], f"python -m dht.sim run --scenario {name} --seed 1"
     assert verdict.counts["commits_applied"] > 10
+
+
+def test_floor_of_a_group_begun_anew_outlives_an_accept_that_changes_nothing() -> None:
+    """A retry of what a collected group had applied: the accept that only finished the group lost the floor."""
+    assert run(swarm(11888), 11888).violations == []
 
 
 def test_soak_of_fresh_seeds_has_no_violation() -> None:
