@@ -15,7 +15,7 @@ MINUTES ?= 10
 DEVIATIONS ?= 2
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak explore planted kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -32,6 +32,10 @@ lint: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(PY) -m dht.sim soak --seeds $(SEEDS) --jobs $(JOBS)
+
+# Cuts of the network between three daemons, in network namespaces (needs the right to make them).
+cuts: $(VENV)/.test
+	$(PY) -m pytest -s tests/faults/cuts.py
 
 # Daemons killed, stopped and cut off at random for MINUTES (SEED=n: the same faults again); needs network namespaces.
 kill-run: $(VENV)/.test
