@@ -178,10 +178,7 @@ class Clients:
                         report.gaps.append((last_s, now_s))
                     last_s = now_s
             except DhtError as error:
-                # A retry behind a pause may find that more transactions passed than the group's window keeps: the
-                # client is told that it cannot tell, which is counted as unknown, not as an error.
-                if not error.detail.get("forgotten"):
-                    report.errors.append(f"{type(error).__name__}: {error.message}")
+                report.errors.append(f"{type(error).__name__}: {error.message}")
                 time.sleep(0.02)
             except Exception as error:
                 # A thread that dies silently would look like a pause without end.

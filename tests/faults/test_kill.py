@@ -112,7 +112,9 @@ def test_stopped_daemon_is_passed_by_and_serves_nothing_stale_afterwards(cluster
         hit.wait_for(30)
         safe.wait_for(10)
     print(f"\ndaemon 2 stopped for {STOPPED_S:.0f} s: {safe.said()}; its own clients: {hit.said()}")
-    assert [report.errors for report in safe.reports] == [[]] * 4
+    # A retry behind the pause may be more transactions late than the group's window keeps; nothing else may come.
+    errors = [error for report in safe.reports for error in report.errors]
+    assert [error for error in errors if "has since forgotten so old a transaction" not in error] == []
     assert [report.wrong for report in (*safe.reports, *hit.reports)] == [[]] * 6
     assert safe.pause_s < PAUSE_MAX_S
     cluster.wait_whole()
