@@ -1,9 +1,10 @@
 """What becomes of an intent that somebody meets (DESIGN section 7).
 
 The truth is at the transaction's primary: a decision record or window entry says applied, a window entry says aborted,
-neither says undecided, and a ballot below the primary's floor says that its commit can no longer pass. Who waits for
-an undecided one waits for a while, unless the node that carries it out has fallen silent. A resolver
-never touches an intent before the primary says applied or aborted; if it says neither for too long, the resolver has
+neither says undecided, and a ballot below the primary's floor says that its commit can no longer pass. A primary that
+was collected has forgotten its transactions, which are over: who read an intent of one before that must read again. Who
+waits for an undecided one waits for a while, unless the node that carries it out has fallen silent. A resolver never
+touches an intent before the primary says applied or aborted; if it says neither for too long, the resolver has
 "aborted" written there first, which loses against a commit that was faster.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dht.errors import DhtError
 from dht.limits import INTENT_TIMEOUT_S, REQUEST_TIMEOUT_S
-from dht.model import Ballot, GroupKey, Part, RowKey, TransactionId
+from dht.model import ZERO, Ballot, GroupKey, Part, RowKey, TransactionId
 from dht.register import operations
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
@@ -74,10 +75,15 @@ class Resolver:
 
     async def outcome(self, intent: Intent, deadline: float) -> int | None:
         """APPLIED, ABORTED, or None: the primary has not decided."""
-        _, rows = await self._reader.system_rows(intent.primary, deadline)
+        ballot, rows = await self._reader.system_rows(intent.primary, deadline)
         known = operations.outcome(rows, intent.id)
         if known is None and below_floor(rows, intent.primary_seen):
             return ABORTED
+        seen = intent.primary_seen or ZERO
+        if known is None and not rows and seen < ballot and self._context.rules.collected_primary_asked:
+            # Collected with what it knew, and so ended; or never written, and only some replicas know of a higher
+            # floor. A write there tells which, a read does not.
+            return await self.abort(intent, deadline)
         return known
 
     async def abort(self, intent: Intent, deadline: float) -> int:

@@ -29,6 +29,7 @@ class Rules(Struct, frozen=True):
     intent was, too.
     abort_before_touching_intent: a resolver ends the transaction at its primary first. decision_kept: the decision
     record stays until every group has acknowledged. prepare_before_commit: the primary commits after all prepared.
+    collected_primary_asked: a primary that was collected with what it knew is not taken for one that has not decided.
     version_with_promise: nothing is proposed that was made under an older catalog than its promises named.
     fence_settles_groups, fence_ends_intents: what was begun under an older catalog is chosen or dead behind a fence.
     """
@@ -61,6 +62,7 @@ class Rules(Struct, frozen=True):
     find_indexed: bool = True
     op_in_ballot: bool = True
     rollback_recorded: bool = True
+    collected_primary_asked: bool = True
     version_with_promise: bool = True
     fence_settles_groups: bool = True
     fence_ends_intents: bool = True

@@ -123,6 +123,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _REGISTER,
         "test_rollback_recorded_prepare_that_comes_after_the_abort_leaves_an_intent",
     ),
+    "collected_primary_asked": (
+        _FLOORS,
+        "test_collected_primary_asked_read_that_met_the_intent_before_tells_the_state_before",
+    ),
     "floor_raised": (_FLOORS, "test_floor_raised_transaction_from_before_the_collection_is_applied_again"),
     "decision_kept": (_REGISTER, "test_decision_kept_committed_transaction_loses_a_group"),
     "seal_on_accept": (_DOMAIN, "test_seal_on_accept_late_accept_of_the_old_epoch_is_acknowledged_and_lost"),

@@ -40,6 +40,7 @@ BUGS: Final = {
     "serving_only": "a sealed or uninitialised replica answers reads and counts in a find",
     "find_indexed": "find counts a half-indexed replica",
     "op_in_ballot": "the next ballot is not unique per operation",
+    "collected_primary_asked": "a collected primary is taken for one that has not decided",
     "rollback_recorded": "a late prepare after an abort leaves an intent",
     "seal": "no seal",
     "seal_on_accept": "a seal stops prepares but not accepts",

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from dht.errors import Indeterminate
-from dht.model import Change, GroupKey, Op, Part, Transaction
+from dht.model import Change, FindQuery, GroupKey, Op, Part, Transaction
 from dht.register.messages import Kind, Operation
 from dht.register.node import StoreNode
+from dht.register.operations import Intent
 from dht.rows import group_key, row_key
 from dht.sim import loop as virtual
 from dht.sim.cluster import Cluster
@@ -63,9 +64,11 @@ def delete(pk: int) -> Part:
     return Part(KEY, changes=(Change(Op.DELETE, 1, (pk,), {}),))
 
 
-def play(story: Callable[[Yard], Coroutine[Any, Any, None]], *off: str) -> None:
+def play(story: Callable[[Yard], Coroutine[Any, Any, None]], *off: str, register: tuple[str, ...] = ()) -> None:
+    """`off`, `register`: rules of the domain and of the registers that are switched off."""
+
     async def told() -> None:
-        await story(Yard(Cluster(1, builder((), off, 1, 1e6, 1e6, boots_checked=False))))
+        await story(Yard(Cluster(1, builder(register, off, 1, 1e6, 1e6, boots_checked=False))))
 
     virtual.run(told(), time_limit_s=1000.0)
 
@@ -161,3 +164,50 @@ def test_floor_raised_transaction_from_before_the_collection_is_applied_again(on
         assert await yard.keys(0, KEY) == ([] if on else [row_key(1, (1,))])
 
     play(story, *(() if on else ("floor_raised",)))
+
+
+@BOTH
+def test_collected_primary_asked_read_that_met_the_intent_before_tells_the_state_before(on: bool) -> None:
+    """After a deletion in two groups is acknowledged a read meets its intent, and is slow to ask the first group of it.
+
+    Meanwhile the deletion is finished and the first group, empty now, collected. Silence there is no "not decided yet".
+    """
+    first, second = KEY, group_key("db", "f", ("h",))
+
+    async def story(yard: Yard) -> None:
+        await yard.grow(3)
+        store = yard.store(0)
+        await store.create_database("db")
+        kept = Change(Op.INSERT, 2, (2,), {0: 2})
+        await store.commit(yard.transaction(insert(1)))
+        await store.commit(yard.transaction(Part(second, changes=(Change(Op.INSERT, 1, (1,), {0: 1}), kept))))
+        reader = yard.store(1)._reader
+        resolve, met, go_on = reader.resolve, asyncio.Event(), asyncio.Event()
+
+        async def slow(key: GroupKey, intent: Intent, deadline: float) -> bool:
+            met.set()
+            await go_on.wait()
+            return await resolve(key, intent, deadline)
+
+        reader.resolve = slow
+        router = store._router
+        submit, finish = router.submit, asyncio.Event()
+
+        async def held(operation: Operation, attempt: int, deadline: float) -> Any:
+            if operation.kind == Kind.FINISH:
+                await finish.wait()
+            return await submit(operation, attempt, deadline)
+
+        router.submit = held  # type: ignore[method-assign]
+        gone = Change(Op.DELETE, 1, (1,), {})
+        parts = (Part(first, changes=(gone,)), Part(second, changes=(gone,)))
+        await store.commit(Transaction(bytes(15) + b"t", "db", 0, parts))
+        reading = asyncio.create_task(yard.store(1).find(FindQuery("db", 1, 0), timeout_s=60.0))
+        await met.wait()
+        finish.set()
+        await asyncio.sleep(1.0)
+        await yard.sweep()
+        go_on.set()
+        assert [row.group for row in (await reading).rows] == ([] if on else [second])
+
+    play(story, register=() if on else ("collected_primary_asked",))

@@ -14,7 +14,7 @@ from dht.sim.scenarios import SCENARIOS
 from dht.sim.swarm import swarm
 
 ROOT = Path(__file__).parents[2]
-FRESH_SEEDS = int(os.environ.get("LUCD_FRESH_SEEDS", "100"))
+FRESH_SEEDS = int(os.environ.get("LUCD_FRESH_SEEDS", "500"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
