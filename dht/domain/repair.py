@@ -24,7 +24,7 @@ from dht.domain.source import PAGE_KEYS_MAX
 from dht.domain.tablets import Tablets
 from dht.domain.watch import Watch
 from dht.errors import DhtError, RemoteProtocolError
-from dht.model import ZERO, GroupKey, NodeId
+from dht.model import ZERO, GroupKey, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk
 
@@ -33,11 +33,22 @@ SWEEP_INTERVAL_S: Final = 600.0
 TABLET_PAUSE_S: Final = 0.05
 START_PAUSE_S: Final = 1.5
 RETURN_PAUSE_S: Final = 0.005
+RETURN_AGAIN_S: Final = (0.5, 1.0, 2.0, 4.0)
+"""Pauses before further looks at a peer that returned. It may hear us later than we hear it, so a write that it has not
+sent us yet may come behind the first look: there is always a second one, and more of the tablets that differed."""
 TABLETS_AT_ONCE: Final = 8
 """After a cut or an absence many writes were missed, so it is not the time to be slow."""
 SETTLED_AT_ONCE: Final = 16
 BEHIND_MAX: Final = 20_000
 """So many of a tablet are noted at a time; the rest is found by the next look."""
+
+
+class _Look(Struct, frozen=True):
+    """When to look at a peer that returned, for which time, and at which tablets: None is all."""
+
+    due_s: float
+    turn: int
+    tablets: list[int] | None
 
 
 class Repair:
@@ -69,7 +80,7 @@ class Repair:
         self._watch = watch
         self._node = node
         self.settle: Callable[[GroupKey], Awaitable[None]] | None = None
-        self._returned: dict[NodeId, None] = {}
+        self._returned: dict[NodeId, _Look] = {}
         self._wake = asyncio.Event()
         self._pace = Pace(clock, bytes_per_s)
         self._compared: dict[int, None] = {}
@@ -84,48 +95,73 @@ class Repair:
         # First this node serves; all its peers "return" to it at its start.
         await self._clock.sleep(START_PAUSE_S)
         while self._disk.failed is None:
-            if not await self._woken(due_s - self._clock.monotonic()):
+            if not await self._woken(due_s):
                 pause_s = SWEEP_INTERVAL_S if await self.sweep() else 5.0
                 due_s = self._clock.monotonic() + pause_s * self._chance.uniform(0.8, 1.2)
                 continue
-            while self._returned:
-                await self._compare_with(next(iter(self._returned)))
+            await self._look_at_returned()
 
     def returned(self, node: NodeId) -> None:
         """A peer is heard again: it or this node has missed writes, so compare with it soon."""
-        self._returned[node] = None
+        self._returned[node] = _Look(self._clock.monotonic(), 0, None)
         self._wake.set()
 
-    async def _woken(self, wait_s: float) -> bool:
-        """Whether a peer returned before that time was over."""
-        if wait_s > 0 and not self._returned:
+    async def _woken(self, due_s: float) -> bool:
+        """Wait until a look at a peer that returned is due, or that time is reached; whether it is a look."""
+        while True:
+            now_s = self._clock.monotonic()
+            look_s = min((look.due_s for look in self._returned.values()), default=due_s)
+            if look_s <= now_s:
+                return bool(self._returned)
+            if due_s <= now_s:
+                return False
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout(min(look_s, due_s) - now_s):
                     await self._wake.wait()
-        return bool(self._returned)
 
-    async def _compare_with(self, node: NodeId) -> None:
-        del self._returned[node]
+    async def _look_at_returned(self) -> None:
+        """The looks that are due, and what they lead to."""
+        while due := [node for node, look in self._returned.items() if look.due_s <= self._clock.monotonic()]:
+            look = self._returned.pop(due[0])
+            differed = await self._compare_with(due[0], look.tablets)
+            if due[0] in self._returned or look.turn >= len(RETURN_AGAIN_S) or not (differed or look.turn == 0):
+                continue
+            tablets = None if look.turn == 0 else differed
+            due_s = self._clock.monotonic() + RETURN_AGAIN_S[look.turn]
+            self._returned[due[0]] = _Look(due_s, look.turn + 1, tablets)
+
+    async def _compare_with(self, node: NodeId, only: list[int] | None) -> list[int]:
+        """Fetch what this replica lacks of the node's tablets (`only` these); those that differed or gave no answer."""
         newest = self._chain.newest
         if newest is None or node == self._node:
-            return
+            return []
         both = [t for t in self._tablets.known() if node in newest.replicas(t).nodes and self._tablets.serves(t)]
+        if only is not None:
+            both = [t for t in both if t in only]
         behind: dict[int, list[RegisterMark]] = {}
+        differed: list[int] = []
         # All are surveyed first: what remains is known before the copying, which has a bandwidth, begins.
         for at in range(0, len(both), TABLETS_AT_ONCE):
             chunk = both[at : at + TABLETS_AT_ONCE]
             surveys = [self._survey(t, newest.replicas(t).epoch, node) for t in chunk]
-            for tablet, marks in zip(chunk, await asyncio.gather(*surveys, return_exceptions=True), strict=True):
-                if isinstance(marks, list):
+            for tablet, found in zip(chunk, await asyncio.gather(*surveys, return_exceptions=True), strict=True):
+                if isinstance(found, BaseException):
+                    if not isinstance(found, DhtError):
+                        raise found
+                    differed.append(tablet)
+                    continue
+                marks, stuck = found
+                if marks:
                     behind[tablet] = marks
-                elif not isinstance(marks, DhtError):
-                    raise marks
+                if marks or stuck:
+                    differed.append(tablet)
             await self._clock.sleep(RETURN_PAUSE_S)
         tablets = list(behind)
         for at in range(0, len(tablets), TABLETS_AT_ONCE):
             chunk = tablets[at : at + TABLETS_AT_ONCE]
             await asyncio.gather(*(self._try_fetch(t, newest.replicas(t).epoch, node, behind[t]) for t in chunk))
+        return differed
 
     def unchecked(self) -> int:
         """How many tablets with other replicas are served here, but were not compared with one since the start."""
@@ -148,8 +184,7 @@ class Repair:
             if self._tablets.serves(tablet):
                 complete &= await self._tablet(tablet)
                 await self._clock.sleep(TABLET_PAUSE_S)
-            while self._returned:
-                await self._compare_with(next(iter(self._returned)))
+            await self._look_at_returned()
         return complete
 
     async def _tablet(self, tablet: int) -> bool:
@@ -171,15 +206,17 @@ class Repair:
         if self._tablets.serves(tablet) != epoch:
             return False
         try:
-            await self._fetch(tablet, epoch, node, await self._survey(tablet, epoch, node))
+            behind, _ = await self._survey(tablet, epoch, node)
+            await self._fetch(tablet, epoch, node, behind)
         except DhtError as error:
             log.debug("tablet %d is not compared with %s: %s", tablet, node.hex()[:12], error)
             return False
         return True
 
-    async def _survey(self, tablet: int, epoch: int, node: NodeId) -> list[RegisterMark]:
-        """What this replica lacks of what the node has; what is merely stuck is settled by the way."""
+    async def _survey(self, tablet: int, epoch: int, node: NodeId) -> tuple[list[RegisterMark], bool]:
+        """What this replica lacks of what the node has. What is merely stuck is settled by the way: whether any was."""
         behind: list[RegisterMark] = []
+        any_stuck = False
         after, more = b"", True
         while more and len(behind) < BEHIND_MAX:
             page = await self._ask(node, AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, False))
@@ -187,11 +224,13 @@ class Repair:
                 raise RemoteProtocolError(f"a peer answered with {type(page).__name__} where headers were asked for")
             behind += [m for m in page.marks if self._behind(m, epoch)]
             self._note(tablet, behind)
-            await self._settle([m.key for m in page.marks if self._stuck(m, epoch)])
+            stuck = [m.key for m in page.marks if self._stuck(m, epoch)]
+            any_stuck |= bool(stuck)
+            await self._settle(stuck)
             more = page.more and bool(page.marks)
             after = page.marks[-1].key if page.marks else after
         self._compared[tablet] = None
-        return behind
+        return behind, any_stuck
 
     async def _try_fetch(self, tablet: int, epoch: int, node: NodeId, marks: list[RegisterMark]) -> None:
         try:
