@@ -41,7 +41,7 @@ from dht.storage.search import row_order, row_test
 FIND_AGAIN_MIN_S = 0.002
 FIND_AGAIN_MAX_S = 0.020
 MAJORITY_WAIT_S = 0.05
-"""How long the replicas asked first have, before the others are asked too."""
+"""How long the replicas asked first have, before the others are asked too; how often it is looked who is silent."""
 LIMIT_SLACK_ROWS = 16
 """Asked for beyond the limit, so that rows that turn out not to match rarely cost another round."""
 WHOLE_GROUPS_BYTES_MAX = 12 * 1024 * 1024
@@ -241,28 +241,30 @@ class Finder:
             needed[tablet] = quorum = quorums(len(nodes))[0]
             for i, node in enumerate(nodes):
                 (asked if i < quorum else rest).setdefault(node, []).append((tablet, replicas.epoch, i == 0))
-        waiting: dict[asyncio.Task[FindReplicaReply | None], frozenset[int]] = {}
+        waiting: dict[asyncio.Task[FindReplicaReply | None], tuple[NodeId, frozenset[int]]] = {}
 
         def ask(frames: dict[NodeId, list[tuple[int, int, bool]]]) -> None:
             for node, tablets in frames.items():
                 sends = frozenset([tablet for tablet, _, rows in tablets if rows])
-                waiting[context.spawn(self._ask(node, query, tablets, limit, deadline))] = sends
+                waiting[context.spawn(self._ask(node, query, tablets, limit, deadline))] = node, sends
 
         def missing() -> list[int]:
             return [tablet for tablet, quorum in needed.items() if collected.covered.get(tablet, 0) < quorum]
 
         ask(asked)
-        while waiting and (missing() or any(waiting.values())):
-            wait_s = MAJORITY_WAIT_S if rest else None
-            done, _ = await asyncio.wait(waiting, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        while waiting and (missing() or any(sends for _, sends in waiting.values())):
+            done, _ = await asyncio.wait(waiting, timeout=MAJORITY_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in waiting if task in done]:
-                sends = waiting.pop(task)
+                _, sends = waiting.pop(task)
                 reply = task.result()
                 if reply is not None:
                     collected.add(reply, sends)
             if rest and (not done or not waiting) and missing():
                 ask(rest)
                 rest = {}
+            elif not done and not any(context.network.alive(node) for node, _ in waiting.values()):
+                context.count("finds_given_up")
+                break
         return collected, missing()
 
     def _order(self) -> dict[NodeId, int]:

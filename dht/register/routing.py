@@ -32,6 +32,8 @@ from dht.register.rounds import expect
 FORWARD_TIMEOUT_S = 3.0
 FORWARD_CHECK_S = 0.03
 """How often a waiting forward looks whether its coordinator still answers anything at all."""
+FORWARD_TO_SILENT_S = 0.25
+"""How long a coordinator that is silent already is given to prove that it is not."""
 PREPARE_WAIT_S = 0.25
 """How long a step of a transaction waits, with intents of its own elsewhere, before it gives way: two that wait for
 each other must not both wait for the intent timeout."""
@@ -118,7 +120,7 @@ class Router:
         """
         network = self._context.network
         if not network.alive(target):
-            return expect(await network.call(target, request, timeout_s), Coordinated)
+            return expect(await network.call(target, request, min(timeout_s, FORWARD_TO_SILENT_S)), Coordinated)
         call = asyncio.ensure_future(network.call(target, request, timeout_s))
         try:
             while not (await asyncio.wait((call,), timeout=FORWARD_CHECK_S))[0]:

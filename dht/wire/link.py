@@ -22,7 +22,7 @@ from aiohttp import ClientWebSocketResponse, WSMsgType, web
 from dht import codec
 from dht.codec import Message
 from dht.errors import Indeterminate, RemoteProtocolError, Unavailable
-from dht.limits import FRAME_BYTES_MAX
+from dht.limits import FRAME_BYTES_MAX, PEER_TIMEOUT_S
 from dht.model import Struct
 from dht.wire import frames
 from dht.wire.handshake import PeerIdentity
@@ -43,6 +43,8 @@ ALIVE_S = 0.4
 """Who was not heard for so long does not count as alive."""
 SUSPECT_S = 0.2
 """Nor does who was not heard for so long, and a round trip, while a request to him waits."""
+GIVE_UP_S = 0.6
+"""Short requests to who was not heard for so long, and a round trip, or does not hear this node, fail then."""
 ROUND_TRIP_MAX_S = 0.5
 DEAF = b"\0"
 """The message of a peer that does not hear this node."""
@@ -74,6 +76,7 @@ class Link:
         self.dialed = dialed
         self.closed = False
         self.deaf = False
+        self._deaf_s = 0.0
         """Whether the peer says that it hears nothing."""
         self._suspected = False
         self._loop = asyncio.get_running_loop()
@@ -83,6 +86,7 @@ class Link:
         self._on_close = on_close
         self._reader: asyncio.Task[Any] | None = None
         self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
+        self._short: dict[int, None] = {}
         self._serving: dict[int, asyncio.Task[None]] = {}
         self._next_id = 0
         self._queue: list[bytes] = []
@@ -111,12 +115,15 @@ class Link:
         if not self._waiting:
             self._asked_s = self._loop.time()
         self._waiting[request_id] = waiter
+        if timeout_s <= PEER_TIMEOUT_S:
+            self._short[request_id] = None
         timer = self._loop.call_later(timeout_s, self._expire, waiter, message, timeout_s)
         try:
             raw = await waiter
         finally:
             timer.cancel()
             self._waiting.pop(request_id, None)
+            self._short.pop(request_id, None)
         try:
             return frames.read_reply(raw)
         except RemoteProtocolError:
@@ -136,8 +143,11 @@ class Link:
                     break
                 self.heard_s = self._loop.time()
                 self._suspected = False
-                self.deaf = message.data == DEAF
-                if message.data and not self.deaf:
+                deaf = message.data == DEAF
+                if deaf and not self.deaf:
+                    self._deaf_s = self.heard_s
+                self.deaf = deaf
+                if message.data and not deaf:
                     self._receive(message.data)
         except RemoteProtocolError as error:
             self._counters["garbage"] += 1
@@ -167,11 +177,22 @@ class Link:
         waited_s = min(silent_s, now_s - self._asked_s) if self._waiting else 0.0
         if waited_s > SUSPECT_S and not self._suspected and waited_s > SUSPECT_S + self._round_trip_s():
             self._suspected = True
+        deaf_s = now_s - max(self._deaf_s, self._asked_s) if self.deaf and self._waiting else 0.0
+        if max(waited_s, deaf_s) > GIVE_UP_S and max(waited_s, deaf_s) > GIVE_UP_S + self._round_trip_s():
+            self._give_up()
         hears = silent_s < ALIVE_S
         pause_s = SIGN_OF_LIFE_S if hears and not self._serving else SIGN_WHILE_SERVING_S
         if now_s - self._sent_s > pause_s and not self._queue:
             self._queue.append(b"" if hears else DEAF)
             self._wake()
+
+    def _give_up(self) -> None:
+        """Fail the short requests: who asks a majority need not wait their time-out for each silent replica."""
+        for request_id in self._short:
+            waiter = self._waiting[request_id]
+            if not waiter.done():
+                text = f"node {self.peer.node_id.hex()} fell silent before its reply: the request may have been served"
+                waiter.set_exception(Indeterminate(text))
 
     def _round_trip_s(self) -> float:
         """As the kernel measured it, so that a far peer is not suspected for its distance."""
