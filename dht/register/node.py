@@ -32,6 +32,7 @@ from dht.register.databases import Databases
 from dht.register.fence import Fence
 from dht.register.find import Finder, FindServer
 from dht.register.group import APPLIED, FORGOTTEN, UNDECIDED, intent_key
+from dht.register.laggards import Laggards
 from dht.register.messages import (
     Accept,
     AskFence,
@@ -81,7 +82,9 @@ class StoreNode:
         context = Context(identity.node_id, identity.boot, clock, chance, network, disk, registers, domain, rules)
         self._context = context
         self._acceptor = acceptor = Acceptor(context)
-        rounds = Rounds(context, acceptor)
+        laggards = Laggards(context)
+        laggards.settle = self._settle_at
+        rounds = Rounds(context, acceptor, laggards)
         reach = Reach(context)
         self._coordinator = Coordinator(context, rounds, reach)
         self._router = Router(context, self._coordinator, reach)
@@ -243,8 +246,11 @@ class StoreNode:
 
     async def settle(self, key: GroupKey) -> None:
         """Have this node, a replica of the group, finish what its replicas hold, and so stand there itself."""
+        await self._settle_at(self._context.node, key)
+
+    async def _settle_at(self, node: NodeId, key: GroupKey) -> None:
         operation = Operation(Kind.SETTLE, self._context.chance.randbytes(16), Part(key))
-        await self._router.submit_to(self._context.node, operation, self._deadline(PEER_TIMEOUT_S))
+        await self._router.submit_to(node, operation, self._deadline(PEER_TIMEOUT_S))
 
     async def salvage(self, timeout_s: float) -> tuple[str, ...]:
         """After the domain's recovery: end the intents, raise the sequences; what was done, in sentences."""

@@ -18,6 +18,7 @@ from dht.model import ZERO, Ballot, GroupKey, NodeId, RowKey, Struct
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.group import GroupState
+from dht.register.laggards import Laggards
 from dht.register.messages import (
     Accept,
     Accepted,
@@ -97,9 +98,10 @@ class Standing:
 class Rounds:
     """Conversations of a proposer with the replicas of a group."""
 
-    def __init__(self, context: Context, acceptor: Acceptor) -> None:
+    def __init__(self, context: Context, acceptor: Acceptor, laggards: Laggards) -> None:
         self._context = context
         self._acceptor = acceptor
+        self._laggards = laggards
         self._marks: dict[NodeId, dict[GroupKey, Ballot]] = {}
 
     # Prepare.
@@ -135,9 +137,9 @@ class Rounds:
         standing.behind.clear()
         same = [reply for reply in replies.values() if reply.accepted == best.accepted]
         # A chosen mark would prove as much, but a reader needs a majority that stands there; and if this replica itself
-        # does not, the readers that hear only it and one other would wait for ever.
-        own = replies.get(context.node)
-        standing.settled = len(same) >= accept_quorum and (own is None or own.accepted == best.accepted)
+        # does not, the readers that hear only it and one other would wait for ever, and no repair would bring it along.
+        own = context.file.header(key).accepted if context.node in replicas.nodes else best.accepted
+        standing.settled = len(same) >= accept_quorum and own == best.accepted
         return True
 
     def _own_rows(self, key: GroupKey, accepted: Ballot) -> dict[RowKey, bytes] | None:
@@ -216,6 +218,8 @@ class Rounds:
                     reply = await self._send_accept(node, whole)
         except DhtError as error:
             self._failed(error)
+            if self._context.network.alive(node):
+                self._laggards.note(node, request.key, request.ballot)
             tally.vote(node, False)
             return
         except BaseException:
@@ -225,6 +229,8 @@ class Rounds:
         if reply.verdict == Verdict.ACCEPTED:
             standing.behind.pop(node, None)
             standing.version = max(standing.version, reply.version)
+        else:
+            self._laggards.note(node, request.key, request.ballot)
         tally.vote(node, reply.verdict == Verdict.ACCEPTED)
 
     async def _send_accept(self, node: NodeId, request: Accept) -> Accepted:
