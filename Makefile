@@ -33,9 +33,9 @@ lint: $(VENV)/.test
 soak: $(VENV)/.test
 	$(PY) -m dht.sim soak --seeds $(SEEDS) --jobs $(JOBS)
 
-# Cuts of the network between three daemons, in network namespaces (needs the right to make them).
+# Cuts of the network between three daemons, in network namespaces (needs the right to make them), with their figures.
 cuts: $(VENV)/.test
-	$(PY) -m pytest -s tests/faults/cuts.py
+	$(PY) -m pytest -s tests/faults/test_cuts.py
 
 # Daemons killed, stopped and cut off at random for MINUTES (SEED=n: the same faults again); needs network namespaces.
 kill-run: $(VENV)/.test
