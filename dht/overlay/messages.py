@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+from functools import lru_cache
 from typing import Annotated, Final
 
 import msgspec
@@ -22,9 +23,19 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Pop = Annotated[str, Meta(min_length=1, max_length=POP_CHARS_MAX)]
 
 
+@lru_cache(maxsize=1024)
 def pop_prefix(pop: str) -> bytes:
     """What the ids of a PoP's nodes begin with (DESIGN section 3)."""
     return hashlib.sha1(pop.encode(), usedforsecurity=False).digest()[:4]
+
+
+@lru_cache(maxsize=4096)
+def address_version(host: str) -> int:
+    """4 or 6, or 0 for what is no address literal."""
+    try:
+        return ipaddress.ip_address(host).version
+    except ValueError:
+        return 0
 
 
 class Contact(Struct, frozen=True):
@@ -41,11 +52,7 @@ class Contact(Struct, frozen=True):
 
     def plausible(self, family: int) -> bool:
         """Whether the host is an address literal of the IP version and the id belongs to the PoP."""
-        try:
-            version = ipaddress.ip_address(self.host).version
-        except ValueError:
-            return False
-        return version == family and self.id[:4] == pop_prefix(self.pop)
+        return address_version(self.host) == family and self.id[:4] == pop_prefix(self.pop)
 
 
 class Hint(Struct, frozen=True):
