@@ -65,9 +65,10 @@ sql-random: $(VENV)/.test
 	LUCD_SQL_SEEDS=$(SEEDS) $(PY) -m pytest tests/nova_bridge/sql/test_random_statements.py \
 	  tests/nova_bridge/sql/test_random_transactions.py
 
-# Frames, datagrams and data files damaged at random. SEED=n makes the same cases again; each says how to run one alone.
+# Frames, datagrams and data files damaged at random, and whole messages with senseless values. SEED=n makes the same cases again; each says how to run one alone.
 fuzz: $(VENV)/.test
 	$(PY) -W error -m tests.faults.fuzzed_frames --frames $(FRAMES) $(if $(SEED),--seed $(SEED))
+	$(PY) -W error -m tests.faults.fuzzed_requests --messages $(FRAMES) $(if $(SEED),--seed $(SEED))
 	$(PY) -m tests.faults.mutated_files --files $(FILES) $(if $(SEED),--seed $(SEED))
 
 # The overlay while half of its nodes are replaced, in virtual time.

@@ -20,3 +20,6 @@ COLLECT_INTERVAL_S = 3600.0
 READ_GROUPS_MAX = 10_000
 FIND_ROWS_MAX = 100_000
 GROUP_QUEUE_WRITES_MAX = 1_000
+ROUNDS_AHEAD_MAX = 1 << 40
+"""A ballot whose round is further ahead of the acceptor's promise comes from a defect. Promised, it would leave too few
+rounds above it for ever, as rounds are 64 bits wide."""

@@ -27,9 +27,10 @@ from dht.domain.chain import Chain
 from dht.domain.messages import AskTombstones, Collect, Collected, TabletMark, Tombstones
 from dht.domain.roster import TabletReplicas
 from dht.domain.rules import DomainRules
-from dht.domain.tablets import Tablets
+from dht.domain.tablets import Tablets, TabletState
 from dht.domain.watch import Watch
-from dht.errors import NotServing
+from dht.errors import Invalid, NotServing
+from dht.limits import ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, NodeId
 from dht.storage.registers import Header, RegisterFile
 from dht.world import Batch, Chance, Clock, Disk
@@ -150,6 +151,7 @@ class Collection:
     async def acknowledge(self, request: AskTombstones) -> Tombstones:
         """The floor is durable, and with it all that the answer tells, when this returns."""
         self._refuse_other_epoch(request.tablet, request.epoch)
+        self._check_floor(request.tablet, request.floor)
         held, promise = [], ZERO
         batch = Batch()
         for key, ballot in zip(request.keys, request.ballots, strict=False):
@@ -169,6 +171,7 @@ class Collection:
     async def collect(self, request: Collect) -> Collected:
         """Erase what is unchanged: still this tombstone, and nothing promised that the floor would forget."""
         self._refuse_other_epoch(request.tablet, request.epoch)
+        self._check_floor(request.tablet, request.floor)
         batch = Batch()
         self._tablets.agree(batch, request.tablet, request.floor)
         erased = 0
@@ -187,13 +190,28 @@ class Collection:
         batch = Batch()
         for mark in marks:
             state = self._tablets.state(mark.tablet)
-            if mark.initialised == state.current > 0 and mark.floor > state.agreed:
+            if (
+                mark.initialised == state.current > 0
+                and mark.floor > state.agreed
+                and self._possible(state, mark.floor)
+            ):
                 self._tablets.agree(batch, mark.tablet, mark.floor)
         if batch.writes:
             self._tablets.submit(batch)
 
     def _promise(self, header: Header) -> Ballot:
         return header.promise if self._rules.floor_keeps_promise else header.accepted
+
+    def _possible(self, state: TabletState, floor: Ballot) -> bool:
+        """Whether promises of today lead to such a floor. One from a defect would leave no ballots above it."""
+        newest = self._chain.newest
+        generation = 0 if newest is None else newest.generation
+        ahead = floor.round - state.floor.round
+        return floor.generation <= generation and floor.epoch <= state.current and ahead <= ROUNDS_AHEAD_MAX
+
+    def _check_floor(self, tablet: int, floor: Ballot) -> None:
+        if not self._possible(self._tablets.state(tablet), floor):
+            raise Invalid(f"{tuple(floor)} cannot be a floor of tablet {tablet}")
 
     def _refuse_other_epoch(self, tablet: int, epoch: int) -> None:
         if self._tablets.serves(tablet) != epoch:

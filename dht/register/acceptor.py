@@ -13,7 +13,8 @@ admit here.
 
 from __future__ import annotations
 
-from dht.errors import NotServing, RemoteProtocolError
+from dht.errors import Invalid, NotServing, RemoteProtocolError
+from dht.limits import ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, RowKey
 from dht.register import catalog
 from dht.register.context import Context
@@ -74,6 +75,11 @@ class Acceptor:
             return Header(max(header.promise, self._context.domain.floor(self._file.tablet(key))))
         return header
 
+    def _check_rounds(self, header: Header, *ballots: Ballot) -> None:
+        for ballot in ballots:
+            if not 0 <= ballot.round <= header.promise.round + ROUNDS_AHEAD_MAX:
+                raise Invalid(f"round {ballot.round} is out of bounds: the promise here is of {header.promise.round}")
+
     def _window_floor(self, key: GroupKey, accepted: Ballot) -> Ballot:
         """Below it nothing is known of a register without a value: it may have been collected."""
         return self._context.domain.agreed_floor(self._file.tablet(key)) if accepted == ZERO else ZERO
@@ -83,6 +89,7 @@ class Acceptor:
         key, ballot = request.key, request.ballot
         self.admit(key, ballot)
         header = self._header(key)
+        self._check_rounds(header, ballot)
         ok = ballot > header.promise or not self._context.rules.refuse_lower_ballot
         number = self._pending.get(key, 0)
         if ok:
@@ -101,6 +108,7 @@ class Acceptor:
         key, ballot = request.key, request.ballot
         self.admit(key, ballot, accept=True)
         header = self._header(key)
+        self._check_rounds(header, *((ballot,) if request.next is None else (ballot, request.next)))
         if ballot < header.promise and self._context.rules.refuse_lower_ballot:
             return Accepted(Verdict.REFUSED, header.promise, header.accepted), self._pending.get(key, 0)
         batch = Batch()
@@ -194,6 +202,8 @@ class Acceptor:
 
         Raises NotServing where the tablet is not served: what is here may lack some then.
         """
+        if request.limit < 1:
+            raise Invalid(f"at most {request.limit} groups were asked for")
         domain = self._context.domain
         domain.admit(request.tablet, domain.replicas(request.tablet).epoch)
         prefix = encode_value(request.database)

@@ -65,6 +65,8 @@ class Fence:
     async def serve(self, request: AskFence) -> Fenced:
         """A peer's question. What is listed is of one moment, after the version was durable."""
         context = self._context
+        if len(request.tablets) != len(request.epochs):
+            raise Invalid(f"{len(request.tablets)} tablets and {len(request.epochs)} epochs were given")
         version = await self._confirm(request.database, request.version)
         tablets: list[int] = []
         keys: list[tuple[GroupKey, ...]] = []

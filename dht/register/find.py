@@ -61,6 +61,8 @@ class FindServer:
     async def serve(self, request: FindReplica) -> FindReplicaReply:
         """Matches of the tablets that this replica serves at the asked epochs; awaits what it tells."""
         query = request.query
+        if not len(request.tablets) == len(request.epochs) == len(request.rows):
+            raise Invalid(f"{len(request.tablets)} tablets do not go with their epochs and what is asked of them")
         link = self._context.domain.roster.epoch
         if await self._learn(query.database, query.catalog_version) < query.catalog_version:
             return FindReplicaReply((), (), (), (), (), False, (), link)

@@ -66,6 +66,10 @@ def made(chance: random.Random, kind: Any, depth: int = 0) -> Any:
     match kind:
         case inspect.StructType(fields=fields, tag=tag):
             return ([] if tag is None else [tag]) + [made(chance, field.type, depth + 1) for field in fields]
+        case inspect.NamedTupleType(fields=fields):
+            return [made(chance, field.type, depth + 1) for field in fields]
+        case inspect.EnumType(cls=enum):
+            return chance.choice([*enum, 99])
         case inspect.IntType():
             return chance.choice(INTEGERS)
         case inspect.BytesType(min_length=low):

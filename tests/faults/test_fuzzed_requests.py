@@ -1,0 +1,25 @@
+"""A short run of `make fuzz`'s messages with senseless values."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.fuzzed_requests import play
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_messages_with_senseless_values_are_answered_or_refused_and_lose_nothing() -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    totals = play(seed, 0, 4000)
+    answered = sum(times for kind, times in totals.items() if kind != "no message")
+    assert answered > 500, f"seed {seed}"
