@@ -4,7 +4,8 @@
 
 The nodes are the production class over datagrams of a loop in virtual time, with the production intervals. Half of the
 nodes is replaced, one after the other, some by themselves on another port. A look-up is right when it gives exactly
-the nearest living nodes in order, as computed from all ids, and a node when it is found where it listens.
+the nearest living nodes in order, as computed from all ids, but for newcomers, and a node, newcomer or not, when it is
+found where it listens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ KEY = b"k" * 32
 POPS = 8
 DELAY_S = 0.002
 FORGET_S_MAX = 30.0
+YOUNG_S = 15.0
+"""A node that came so lately may be missing from a list of nearest nodes, if it is found itself."""
 SETTINGS = OverlaySettings(contacts_per_host_max=100_000)
 """Production's, but all nodes have one host here."""
 
@@ -83,10 +86,12 @@ class Member:
         public = self.key.public_key().public_bytes_raw()
         self.id = pop_prefix(self.pop) + hashlib.sha1(public, usedforsecurity=False).digest()[:16]
         self.boot = 0
+        self.since_s = 0.0
         self.overlay: Overlay | None = None
 
     async def start(self, peers: list[Overlay]) -> Overlay:
         self.boot += 1
+        self.since_s = asyncio.get_running_loop().time()
         self.overlay = Overlay(self.id, self.key, self.pop, KEY, ("127.0.0.1", 0), boot=self.boot, settings=SETTINGS)
         await self.overlay.start("127.0.0.1", 0, [("127.0.0.1", peer.port) for peer in peers])
         return self.overlay
@@ -96,6 +101,7 @@ class Member:
 class Outcome:
     lookups: int = 0
     wrong: list[str] = field(default_factory=list)
+    young: int = 0
     replaced: int = 0
     moved: int = 0
     forget_s: float = 0.0
@@ -103,7 +109,7 @@ class Outcome:
 
     def __str__(self) -> str:
         return (
-            f"{self.lookups} look-ups, {len(self.wrong)} wrong; {self.replaced} nodes replaced, {self.moved} moved to "
+            f"{self.lookups} look-ups, {len(self.wrong)} wrong, {self.young} without a newcomer; {self.replaced} nodes replaced, {self.moved} moved to "
             f"another port; a dead node was in some table for at most {self.forget_s:.1f} s; {self.datagrams} datagrams"
         )
 
@@ -177,8 +183,13 @@ class Churn:
             right = sorted((i for i in self.living if i != asker.node_id), key=lambda i: distance(i, target))
             self.outcome.lookups += 2
             if found != right[: SETTINGS.ksize]:
-                missing = len([i for i in right[: SETTINGS.ksize] if i not in found])
-                self.outcome.wrong.append(f"nearest to {target.hex()}: {missing} of {SETTINGS.ksize} missing")
+                now_s = asyncio.get_running_loop().time()
+                missing = [now_s - self.living[i].since_s for i in right[: SETTINGS.ksize] if i not in found]
+                if missing and max(missing) < YOUNG_S:
+                    self.outcome.young += 1
+                else:
+                    ages = ", ".join(f"{age:.1f} s" for age in missing)
+                    self.outcome.wrong.append(f"nearest to {target.hex()}: missing nodes that are there for {ages}")
             if asker is not wanted:
                 contact = await asker.lookup(wanted.node_id)
                 if contact is None or contact.port != wanted.port:
