@@ -109,8 +109,9 @@ class Outcome:
 
     def __str__(self) -> str:
         return (
-            f"{self.lookups} look-ups, {len(self.wrong)} wrong, {self.young} without a newcomer; {self.replaced} nodes replaced, {self.moved} moved to "
-            f"another port; a dead node was in some table for at most {self.forget_s:.1f} s; {self.datagrams} datagrams"
+            f"{self.lookups} look-ups, {len(self.wrong)} wrong, {self.young} without a newcomer; {self.replaced} nodes "
+            f"replaced, {self.moved} moved to another port; a dead node was in some table for at most "
+            f"{self.forget_s:.1f} s; {self.datagrams} datagrams"
         )
 
 
