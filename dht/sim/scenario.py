@@ -119,6 +119,7 @@ class Run:
     wipes: int = 0
     drains: int = 0
     stillborns: int = 0
+    burying: bool = False
     starting: list[asyncio.Task[None]] = field(default_factory=list)
     clients: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -382,8 +383,11 @@ async def _skew(now: Run) -> None:
 
 
 def _whole(now: Run, machines: int) -> bool:
-    """Whether so many machines run, settled, and none is on its way in or out: one may be lost for good then."""
-    busy = any(not task.done() for task in now.starting)
+    """Whether so many machines run, settled, and none is on its way in or out: one may be lost for good then.
+
+    A newcomer that is about to be buried counts as lost: it may be a voter already.
+    """
+    busy = now.burying or any(not task.done() for task in now.starting)
     return not busy and now.cluster.settled() and len(now.cluster.numbers()) >= machines
 
 
@@ -413,6 +417,7 @@ async def _bury(now: Run) -> None:
     if now.stillborns >= now.scenario.faults.stillborns or not _whole(now, machines=1):
         return
     now.stillborns += 1
+    now.burying = True
     number = cluster.add()
     now.start(number)
     machine = cluster.machines[number]
@@ -423,6 +428,7 @@ async def _bury(now: Run) -> None:
         cluster.wipe(number)
         await machine.clock.sleep(_lasts_s(now))
     now.start(number)
+    now.burying = False
 
 
 async def _drain(now: Run) -> None:
