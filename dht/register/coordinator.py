@@ -281,7 +281,7 @@ class Coordinator:
             return True
         if await self._rounds.accept(standing, replicas, base, delta, following):
             standing.promised = following
-            standing.settled = True
+            standing.settled = self._context.file.header(standing.key).accepted == ballot
             self._context.count("accepts")
             return True
         self._context.count("accepts_failed")

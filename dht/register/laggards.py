@@ -44,18 +44,24 @@ class Laggards:
             noted[key] = ballot
 
     async def _look(self, node: NodeId) -> None:
+        """One for each replica, until nothing is noted of it."""
         context = self._context
-        await context.clock.sleep(context.chance.uniform(DELAY_MIN_S, DELAY_MAX_S))
-        noted = self._noted.pop(node)
-        if not context.network.alive(node):
-            return
-        keys = [key for key, ballot in noted.items() if self._still(node, key, ballot)]
-        for at in range(0, len(keys), AT_ONCE):
-            await asyncio.gather(*(self._settle(node, key) for key in keys[at : at + AT_ONCE]))
+        try:
+            while self._noted[node]:
+                await context.clock.sleep(context.chance.uniform(DELAY_MIN_S, DELAY_MAX_S))
+                if not context.network.alive(node):
+                    return
+                noted, self._noted[node] = self._noted[node], {}
+                due = list(noted.items())
+                for at in range(0, len(due), AT_ONCE):
+                    keys = [key for key, ballot in due[at : at + AT_ONCE] if self._still(node, key, ballot)]
+                    await asyncio.gather(*(self._settle(node, key) for key in keys))
+        finally:
+            del self._noted[node]
 
     def _still(self, node: NodeId, key: GroupKey, ballot: Ballot) -> bool:
-        """Whether this node knows of nothing newer that has, or will have, brought the replica along."""
-        if node not in self._context.replicas(key).nodes:
+        """Whether the replica can be asked, and this node knows of nothing newer that has brought it along."""
+        if node not in self._context.replicas(key).nodes or not self._context.network.alive(node):
             return False
         return node == self._context.node or self._context.file.header(key).accepted <= ballot
 

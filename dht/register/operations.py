@@ -224,9 +224,9 @@ def _end(state: GroupState, operation: Operation, ballot: Ballot, rules: Rules) 
 def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot: Ballot) -> tuple[Delta, Ballot, int]:
     """At the primary: the transaction's outcome, which is ABORTED from now on unless it was applied before.
 
-    FORGOTTEN, when it is so old that the window tells nothing: its commit would be refused for the floor, so it needs
-    no record, and an intent of it that is still there is void (an applied one's record stays until all are finished).
-    Who tried to commit it before cannot tell.
+    FORGOTTEN, when it is so old that the window tells nothing: its commit will be refused for the floor, so it needs
+    no record of its own, and an intent of it that is still there is void (an applied one's record stays until all are
+    finished). Who tried to commit it before cannot tell.
     Asked of a group that holds the transaction's intent, and so is not its primary: UNDECIDED, and nothing is done.
     """
     known = outcome(state.rows, operation.id)
@@ -234,9 +234,13 @@ def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot:
         return {}, ballot, known
     if intent_key(operation.id) in state.intents:
         return {}, ballot, UNDECIDED
-    if state.floor != ZERO and (seen is None or seen < state.floor):
-        return {}, ballot, FORGOTTEN
     delta: Delta = {}
+    if state.floor != ZERO and (seen is None or seen < state.floor):
+        if state.ballot == ZERO:
+            # Nothing is chosen here yet, and another majority may know a lower floor: this one has to be chosen, or
+            # the transaction could still commit there after its intents were dropped.
+            group.pin_floor(state, delta)
+        return delta, ballot, FORGOTTEN
     group.remember(state, delta, operation.id, ballot, ABORTED)
     return delta, ballot, ABORTED
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from dht.domain.roster import TabletReplicas, quorums
-from dht.errors import DhtError, NotServing, RemoteProtocolError
-from dht.limits import PEER_TIMEOUT_S
+from dht.errors import DhtError, NotServing, RemoteProtocolError, StorageError
+from dht.limits import PEER_TIMEOUT_S, ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, NodeId, RowKey, Struct
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
@@ -69,8 +69,8 @@ class Standing:
     """What a coordinator holds of one group. The rules of its use are in `dht.register.coordinator`.
 
     `state` and `promised` belong together: a quorum promised that ballot on that state. `heard`: the highest ballot
-    that anybody named. `behind`: replicas that need the whole state next time. `version`: the newest catalog that the
-    promises named (`dht.register.fence`).
+    that anybody named, but for absurd ones. `behind`: replicas that need the whole state next time. `version`: the
+    newest catalog that the promises named (`dht.register.fence`).
     """
 
     __slots__ = ("behind", "heard", "key", "promised", "settled", "size_bytes", "state", "version")
@@ -92,7 +92,8 @@ class Standing:
         self.settled = False
 
     def hear(self, ballot: Ballot) -> None:
-        self.heard = max(self.heard, ballot)
+        if ballot.round <= self.heard.round + ROUNDS_AHEAD_MAX:
+            self.heard = max(self.heard, ballot)
 
 
 class Rounds:
@@ -218,7 +219,8 @@ class Rounds:
                     reply = await self._send_accept(node, whole)
         except DhtError as error:
             self._failed(error)
-            if self._context.network.alive(node):
+            # A replica that does not serve the tablet, or has no disk, has nothing to finish the group with.
+            if not isinstance(error, NotServing | StorageError) and self._context.network.alive(node):
                 self._laggards.note(node, request.key, request.ballot)
             tally.vote(node, False)
             return

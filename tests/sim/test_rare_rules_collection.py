@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from dht.errors import Indeterminate
-from dht.model import Change, FindQuery, GroupKey, Op, Part, Transaction
+from dht.errors import Indeterminate, Unavailable
+from dht.model import Ballot, Change, FindQuery, GroupKey, Op, Part, Transaction
 from dht.register.messages import Kind, Operation
 from dht.register.node import StoreNode
 from dht.register.operations import Intent
-from dht.rows import group_key, row_key
+from dht.rows import decode_row, group_key, row_key
 from dht.sim import loop as virtual
 from dht.sim.cluster import Cluster
 from dht.sim.production import ProductionNode, builder
+from dht.world import Batch
 from tests.sim.bench import failed
 
 BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
@@ -211,3 +212,55 @@ def test_collected_primary_asked_read_that_met_the_intent_before_tells_the_state
         assert [row.group for row in (await reading).rows] == ([] if on else [second])
 
     play(story, register=() if on else ("collected_primary_asked",))
+
+
+def test_forgotten_is_chosen_before_an_intent_is_dropped_for_it() -> None:
+    """A floor reached one replica only; a read there ends a transaction's intent for it. Then the others commit.
+
+    They know a lower floor, and would let the transaction's first group apply it without the second.
+    """
+    primary, other = KEY, group_key("db", "f", ("h",))
+
+    async def story(yard: Yard) -> None:
+        await yard.grow(3)
+        order = yard.node(0).domain.roster.tablets[0]
+        by_id = {machine.node_id: number for number, machine in enumerate(yard.cluster.machines)}
+        store, last = yard.store(by_id[order[0]]), yard.store(by_id[order[2]])
+        await store.create_database("db")
+        await store.commit(yard.transaction(Part(other, changes=(Change(Op.INSERT, 1, (9,), {0: 1}),))))
+        router, commit = store._router, asyncio.Event()
+        submit = router.submit
+
+        async def held(operation: Operation, attempt: int, deadline: float) -> Any:
+            if operation.kind == Kind.COMMIT_PRIMARY:
+                await commit.wait()
+            return await submit(operation, attempt, deadline)
+
+        router.submit = held  # type: ignore[method-assign]
+        changes = tuple(Change(Op.INSERT, 1, (pk,), {0: pk}) for pk in (1, 2))
+        parts = (Part(primary, changes=changes), Part(other, changes=(Change(Op.UPDATE, 1, (9,), {0: 2}),)))
+        committing = asyncio.create_task(failed(store.commit(Transaction(bytes(15) + b"t", "db", 0, parts))))
+        await asyncio.sleep(0.2)
+        roster = yard.node(0).domain.roster
+        floor = Ballot(roster.generation, roster.tablet_epochs[0], 5, b"", 0, 0)
+        for number in range(3):
+            tablets, batch = yard.node(number).domain.tablets, Batch()
+            tablets.raise_floor(batch, 0, floor)
+            if number == by_id[order[2]]:
+                tablets.agree(batch, 0, floor)
+            tablets.submit(batch)
+        await last.read([other])
+
+        def away(request: Any) -> Any:
+            raise Unavailable("away")
+
+        last._acceptor.prepare = away  # type: ignore[method-assign]
+        store._coordinator.forget(primary)
+        commit.set()
+        error = await committing
+        (first,) = await store.read([primary])
+        (second,) = await store.read([other])
+        applied = [bool(first.rows), decode_row(next(iter((second.rows or {}).values())))[0] == 2]
+        assert applied == [error is None, error is None]
+
+    play(story)
