@@ -214,7 +214,7 @@ class Collection:
             raise Invalid(f"{tuple(floor)} cannot be a floor of tablet {tablet}")
 
     def _refuse_other_epoch(self, tablet: int, epoch: int) -> None:
-        if self._tablets.serves(tablet) != epoch:
+        if not 0 < epoch == self._tablets.serves(tablet):
             raise NotServing(
                 f"tablet {tablet} is not served here at epoch {epoch}; nothing of it is collected now",
                 domain=self._chain.domain,

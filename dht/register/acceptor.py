@@ -14,7 +14,7 @@ admit here.
 from __future__ import annotations
 
 from dht.errors import Invalid, NotServing, RemoteProtocolError
-from dht.limits import ROUNDS_AHEAD_MAX
+from dht.limits import READ_GROUPS_MAX, ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, RowKey
 from dht.register import catalog
 from dht.register.context import Context
@@ -202,8 +202,8 @@ class Acceptor:
 
         Raises NotServing where the tablet is not served: what is here may lack some then.
         """
-        if request.limit < 1:
-            raise Invalid(f"at most {request.limit} groups were asked for")
+        if not 1 <= request.limit <= READ_GROUPS_MAX:
+            raise Invalid(f"{request.limit} groups were asked for; it is between 1 and {READ_GROUPS_MAX}")
         domain = self._context.domain
         domain.admit(request.tablet, domain.replicas(request.tablet).epoch)
         prefix = encode_value(request.database)

@@ -30,6 +30,7 @@ from dht.errors import DhtError, Invalid, NotServing, Unavailable
 from dht.limits import FIND_ROWS_MAX, PEER_TIMEOUT_S, READ_GROUPS_MAX
 from dht.model import ZERO, Ballot, FindQuery, FindResult, FoundRow, GroupKey, GroupRead, NodeId
 from dht.register.acceptor import Acceptor
+from dht.register.admission import check_query
 from dht.register.context import Context
 from dht.register.messages import FindReplica, FindReplicaReply, Wanted
 from dht.register.reach import Reach
@@ -63,6 +64,9 @@ class FindServer:
         query = request.query
         if not len(request.tablets) == len(request.epochs) == len(request.rows):
             raise Invalid(f"{len(request.tablets)} tablets do not go with their epochs and what is asked of them")
+        if not 1 <= request.limit <= FIND_ROWS_MAX:
+            raise Invalid(f"{request.limit} rows were asked for; it is between 1 and {FIND_ROWS_MAX}")
+        check_query(query)
         link = self._context.domain.roster.epoch
         if await self._learn(query.database, query.catalog_version) < query.catalog_version:
             return FindReplicaReply((), (), (), (), (), False, (), link)
