@@ -22,6 +22,18 @@ def promise_another(store: StoreNode) -> None:
     assert store._acceptor.prepare(Prepare(KEY, ballot, None))[0].ok
 
 
+async def begun(yard: Yard) -> tuple[StoreNode, StoreNode]:
+    """Three nodes with one row: the coordinator of its group, and another replica."""
+    await yard.grow(3)
+    first = yard.node(0).domain.roster.tablets[0][0]
+    at = [machine.node_id for machine in yard.cluster.machines].index(first)
+    store = yard.store(at)
+    await store.create_database("db")
+    await store.commit(yard.transaction(insert(1)))
+    await asyncio.sleep(1.0)
+    return store, yard.store((at + 1) % 3)
+
+
 def standings(yard: Yard) -> list[tuple[int, bytes]]:
     headers = [yard.store(number)._context.file.header(KEY) for number in range(3)]
     return [(header.accepted.round, header.digest) for header in headers]
@@ -29,13 +41,7 @@ def standings(yard: Yard) -> list[tuple[int, bytes]]:
 
 def test_replica_that_refused_a_chosen_write_stands_with_the_others_soon() -> None:
     async def story(yard: Yard) -> None:
-        await yard.grow(3)
-        first = yard.node(0).domain.roster.tablets[0][0]
-        at = [machine.node_id for machine in yard.cluster.machines].index(first)
-        store, last = yard.store(at), yard.store((at + 1) % 3)
-        await store.create_database("db")
-        await store.commit(yard.transaction(insert(1)))
-        await asyncio.sleep(1.0)
+        store, last = await begun(yard)
         promise_another(last)
         await store.commit(yard.transaction(update(7)))
         assert len(set(standings(yard))) == 2
@@ -50,13 +56,7 @@ def test_replica_behind_that_settles_before_its_own_promise_is_durable_comes_to_
     """The others' promises are a quorum before its own is: they stand alike, and it does not."""
 
     async def story(yard: Yard) -> None:
-        await yard.grow(3)
-        first = yard.node(0).domain.roster.tablets[0][0]
-        at = [machine.node_id for machine in yard.cluster.machines].index(first)
-        store, behind = yard.store(at), yard.store((at + 1) % 3)
-        await store.create_database("db")
-        await store.commit(yard.transaction(insert(1)))
-        await asyncio.sleep(1.0)
+        store, behind = await begun(yard)
 
         async def nobody(*_: object) -> None:
             return None
