@@ -13,12 +13,17 @@ NODES ?= 300
 INSTANCES ?= 10000
 MINUTES ?= 10
 DEVIATIONS ?= 2
+VMS ?= 200
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 bench rabbitmq sample clean
+.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 control-plane demo-control-plane bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
+
+# The whole of Nova and Placement on three daemons, driven through the REST API.
+demo-control-plane: $(VENV)/.plane
+	$(VENV)/bin/lucd demo --control-plane
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
@@ -87,6 +92,11 @@ nova-33: $(VENV_33)/.test
 join-run: $(VENV)/.test
 	$(PY) -m tests.join.run --groups $(INSTANCES) --joins 2
 
+# A control plane on lucd beside the same on MariaDB: the answers of the REST API, then VMS on 8 computes while a daemon dies.
+control-plane: $(VENV)/.test
+	$(PY) -W ignore -m tests.control_plane.run --operations
+	$(PY) -W ignore -m tests.control_plane.run --boots $(VMS) --computes 8 --kill
+
 bench: $(VENV)/.test
 	$(PY) -m tests.bench.run
 
@@ -108,15 +118,19 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[nova]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[nova,test]'
+$(VENV)/.plane: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[control-plane]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[control-plane,test]'
+	@touch $@ $(VENV)/.demo $(VENV)/.plane
 
 $(VENV_33)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	python3 -m venv $(VENV_33)
 	sed 's/^nova==.*/nova==33.0.2/' constraints.txt > $(VENV_33)/constraints.txt
 	$(VENV_33)/bin/python -m pip --disable-pip-version-check install --quiet \
-	  --constraint $(VENV_33)/constraints.txt --editable '.[nova,test]'
+	  --constraint $(VENV_33)/constraints.txt --editable '.[control-plane,test]'
 	@touch $@
 
 clean:

@@ -42,11 +42,28 @@ def config_sample() -> None:
     "--keep", is_flag=True, help="Keep the daemons' directories and logs afterwards and print where they are."
 )
 @click.option("--instances", default=20, show_default=True, type=click.IntRange(2, 500), help="How many to create.")
-def demo(keep: bool, instances: int) -> None:
+@click.option(
+    "--control-plane",
+    is_flag=True,
+    help="The whole of Nova and Placement, driven through the REST API, in place of one conductor.",
+)
+@click.option(
+    "--computes",
+    default=3,
+    show_default=True,
+    type=click.IntRange(2, 32),
+    help="How many nova-compute with Nova's fake virt driver, for --control-plane.",
+)
+def demo(keep: bool, instances: int, control_plane: bool, computes: int) -> None:
     """Show it: three daemons on this machine keep Nova's state while one of them is killed."""
-    from lucd.demo.story import play  # needs the nova extra, which a daemon does without
+    # These need the nova extra, which a daemon does without.
+    if control_plane:
+        from lucd.demo.plane import story as plane_story
 
-    sys.exit(play(instances=instances, keep=keep))
+        sys.exit(plane_story.play(instances=instances, computes=computes, keep=keep))
+    from lucd.demo import story
+
+    sys.exit(story.play(instances=instances, keep=keep))
 
 
 for command in (

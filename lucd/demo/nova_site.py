@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from dht.errors import Unavailable
 from lucd.demo.daemons import HOST, Daemons
+from lucd.demo.processes import Program, tail
 
 CELL, API = "nova_cell1", "nova_api"
 COMPUTE_HOST = "compute-1"
@@ -26,7 +21,7 @@ class NovaSite:
         self.daemons = daemons
         self.path = daemons.path / "nova"
         self.path.mkdir()
-        self._conductor: subprocess.Popen[bytes] | None = None
+        self._conductor: Program | None = None
         (self.path / "api-paste.ini").touch()
         self.manage_conf = self._write(
             "manage.conf",
@@ -58,69 +53,36 @@ class NovaSite:
 
     def sync(self) -> None:
         """Create both schemas by Nova's own migrations, through the SQL door, at the same time."""
-        logs = {name: self.path / f"sync-{name}.log" for name in ("api_db", "db")}
-        running = {
-            name: self._spawn(["nova.cmd.manage", name, "sync", *(["--local_cell"] if name == "db" else [])], log)
-            for name, log in logs.items()
-        }
-        deadline = time.monotonic() + SYNC_WAIT_S
-        for name, process in running.items():
-            try:
-                code = process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                code = -signal.SIGKILL
-            if code:
-                raise Unavailable(f"nova-manage {name} sync failed ({code}): {tail(logs[name])}")
+        running = [
+            self._program("nova.cmd.manage", self.manage_conf, f"sync-{name}.log", name, "sync", *more)
+            for name, more in (("api_db", ()), ("db", ("--local_cell",)))
+        ]
+        for program in running:
+            program.start()
+        for program in running:
+            program.finish(SYNC_WAIT_S)
 
     def start_conductor(self) -> None:
         """Start nova-conductor, unmodified, with its database calls through the RPC door of host 2's daemon."""
-        self._conductor = self._spawn(["nova_bridge.rpc.conductor"], self.path / "conductor.out", self.conductor_conf)
+        self._conductor = self._program("nova_bridge.rpc.conductor", self.conductor_conf, "conductor.out")
+        self._conductor.start()
 
     def conductor_running(self) -> bool:
-        return self._conductor is not None and self._conductor.poll() is None
+        return self._conductor is not None and self._conductor.running
 
     def conductor_log(self) -> str:
         """The end of what it wrote."""
         return " | ".join(tail(self.path / name) for name in ("conductor.out", "conductor.log"))
 
     def stop(self) -> None:
-        """End the conductor and its children by their process group."""
-        if self._conductor is None:
-            return
-        for number, wait_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-            try:
-                os.killpg(self._conductor.pid, number)
-                self._conductor.wait(wait_s)
-                return
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
+        """End the conductor and its children."""
+        if self._conductor is not None:
+            self._conductor.stop()
 
     def _write(self, name: str, text: str) -> Path:
         file = self.path / name
         file.write_text(text)
         return file
 
-    def _spawn(self, command: list[str], log: Path, config: Path | None = None) -> subprocess.Popen[bytes]:
-        module, *arguments = command
-        start = f"import sys; sys.argv = {[module, '--config-file', str(config or self.manage_conf), *arguments]!r}; "
-        start += f"import {module} as entry; sys.exit(entry.main())"
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", start],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, "OS_NOVA_DISABLE_EVENTLET_PATCHING": "true"},
-            )
-
-
-def tail(file: Path) -> str:
-    """The last lines of a log in one."""
-    if not file.exists():
-        return ""
-    return " | ".join(file.read_text(errors="replace").splitlines()[-3:])
+    def _program(self, module: str, config: Path, log: str, *arguments: str) -> Program:
+        return Program(module, ["--config-file", str(config), *arguments], self.path / log)

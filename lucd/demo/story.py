@@ -2,68 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import signal
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
-from dht.errors import DhtError, NotFound, Unavailable
+from dht.errors import Unavailable
 from dht.rows import group_key
 from lucd import messages
 from lucd.cli.output import show_table
 from lucd.demo.audit import audit
 from lucd.demo.daemons import Daemons, LocalNode
 from lucd.demo.nova_site import CELL, CONDUCTOR_WAIT_S, NovaSite
+from lucd.demo.stage import NODES, perform, start_daemons
 from lucd.demo.terminal import Calls, Terminal
 
-NODES = 3
 DEADLINE_S = 115.0
 """The demo ends by itself after that long, as failed."""
 
 
 def play(instances: int = 20, keep: bool = False) -> int:
     """Run the demo; returns the exit code: 0 only if no call failed and nothing was lost."""
-    if importlib.util.find_spec("nova") is None:
-        raise NotFound("the demo needs Nova itself, which is not installed; run pip install 'lucd[nova]'")
-    path = Path(tempfile.mkdtemp(prefix="lucd-demo-"))
-    # Whoever ends the demo ends its daemons: the clean-up below runs for Ctrl-C and for SIGTERM.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    terminal = Terminal()
-    daemons = Daemons(path, NODES)
-    site = NovaSite(daemons)
-    watchdog = threading.Timer(DEADLINE_S, _give_up, (terminal, daemons, site))
-    watchdog.daemon = True
-    watchdog.start()
-    good = False
-    try:
-        good = Story(terminal, daemons, site, instances).tell()
-    except DhtError as error:
-        terminal.say(f"FAILED: {error.message}")
-    except Exception as error:
-        terminal.say(f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
-        terminal.detail(f"conductor: {site.conductor_log()}")
-    finally:
-        watchdog.cancel()
-        site.stop()
-        daemons.stop()
-        if keep or not good:
-            terminal.detail(f"directories and logs are kept in {path}")
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return 0 if good else 1
 
+    def make(terminal: Terminal, daemons: Daemons) -> Story:
+        return Story(terminal, daemons, NovaSite(daemons), instances)
 
-def _give_up(terminal: Terminal, daemons: Daemons, site: NovaSite) -> None:
-    terminal.say(f"FAILED: not finished after {DEADLINE_S:.0f} s; logs are in {daemons.path}")
-    site.stop()
-    daemons.stop()
-    os._exit(1)
+    return perform(make, {"nova": "lucd[nova]"}, DEADLINE_S, keep)
 
 
 class Story:
@@ -93,21 +56,17 @@ class Story:
         )
         return True
 
+    def stop(self) -> None:
+        self._site.stop()
+
+    def last_words(self) -> str:
+        return f"conductor: {self._site.conductor_log()}"
+
     def _start_daemons(self) -> None:
-        terminal, daemons = self._terminal, self._daemons
-        second = daemons.nodes[1]
+        second = self._daemons.nodes[1]
         second.options = self._site.worker_options()
         second.write_config()
-        terminal.say("Three daemons on three hosts (all on loopback); the 2nd and 3rd join through the 1st.")
-        for node in daemons.nodes:
-            terminal.progress(f"starting daemon {node.number}")
-            node.start()
-        daemons.wait_whole()
-        terminal.progress_end()
-        reply = daemons.nodes[0].client().call(messages.AskNodes())
-        if isinstance(reply, messages.NodesReply):
-            for line in reply.nodes:
-                terminal.detail(f"node {line.node_id[:16]}  {line.failure_domain}  {line.address}  {line.role}")
+        start_daemons(self._terminal, self._daemons)
 
     def _start_nova(self) -> None:
         terminal = self._terminal

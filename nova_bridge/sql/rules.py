@@ -25,7 +25,9 @@ def check_unique(
     if any(u.kind == "group" for u in rules):
         wanted.append(record.group)
     tx.ensure(wanted)
-    for unique in rules:
+    # SQLite lists the newest index first. Of two keys that are taken MySQL names the older, and Nova tells them apart:
+    # a flavor whose id and name both exist is FlavorIdExists.
+    for unique in reversed(rules):
         match unique.kind:
             case "entry":
                 key = entries.get(unique.id)

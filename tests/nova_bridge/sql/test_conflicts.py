@@ -353,3 +353,11 @@ def test_value_over_the_limit_is_a_data_error(connect: Connect) -> None:
     with pytest.raises(sqlite3.DataError, match="4"):
         a.commit()
     assert a.execute("SELECT count(*) FROM blobs").fetchall() == [(0,)]
+
+
+def test_row_that_breaks_two_unique_keys_the_one_defined_first_is_named(two: tuple[Connection, Connection]) -> None:
+    a, _ = two
+    a.execute("CREATE TABLE twice (id INTEGER PRIMARY KEY, a TEXT, b TEXT, UNIQUE (a), UNIQUE (b))")
+    a.execute("INSERT INTO twice (a, b) VALUES ('x', 'y')")
+    with pytest.raises(sqlite3.IntegrityError, match=r"twice\.a$"):
+        a.execute("INSERT INTO twice (a, b) VALUES ('x', 'y')")
