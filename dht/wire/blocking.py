@@ -39,6 +39,9 @@ CONNECT_WAIT_S = 5.0
 """How long a call waits for a daemon that is not there (it restarts) before it gives up, its own timeout permitting."""
 CONNECT_PAUSE_MIN_S = 0.01
 CONNECT_PAUSE_MAX_S = 0.25
+DYING_S = 0.5
+"""A process that is killed loses its connections one by one: what is lost so soon after the first loss is the same
+death, not a second one."""
 RECEIVE_BYTES = 64 * 1024
 OUTCOME_PAUSE_S = 0.05
 CUT_OFF_WAIT_S = 1.0
@@ -135,13 +138,13 @@ class BlockingClient:
         """The reply, in at most `timeout_s` (None: the client's), of which up to `connect_wait_s` for a connection.
 
         Raises the daemon's error as its own class; `Unavailable` with detail sent=False when the request did not
-        leave; `Indeterminate` when it may have been served. A repeatable request (a read) is sent once more when its
-        reply was lost, and ends as Unavailable, never as Indeterminate.
+        leave; `Indeterminate` when it may have been served. A repeatable request (a read) outlives one death of the
+        daemon, if another answers in time, and ends as Unavailable, never as Indeterminate.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         name = type(message).__name__
-        losses = 0
+        lost_s = 0.0
         while True:
             channel = self._take(deadline, connect_wait_s)
             usable = False
@@ -152,11 +155,13 @@ class BlockingClient:
             except Lost as loss:
                 if loss.sent and not repeatable:
                     raise Indeterminate(f"{name}: the daemon went away before it replied ({loss})") from None
-                losses += loss.sent
-                if not loss.sent and not self._idle:
+                now_s = time.monotonic()
+                if loss.sent:
+                    lost_s = lost_s or now_s
+                    if now_s > lost_s + DYING_S:
+                        raise Unavailable(f"{name}: the daemon went away twice before it replied ({loss})") from None
+                if loss.sent or not self._idle:
                     time.sleep(CONNECT_PAUSE_MIN_S)
-                if losses > 1:
-                    raise Unavailable(f"{name}: the daemon went away twice before it replied ({loss})") from None
             except TimeoutError:
                 text = f"{name}: no reply from the daemon in {timeout_s:.3f} s"
                 raise (Unavailable(text) if repeatable else Indeterminate(text)) from None

@@ -15,6 +15,7 @@ from wire_doors import door_in_thread
 from dht import requests
 from dht.errors import Conflict, Indeterminate, Invalid, Unavailable
 from dht.model import ZERO, Applied, Ballot, FindQuery, FindResult, GroupRead, Part, Transaction
+from dht.wire import blocking
 from dht.wire.blocking import BlockingClient, SocketStore
 
 BALLOT = Ballot(1, 2, 3, b"n", 4, 5)
@@ -100,7 +101,14 @@ def test_lost_read_is_asked_again_once(store, daemon):
     assert len(daemon.asked) == 2
 
 
-def test_read_lost_twice_is_unavailable(store, daemon):
+def test_read_lost_on_several_connections_of_a_dying_daemon_is_asked_again(store, daemon):
+    daemon.lose = 4
+    assert store.read([b"k"])
+    assert len(daemon.asked) == 5
+
+
+def test_read_lost_again_after_the_death_is_unavailable(store, daemon, monkeypatch):
+    monkeypatch.setattr(blocking, "DYING_S", 0.0)
     daemon.lose = 2
     with pytest.raises(Unavailable):
         store.read([b"k"])
@@ -205,6 +213,7 @@ def test_threads_share_a_client(store, daemon):
 def test_forked_child_opens_its_own_connection(store, daemon, socket_path):
     code = f"""
 import os, sys
+from dht.wire import blocking
 from dht.wire.blocking import BlockingClient, SocketStore
 store = SocketStore(BlockingClient({socket_path!r}, 5.0))
 store.list_databases()
@@ -233,6 +242,7 @@ def test_greenlets_wait_side_by_side_under_eventlet(daemon, socket_path):
 import eventlet
 eventlet.monkey_patch()
 import time
+from dht.wire import blocking
 from dht.wire.blocking import BlockingClient, SocketStore
 from dht.errors import Unavailable
 store = SocketStore(BlockingClient({socket_path!r}, 5.0))
