@@ -63,7 +63,7 @@ planted: $(VENV)/.test
 	$(PY) -m dht.sim planted --jobs $(JOBS) --write docs/benchmarks/planted-bugs.md
 
 races: $(VENV)/.test
-	LUCD_RACE_ROUNDS=$(ROUNDS) $(PY) -m pytest --durations=5 tests/races
+	LUCD_RACE_ROUNDS=$(ROUNDS) LUCD_CLAIM_ROUNDS=100 $(PY) -m pytest --durations=5 tests/races
 
 # Random statements and interleaved transactions of the SQL door beside stock SQLite.
 sql-random: $(VENV)/.test

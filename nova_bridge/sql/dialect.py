@@ -15,7 +15,7 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.sql import selectable
 
-from nova_bridge.sql import dbapi, filters
+from nova_bridge.sql import dbapi, filters, rerun
 from nova_bridge.sql.errors import UnavailableError
 
 _OPTIONS = {"socket": str, "timeout": float}
@@ -70,6 +70,11 @@ class _Dialect(SQLiteDialect_pysqlite):
         super().__init__(**kwargs)
         self._without_returning()
         filters.install()
+
+    @classmethod
+    def engine_created(cls, engine: Any) -> None:
+        """SQLAlchemy calls it for each new engine: by then the application's functions are defined."""
+        rerun.install()
 
     def _without_returning(self) -> None:
         self.insert_returning = self.update_returning = self.delete_returning = False

@@ -1,0 +1,190 @@
+"""Functions whose transaction lost a race are run again, as a database that locks rows would have let them wait.
+
+Nova, Placement and their like were written for MySQL: of two that change the same row the second waits for the first's
+commit and then sees what it did: a row that is gone, a generation that moved, a name that is taken. For each they have
+code. Here nobody waits; the second learns at its commit that it was late. The code that expects MySQL's answer has been
+left by then, so few of their functions can do anything with DBDeadlock.
+
+So the whole function that opened the transaction is run again, from its arguments: it certainly changed nothing, and
+now it meets the other's work where it expects it. oslo.db's own wrap_db_retry does the same where somebody thought of
+it, after a sleep of a second.
+
+Both decorators that open a transaction (enginefacade's, and pick_context_manager_writer of nova.db.main.api) make
+functions of one code object each. That code is replaced, in the functions that exist and in the decorator, so that
+whatever holds one of these functions, under whatever other decorators, runs the new code. Errors of other databases in
+the same process pass through. `with manager.writer.using(context):` has no function to run again: there DBDeadlock
+remains.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+from oslo_db import exception
+from oslo_db.sqlalchemy import enginefacade
+
+from nova_bridge.sql.errors import ConflictError
+from nova_bridge.sql.filters import DBLateDuplicateEntry
+
+LOG = logging.getLogger(__name__)
+RUNS_MAX = 40
+PATIENCE_S = 10.0
+"""From the first run on: then the function's caller gets the error."""
+PAUSE_MIN_S = 0.002
+PAUSE_MAX_S = 0.1
+ARGUMENT_DEPTH_MAX = 5
+"""How deep arguments are put back as they were: a list of objects that hold objects is 3."""
+
+counters = {"rerun": 0, "given_up": 0}
+_codes: dict[str, types.CodeType] = {}
+_lock = threading.Lock()
+
+
+def install() -> None:
+    """Once for each decorator that is loaded; called whenever an engine is made, so for late ones too."""
+    with _lock:
+        _replace("oslo_db", enginefacade._TransactionContextManager.__call__)
+        nova = sys.modules.get("nova.db.main.api")
+        if nova is not None:
+            _replace("nova", nova.pick_context_manager_writer)
+
+
+def _replace(name: str, decorator: Any) -> None:
+    if name in _codes:
+        return
+    inner = [c for c in decorator.__code__.co_consts if isinstance(c, types.CodeType) and c.co_name == "wrapper"]
+    if len(inner) != 1:
+        LOG.warning("%s's transaction decorator is not as expected: lost races are not run again", name)
+        return
+    original = _codes[name] = inner[0]
+    # The same free variables in the same order, or the functions' closures would not fit.
+    captured = ", ".join(original.co_freevars)
+    source = (
+        f"def decorate({captured}):\n"
+        "    def wrapper(*args, **kwargs):\n"
+        f"        import {__name__} as rerun\n"
+        f"        return rerun.run({name!r}, globals(), ({captured},), args, kwargs)\n"
+        "    return wrapper\n"
+    )
+    made: dict[str, Any] = {}
+    exec(compile(source, __file__, "exec"), made)
+    replacement = made["decorate"](*[None] * len(original.co_freevars)).__code__
+    assert replacement.co_freevars == original.co_freevars
+    for function in gc.get_referrers(original):
+        if isinstance(function, types.FunctionType) and function.__code__ is original:
+            function.__code__ = replacement
+    constants = tuple(replacement if c is original else c for c in decorator.__code__.co_consts)
+    decorator.__code__ = decorator.__code__.replace(co_consts=constants)
+
+
+def run(name: str, names: dict[str, Any], captured: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+    """What a decorated function does now. `captured`: the values that the decorator's own function had closed over."""
+    cells = tuple(types.CellType(value) for value in captured)
+    call = types.FunctionType(_codes[name], names, "wrapper", None, cells)
+    context = next((a for a in (*args, *kwargs.values()) if hasattr(type(a), "transaction_ctx")), None)
+    if context is None or _inside(context) or any(_reads(value) for value in captured):
+        return call(*args, **kwargs)
+    return again(lambda: call(*args, **kwargs), Before([args, kwargs], context))
+
+
+def _inside(context: Any) -> bool:
+    """Whether a transaction of this context is open: then it is the outermost function's to run again."""
+    by_thread = getattr(context, "_enginefacade_context", None)
+    return getattr(by_thread, "current", None) is not None
+
+
+def _reads(captured: Any) -> bool:
+    manager = isinstance(captured, enginefacade._TransactionContextManager)
+    return manager and captured._mode is not enginefacade._WRITER
+
+
+def again(call: Callable[[], Any], before: Before) -> Any:
+    """The call's result, after as many runs as it takes in the limits above."""
+    give_up_s = time.monotonic() + PATIENCE_S
+    pause_s = PAUSE_MIN_S
+    for number in range(RUNS_MAX):
+        try:
+            return call()
+        except (exception.DBDeadlock, exception.DBDuplicateEntry) as error:
+            if not lost_race(error):
+                raise
+            if number + 1 == RUNS_MAX or time.monotonic() > give_up_s:
+                counters["given_up"] += 1
+                raise
+        counters["rerun"] += 1
+        before.put_back()
+        # At random, so that those who met do not meet again.
+        time.sleep(random.uniform(0, pause_s))
+        pause_s = min(2 * pause_s, PAUSE_MAX_S)
+    raise AssertionError("the last run returns or raises")
+
+
+def lost_race(error: Exception) -> bool:
+    """Whether it comes from a lucd database and says that the transaction certainly was not applied."""
+    if isinstance(error, DBLateDuplicateEntry):
+        return True
+    driver = getattr(getattr(error, "inner_exception", None), "orig", None)
+    return isinstance(error, exception.DBDeadlock) and isinstance(driver, ConflictError)
+
+
+class Before:
+    """The arguments as they were before the first run, which may have changed them.
+
+    Containers and the attributes of objects are put back in place; what is not plain data (the context, rows of
+    SQLAlchemy's, whatever has no __dict__) is left alone.
+    """
+
+    def __init__(self, arguments: Any, context: Any) -> None:
+        self._kept: list[tuple[Any, Any]] = []
+        self._seen = {id(context)}
+        self._keep(arguments, 0)
+
+    def _keep(self, value: Any, depth: int) -> None:
+        if value is None or isinstance(value, str | int | float | bytes) or depth > ARGUMENT_DEPTH_MAX:
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        held: Any = ()
+        match value:
+            case dict():
+                self._kept.append((value, dict(value)))
+                held = value.values()
+            case list() | set():
+                self._kept.append((value, value.copy()))
+                held = value
+            case tuple() | frozenset():
+                held = value
+            case type() | types.FunctionType() | types.ModuleType() | types.MethodType():
+                pass
+            case _:
+                attributes = getattr(value, "__dict__", None)
+                if isinstance(attributes, dict) and "_sa_instance_state" not in attributes:
+                    self._keep(attributes, depth)
+        for one in held:
+            self._keep(one, depth + 1)
+
+    def put_back(self) -> None:
+        """Undo what a run did to them. What it left alone is not touched: another thread may be reading it."""
+        for value, was in self._kept:
+            match value:
+                case dict():
+                    for name in [name for name in value if name not in was]:
+                        del value[name]
+                    for name, before in was.items():
+                        if name not in value or value[name] is not before:
+                            value[name] = before
+                case list():
+                    if len(value) != len(was) or any(now is not before for now, before in zip(value, was, strict=True)):
+                        value[:] = was
+                case _:
+                    value.intersection_update(was)
+                    value.update(was)

@@ -1,0 +1,212 @@
+"""Functions that lost a race run again: from the arguments that they were given, and only if that is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from oslo_db import api, exception
+from oslo_db.sqlalchemy import enginefacade
+from sqlalchemy import orm
+
+from nova_bridge.sql import dbapi, rerun
+
+Base = orm.declarative_base()
+
+
+class Provider(Base):
+    __tablename__ = "providers"
+    id = sa.Column(sa.Integer, primary_key=True)
+    name = sa.Column(sa.String(20), unique=True, nullable=False)
+    generation = sa.Column(sa.Integer, default=0)
+
+
+@enginefacade.transaction_context_provider
+class Context:
+    """What oslo.db keeps its transaction on."""
+
+
+manager = enginefacade.transaction_context()
+
+
+class Meddler:
+    """Does something in a transaction of its own, in the middle of the first `times` runs of another.
+
+    The functions get its method, not itself: what they are given is put back as it was before each run.
+    """
+
+    def __init__(self, times: int = 1) -> None:
+        self.times = times
+        self.statement: Any = None
+
+    def act(self) -> None:
+        if self.times:
+            self.times -= 1
+            with manager.writer.get_engine().begin() as connection:
+                connection.execute(self.statement)
+
+
+@pytest.fixture
+def meddler(request: pytest.FixtureRequest) -> Iterator[Meddler]:
+    name = request.node.name
+    manager._factory._started = False
+    manager.configure(connection=f"lucd+memory:///{name}")
+    engine = manager.writer.get_engine()
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Provider).values(id=1, name="one", generation=0))
+    rerun.counters.update(rerun=0, given_up=0)
+    yield Meddler()
+    engine.dispose()
+    dbapi.forget_memory(name)
+
+
+class GoneError(Exception):
+    """What an application raises for a row that is not there."""
+
+
+class TakenError(Exception):
+    """What an application raises for a name that is taken."""
+
+
+@manager.writer
+def destroy(context: Any, meddle: Callable[[], None], number: int) -> None:
+    found = context.session.query(Provider).filter_by(id=number).delete()
+    meddle()
+    if not found:
+        raise GoneError
+
+
+@manager.writer
+def advance(context: Any, meddle: Callable[[], None], number: int, runs: list[int]) -> None:
+    provider = context.session.get(Provider, number)
+    runs.append(provider.generation)
+    meddle()
+    provider.generation = provider.generation + 1
+
+
+@manager.writer
+def create(context: Any, meddle: Callable[[], None], name: str) -> None:
+    context.session.add(Provider(name=name))
+    try:
+        context.session.flush()
+    except exception.DBDuplicateEntry:
+        raise TakenError from None
+    meddle()
+
+
+@manager.writer
+def outer(context: Any, meddle: Callable[[], None], number: int, runs: list[int]) -> None:
+    advance(context, meddle, number, runs)
+
+
+@api.wrap_db_retry(max_retries=1, retry_on_deadlock=True)
+@manager.writer
+def already_retried(context: Any, meddle: Callable[[], None], number: int, runs: list[int]) -> None:
+    advance(context, meddle, number, runs)
+
+
+def test_delete_that_lost_a_race_meets_the_missing_row(meddler: Meddler) -> None:
+    meddler.statement = sa.delete(Provider).where(Provider.id == 1)
+    with pytest.raises(GoneError):
+        destroy(Context(), meddler.act, 1)
+    assert rerun.counters == {"rerun": 1, "given_up": 0}
+
+
+def test_update_that_lost_a_race_is_made_upon_the_winners(meddler: Meddler) -> None:
+    meddler.statement = sa.update(Provider).values(generation=7)
+    runs: list[int] = []
+    advance(Context(), meddler.act, 1, runs)
+    with manager.writer.get_engine().connect() as connection:
+        assert connection.execute(sa.select(Provider.generation)).scalar_one() == 8
+    assert runs == [7], "the list is as it was given, with what the run that counts added"
+
+
+def test_insert_that_lost_a_race_meets_the_duplicate_at_its_statement(meddler: Meddler) -> None:
+    meddler.statement = sa.insert(Provider).values(id=99, name="two")
+    with pytest.raises(TakenError):
+        create(Context(), meddler.act, "two")
+
+
+def test_inner_function_of_a_transaction_leaves_the_run_to_the_outermost(meddler: Meddler) -> None:
+    meddler.statement = sa.update(Provider).values(generation=7)
+    outer(Context(), meddler.act, 1, [])
+    assert rerun.counters["rerun"] == 1
+
+
+def test_function_with_a_retry_decorator_outside_does_not_need_it(meddler: Meddler) -> None:
+    meddler.statement = sa.update(Provider).values(generation=Provider.generation + 10)
+    meddler.times = 3
+    already_retried(Context(), meddler.act, 1, [])
+    assert rerun.counters == {"rerun": 3, "given_up": 0}
+
+
+def test_race_lost_again_and_again_reaches_the_caller(meddler: Meddler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rerun, "RUNS_MAX", 3)
+    meddler.statement = sa.update(Provider).values(generation=Provider.generation + 10)
+    meddler.times = 100
+    with pytest.raises(exception.DBDeadlock):
+        advance(Context(), meddler.act, 1, [])
+    assert rerun.counters == {"rerun": 2, "given_up": 1}
+
+
+def test_transaction_with_using_has_no_function_to_run_again(meddler: Meddler) -> None:
+    meddler.statement = sa.update(Provider).values(generation=7)
+    with pytest.raises(exception.DBDeadlock):
+        _advance_in_a_block(Context(), meddler.act)
+
+
+def _advance_in_a_block(context: Any, meddle: Callable[[], None]) -> None:
+    with manager.writer.using(context) as session:
+        session.get(Provider, 1).generation = 5
+        meddle()
+
+
+def test_duplicate_of_the_statement_is_not_run_again(meddler: Meddler) -> None:
+    with pytest.raises(exception.DBDuplicateEntry):
+        _create_unwatched(Context(), "one")
+    assert rerun.counters["rerun"] == 0
+
+
+@manager.writer
+def _create_unwatched(context: Any, name: str) -> None:
+    context.session.add(Provider(name=name))
+
+
+def test_deadlock_of_another_database_is_not_run_again() -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        raise exception.DBDeadlock(RuntimeError("of MySQL's"))
+
+    with pytest.raises(exception.DBDeadlock):
+        rerun.again(fails, rerun.Before([], None))
+    assert calls == [1]
+
+
+def test_arguments_are_put_back_in_place() -> None:
+    class Thing:
+        def __init__(self) -> None:
+            self.generation = 1
+            self.changed = {"a"}
+
+    context, thing = object(), Thing()
+    arguments = [[thing], {"values": {"x": 1}, "context": context}]
+    before = rerun.Before(arguments, context)
+    thing.generation, thing.new = 2, 3  # type: ignore[attr-defined]
+    thing.changed.clear()
+    del arguments[1]["values"]["x"]  # type: ignore[index]
+    arguments[0].append(1)  # type: ignore[union-attr]
+    before.put_back()
+    assert vars(thing) == {"generation": 1, "changed": {"a"}}
+    assert arguments == [[thing], {"values": {"x": 1}, "context": context}]
+
+
+def test_install_again_changes_nothing() -> None:
+    rerun.install()
+    code = destroy.__wrapped__ and destroy.__code__  # type: ignore[attr-defined]
+    rerun.install()
+    assert destroy.__code__ is code

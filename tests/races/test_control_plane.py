@@ -1,0 +1,183 @@
+"""Races of Nova's API, conductor and Placement, each on a daemon of its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dht.errors import Unavailable
+from lucd.demo.daemons import HOST, free_port
+from lucd.demo.processes import Program
+from tests.cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.nova]
+ROUNDS = int(os.environ.get("LUCD_CLAIM_ROUNDS", "2"))
+CLAIMS, ROOM = 64, 10
+ASKED_AGAIN_MAX = 50
+AHEAD_S = 0.05
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("claims"), nodes=3) as started:
+        yield started
+
+
+class Placement:
+    """One process of Placement on one daemon."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        path.mkdir()
+        self.config = path / "placement.conf"
+        self.config.write_text(f"[placement_database]\nconnection = {url}\n[api]\nauth_strategy = noauth2\n")
+        self.port = free_port()
+        self.program = Program(
+            "lucd.demo.plane.wsgi",
+            ["placement", "--port", str(self.port)],
+            path / "log",
+            {"OS_PLACEMENT_CONFIG_DIR": str(path)},
+        )
+
+    def sync(self) -> None:
+        manage = Program("placement.cmd.manage", ["--config-file", str(self.config), "db", "sync"], self.program.log)
+        manage.start()
+        manage.finish(120)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 120
+        while self.program.running and time.monotonic() < deadline:
+            try:
+                self.ask("GET", "/")
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise Unavailable(f"placement does not answer: {self.program.log_tail()}")
+
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """(status, answer) at microversion 1.36."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=120)
+        headers = {
+            "X-Auth-Token": "admin",
+            "Content-Type": "application/json",
+            "OpenStack-API-Version": "placement 1.36",
+        }
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        reply = connection.getresponse()
+        text = reply.read()
+        connection.close()
+        return reply.status, json.loads(text) if text else None
+
+    def claim(self, provider: str) -> str:
+        """Claim one VCPU for a new consumer, as Nova's report client does: asked again after a concurrent update."""
+        body = {
+            "allocations": {provider: {"resources": {"VCPU": 1}}},
+            "project_id": "project",
+            "user_id": "user",
+            "consumer_generation": None,
+        }
+        for _ in range(ASKED_AGAIN_MAX):
+            status, reply = self.ask("PUT", f"/allocations/{uuid.uuid4()}", body)
+            if status == 204:
+                return "claimed"
+            error = reply["errors"][0]
+            if error.get("code") == "placement.concurrent_update":
+                continue
+            full = status == 409 and "would exceed" in error["detail"]
+            return "full" if full else f"{status}: {error['detail']}"
+        return "asked too often"
+
+
+@pytest.fixture
+def placements(cluster: Cluster, tmp_path: Path) -> Iterator[list[Placement]]:
+    started = [Placement(tmp_path / str(node), cluster.url("placement", node)) for node in range(3)]
+    started[0].sync()
+    for one in started:
+        one.program.start()
+    try:
+        for one in started:
+            one.wait()
+        yield started
+    finally:
+        for one in started:
+            one.program.stop()
+
+
+def test_claims_of_three_daemons_on_one_provider_exactly_those_that_fit_succeed(placements: list[Placement]) -> None:
+    first = placements[0]
+    for number in range(ROUNDS):
+        provider = str(uuid.uuid4())
+        assert first.ask("POST", "/resource_providers", {"name": provider, "uuid": provider})[0] == 200
+        room = {"resource_provider_generation": 0, "inventories": {"VCPU": {"total": ROOM}}}
+        assert first.ask("PUT", f"/resource_providers/{provider}/inventories", room)[0] == 200
+        with ThreadPoolExecutor(CLAIMS) as pool:
+            claims = [pool.submit(placements[claim % 3].claim, provider) for claim in range(CLAIMS)]
+        answers = Counter(claim.result() for claim in claims)
+        assert answers == {"claimed": ROOM, "full": CLAIMS - ROOM}, (number, answers)
+        for one in placements:
+            usages = one.ask("GET", f"/resource_providers/{provider}/usages")[1]
+            assert usages["usages"] == {"VCPU": ROOM}, number
+
+
+class Destroyer:
+    """`tests.races.destroyer` as a process."""
+
+    def __init__(self, url: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.races.destroyer", url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(self) -> str:
+        assert self._process.stdout is not None
+        return str(json.loads(self._process.stdout.readline()))
+
+    def order(self, **what: object) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+def test_build_request_destroyed_by_api_and_conductor_at_once_one_is_told_not_found(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = tmp_path / "nova.conf"
+    config.write_text(f"[api_database]\nconnection = {cluster.url('nova_api', 0)}\n")
+    manage = Program("nova.cmd.manage", ["--config-file", str(config), "api_db", "sync"], tmp_path / "log")
+    manage.start()
+    manage.finish(120)
+    both = [Destroyer(cluster.url("nova_api", node)) for node in (0, 1)]
+    try:
+        assert [one.answer() for one in both] == ["ready", "ready"]
+        for number in range(20 * ROUNDS):
+            instance = str(uuid.uuid4())
+            assert both[number % 2].order(make=instance) == "made"
+            at = time.monotonic() + AHEAD_S
+            with ThreadPoolExecutor(2) as pool:
+                orders = [pool.submit(one.order, destroy=instance, at=at) for one in both]
+            told = [order.result() for order in orders]
+            assert sorted(told) == ["destroyed", "not found"], (number, told)
+    finally:
+        for one in both:
+            one.stop()
