@@ -1,7 +1,8 @@
-"""Puts the SQL door in SQLite's place, so that Nova's own suites, unedited, run on it.
+"""Puts the SQL door in SQLite's place, and the RPC door in that of nova.db.main.api, for Nova's own suites, unedited.
 
 On the in-process store, or, when LUCD_SUITE_SOCKET names a daemon's socket, on its cluster: then each database that a
-test opens is one of its own there, dropped when its last connection is closed.
+test opens is one of its own there, dropped when its last connection is closed. LUCD_SUITE_BUS names the socket of the
+daemon over whose bus the calls of the RPC door go.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from nova_bridge.sql.database import Database
 from nova_bridge.sql.dialect import LucdMemoryDialect
 
 SOCKET = os.environ.get("LUCD_SUITE_SOCKET", "")
+BUS = os.environ.get("LUCD_SUITE_BUS", "")
+CALL_TIMEOUT_S = 60
 _named: dict[str, Database] = {}
 
 
@@ -59,3 +62,30 @@ def install() -> None:
     registry.register("sqlite", "lucd_suite_door", "SqliteByLucd")
     registry.register("sqlite.pysqlite", "lucd_suite_door", "SqliteByLucd")
     sqlite.dialect = SqliteByLucd
+
+
+def through_rpc() -> None:
+    """Every call of Nova's database API goes over the daemon's bus to a server in this process, and back.
+
+    The server has the suite's own databases and its clock, so that what a test arranges is there on both sides.
+    """
+    import nova.tests.functional  # decides on monkey-patching before anything else is imported
+    import nova.test  # registers options of the command line, which cannot be done once it was parsed
+    import nova.conf
+    import oslo_messaging
+    from nova import config, objects
+
+    from nova_bridge.rpc import client
+    from nova_bridge.rpc.methods import catalogue
+    from nova_bridge.rpc.server import NovaDbEndpoint, Runner, make_server
+    from nova_bridge.rpc.worker import Cells
+
+    conf = nova.conf.CONF
+    config.parse_args(["suite"], default_config_files=[], configure_db=False, init_rpc=False)
+    objects.register_all()
+    name, url = f"suite-{os.getpid()}", f"lucd://{BUS}"
+    endpoint = NovaDbEndpoint(catalogue(), Runner(Cells("sqlite://")))
+    make_server(oslo_messaging.get_rpc_transport(conf, url=url), name, endpoint).start()
+    client.install(client.OsloChannel(conf, url, name, CALL_TIMEOUT_S))
+    # Each test parses it anew, and some register options before.
+    conf.reset()

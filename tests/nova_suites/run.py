@@ -4,8 +4,8 @@
     python tests/nova_suites/run.py --store memory --suite nova.tests.functional.db
     python tests/nova_suites/run.py --store socket --socket /run/lucd/lucd.sock
 
-Stores: "memory" in the suite's own process, "cluster" three daemons on loopback made for the run, "socket" a daemon
-that runs already.
+Stores: "memory" in the suite's own process, "cluster" three daemons on loopback made for the run, "rpc" memory with
+every call of Nova's database API through the RPC door over such daemons' bus, "socket" a daemon that runs already.
 
 Exit code 0 when every test had the same outcome on both. unittest in processes of its own: pytest and testtools do not
 get along.
@@ -45,7 +45,10 @@ class SuiteRun:
         environment = {
             **os.environ,
             "PYTHONPATH": path,
-            "LUCD_SUITE_SOCKET": "" if store in {"sqlite", "memory"} else socket,
+            "LUCD_SUITE_SOCKET": socket if store in {"cluster", "socket"} else "",
+            "LUCD_SUITE_BUS": socket if store == "rpc" else "",
+            # A server thread and its caller in one process: threads, as Nova itself has run since 34.
+            **({"OS_NOVA_DISABLE_EVENTLET_PATCHING": "true"} if store == "rpc" else {}),
             "OS_NOVA_CONFIG_FILES": "",
         }
         self._started = time.monotonic()
@@ -120,13 +123,13 @@ def compare(stores: list[str], suites: list[str], socket: str) -> bool:
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", action="append", choices=["memory", "cluster", "socket"])
+    parser.add_argument("--store", action="append", choices=["memory", "cluster", "rpc", "socket"])
     parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
     parser.add_argument("--suite", action="append", help=f"test package, module or class ({DEFAULT_SUITE})")
     options = parser.parse_args()
     stores = options.store or ["memory", "cluster"]
     suites = options.suite or [DEFAULT_SUITE]
-    if "cluster" not in stores:
+    if not {"cluster", "rpc"}.intersection(stores):
         return 0 if compare(stores, suites, options.socket) else 1
     sys.path.insert(0, str(ROOT))
     from tests.cluster import Cluster

@@ -84,6 +84,8 @@ def main() -> None:
         import door
 
         door.install()
+        if door.BUS:
+            door.through_rpc()
     report = Report(out)
     for name in names:
         load(name).run(report)

@@ -41,7 +41,10 @@ class Placement:
     def __init__(self, path: Path, url: str) -> None:
         path.mkdir()
         self.config = path / "placement.conf"
-        self.config.write_text(f"[placement_database]\nconnection = {url}\n[api]\nauth_strategy = noauth2\n")
+        # A request may need a second connection while it holds one; Placement's own limit is 15 a process.
+        self.config.write_text(
+            f"[placement_database]\nconnection = {url}\nmax_overflow = 50\n[api]\nauth_strategy = noauth2\n"
+        )
         self.port = free_port()
         self.program = Program(
             "lucd.demo.plane.wsgi",

@@ -192,7 +192,8 @@ class ControlPlane:
             )
         self._write(
             "placement.conf",
-            f"[placement_database]\nconnection = {self._url(PLACEMENT, 0)}\n[api]\nauth_strategy = noauth2\n",
+            f"[placement_database]\nconnection = {self._url(PLACEMENT, 0)}\nmax_overflow = 50\n"
+            "[api]\nauth_strategy = noauth2\n",
         )
         self._write("api-paste.ini", _installed_paste().replace(" authtoken ", " "))
 
