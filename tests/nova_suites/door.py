@@ -69,9 +69,9 @@ def through_rpc() -> None:
 
     The server has the suite's own databases and its clock, so that what a test arranges is there on both sides.
     """
-    import nova.tests.functional  # decides on monkey-patching before anything else is imported
-    import nova.test  # registers options of the command line, which cannot be done once it was parsed
     import nova.conf
+    import nova.test  # registers options of the command line, which cannot be done once it was parsed
+    import nova.tests.functional  # decides on monkey-patching before anything else is imported
     import oslo_messaging
     from nova import config, objects
 

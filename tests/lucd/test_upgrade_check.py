@@ -1,0 +1,105 @@
+"""lucd-status upgrade check: what stops an upgrade, what is only worth a look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from dht.codec import Message
+from dht.errors import Unavailable
+from lucd import messages, version
+from lucd.cli import upgrade
+
+# oslo.upgradecheck's, of the table that it prints.
+pytestmark = pytest.mark.filterwarnings("ignore:the '.*' constant is deprecated:DeprecationWarning")
+STATUS = messages.StatusReply(
+    version=version(),
+    node_id="aa",
+    pop="paris",
+    cluster_id="c",
+    incarnation="i",
+    boot=3,
+    address="192.0.2.1:7650",
+    uptime_s=12.0,
+    ready=True,
+    state="ready",
+    members=3,
+    reachable=3,
+    roster_epoch=4,
+    generation=1,
+    tablets={"whole": 64, "degraded": 0, "unavailable": 0},
+    to_copy=0,
+    survivable=("node",),
+    warnings=(),
+    counters={},
+)
+DOMAIN = messages.DomainReply("paris", 1, 4, (), (), ("node",), state="healthy")
+
+
+class Daemon:
+    """Answers as told in the place of a BlockingClient; `None`: it is not there."""
+
+    status: messages.StatusReply | None = STATUS
+    domain: messages.DomainReply = DOMAIN
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        assert path.endswith("lucd.sock")
+
+    def call(self, message: Message, **_: Any) -> Message:
+        if self.status is None:
+            raise Unavailable("no daemon answers")
+        return self.status if isinstance(message, messages.AskStatus) else self.domain
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> type[Daemon]:
+    fresh = type("Daemon", (Daemon,), {})
+    monkeypatch.setattr(upgrade, "BlockingClient", fresh)
+    return fresh
+
+
+def check(tmp_path: Path) -> int:
+    config = tmp_path / "lucd.conf"
+    config.write_text("[DEFAULT]\nsocket = /run/lucd/lucd.sock\n")
+    return upgrade.main(["--config-file", str(config), "upgrade", "check"])
+
+
+def test_healthy_domain_may_be_upgraded(daemon: type[Daemon], tmp_path: Path) -> None:
+    assert check(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "domain", "code", "words"),
+    [
+        ({"ready": False, "state": "joining"}, {}, 2, "joining"),
+        ({"version": "0.0.0"}, {}, 1, "not restarted since"),
+        ({}, {"state": "degraded"}, 2, "one too many"),
+        ({}, {"survivable": ()}, 1, "not every tablet survives"),
+        ({"to_copy": 7}, {}, 2, "7 groups"),
+        ({"warnings": ("node bb does not answer",)}, {}, 1, "node bb"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_code(
+    daemon: type[Daemon],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    status: dict[str, Any],
+    domain: dict[str, Any],
+    code: int,
+    words: str,
+) -> None:
+    daemon.status = msgspec.structs.replace(STATUS, **status)
+    daemon.domain = msgspec.structs.replace(DOMAIN, **domain)
+    assert check(tmp_path) == code
+    printed = " ".join(capsys.readouterr().out.replace("|", " ").split())
+    assert words in printed
+
+
+def test_daemon_that_is_not_there_stops_the_upgrade(daemon: type[Daemon], tmp_path: Path) -> None:
+    daemon.status = None
+    assert check(tmp_path) == 2
