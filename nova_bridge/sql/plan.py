@@ -6,6 +6,7 @@ SQLite checks every row again, so a plan may bring too many rows but never too f
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from nova_bridge.sql.schema import Record, Table, Unique
 from nova_bridge.sql.transaction import Transaction
 from nova_bridge.sql.values import TEXT, coerce, sort_key
 
+LOG = logging.getLogger(__name__)
 EQ, IS, IS_NULL = (
     apsw.SQLITE_INDEX_CONSTRAINT_EQ,
     apsw.SQLITE_INDEX_CONSTRAINT_IS,
@@ -241,8 +243,18 @@ class Planner:
         constraints = self._constraints(plan, arguments)
         if constraints is None:
             return []
+        if LOG.isEnabledFor(logging.DEBUG):
+            self._tell_scan(constraints)
         limit = _limit(plan, arguments) if len(constraints) == len(plan.terms) else None
         return tx.find(table, constraints, plan.order, limit, whole_groups, plan)
+
+    def _tell_scan(self, constraints: Sequence[Constraint]) -> None:
+        """Log it when no index begins with a column that the statement has a condition on: every row is looked at."""
+        table = self.table
+        judged = {c.column for c in constraints if c.comparison not in (Comparison.NE, Comparison.NOT_NULL)}
+        if not any(columns and table.number_of(columns[0]) in judged for columns in table.indexes):
+            rooted = "rooted table" if table.family_key else "table"
+            LOG.debug("scan of %s %s, conditions on columns %s", rooted, table.name, sorted(judged))
 
     def _by_keys(self, tx: Transaction, plan: Plan, keys: list[tuple[Any, ...]]) -> list[Record]:
         table = self.table
