@@ -37,6 +37,9 @@ COMPARISONS = {
 }
 LIMITS = (apsw.SQLITE_INDEX_CONSTRAINT_LIMIT, apsw.SQLITE_INDEX_CONSTRAINT_OFFSET)
 ROWS_GUESSED = 1000
+SCAN_COST = 300.0
+"""Of a row, in look-ups of a row whose group a find has brought along. A scan goes through all nodes' rows, which may
+be far more than the guess; any way from another table's find is better, however many rows that one may have."""
 PRODUCT_MAX = 10_000
 """Combinations of IN lists looked up one by one; beyond that a find takes the lists as they are."""
 
@@ -212,9 +215,9 @@ class Planner:
             case "find":
                 indexed = self._indexed_columns(equal)
                 rows = max(2, ROWS_GUESSED // 10 ** max(indexed, 1)) * (5 if lists else 1)
-                cost = 20.0 + rows * 1.5 if indexed else ROWS_GUESSED * 2.5
+                cost = 20.0 + rows * 1.5 if indexed else ROWS_GUESSED * SCAN_COST * 0.8
             case _:
-                rows, cost = ROWS_GUESSED, ROWS_GUESSED * 3.0
+                rows, cost = ROWS_GUESSED, ROWS_GUESSED * SCAN_COST
         info.estimatedRows, info.estimatedCost = rows, cost
 
     def _indexed_columns(self, equal: dict[int, tuple[int, int]]) -> int:
@@ -251,7 +254,7 @@ class Planner:
     def _tell_scan(self, constraints: Sequence[Constraint]) -> None:
         """Log it when no index begins with a column that the statement has a condition on: every row is looked at."""
         table = self.table
-        judged = {c.column for c in constraints if c.comparison not in (Comparison.NE, Comparison.NOT_NULL)}
+        judged = {c.column for c in constraints if c.comparison is not Comparison.NE}
         if not any(columns and table.number_of(columns[0]) in judged for columns in table.indexes):
             rooted = "rooted table" if table.family_key else "table"
             LOG.debug("scan of %s %s, conditions on columns %s", rooted, table.name, sorted(judged))
