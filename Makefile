@@ -16,7 +16,7 @@ DEVIATIONS ?= 2
 VMS ?= 200
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 control-plane demo-control-plane bench rabbitmq sample clean
+.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 control-plane demo-control-plane upgrade bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -96,6 +96,10 @@ join-run: $(VENV)/.test
 control-plane: $(VENV)/.test
 	$(PY) -W ignore -m tests.control_plane.run --operations
 	$(PY) -W ignore -m tests.control_plane.run --boots $(VMS) --computes 8 --kill
+
+# The release before with INSTANCES in place, upgraded: make upgrade INSTANCES=1000
+upgrade: $(VENV)/.test $(VENV_33)/.test
+	$(PY) -W ignore -m tests.control_plane.upgrade --before $(VENV_33)/bin/python --instances $(INSTANCES)
 
 bench: $(VENV)/.test
 	$(PY) -m tests.bench.run

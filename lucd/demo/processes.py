@@ -29,6 +29,8 @@ class Program:
         self.arguments = list(arguments)
         self.log = log
         self.environment = dict(environment or {})
+        self.python = sys.executable
+        """The interpreter, and so the environment with the release that runs."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -37,7 +39,7 @@ class Program:
         entry += f"import {self.module} as entry; sys.exit(entry.main())"
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", entry],
+                [self.python, "-W", "ignore", "-c", entry],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
