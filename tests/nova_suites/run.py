@@ -28,7 +28,23 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DEFAULT_SUITE = "nova.tests.unit.db.main.test_api"
-TIMEOUT_S = 3600
+SUITES = (
+    "nova.tests.unit.db",
+    "nova.tests.functional.db",
+    "nova.tests.functional.test_nova_manage",
+    "placement.tests.functional.db",
+)
+"""What --suite all stands for."""
+TIMEOUT_S = 7200
+PATCHES_INTERNALS = {
+    "nova.tests.unit.db.main.test_api.InstanceTestCase.test_instance_get_all_by_host_and_node_fills_manually": (
+        "gives a mock in the place of a list of columns, which no message can carry"
+    ),
+    "nova.tests.unit.db.main.test_api.InstanceTestCase.test_instance_update_and_get_original_conflict_race": (
+        "replaces a private function and looks at the very objects that it was called with"
+    ),
+}
+"""Tests that cannot pass through the RPC door, and why: they reach into the process that runs the SQL."""
 
 Results = dict[str, dict[str, Any]]
 
@@ -111,6 +127,10 @@ def compare(stores: list[str], suites: list[str], socket: str) -> bool:
     same = True
     for run in runs[1:]:
         different = differences(runs[0].results, run.results)
+        if run.store == "rpc":
+            different = [line for line in different if line.split(": ", 1)[0] not in PATCHES_INTERNALS]
+            for name in PATCHES_INTERNALS.keys() & run.results.keys():
+                print(f"{name}: {run.results[name]['outcome']} on the door; it {PATCHES_INTERNALS[name]}")
         for line in different:
             print(line)
         print(
@@ -125,10 +145,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="append", choices=["memory", "cluster", "rpc", "socket"])
     parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
-    parser.add_argument("--suite", action="append", help=f"test package, module or class ({DEFAULT_SUITE})")
+    parser.add_argument("--suite", action="append", help=f"test package, module or class, or all ({DEFAULT_SUITE})")
     options = parser.parse_args()
     stores = options.store or ["memory", "cluster"]
     suites = options.suite or [DEFAULT_SUITE]
+    if suites == ["all"]:
+        suites = list(SUITES)
     if not {"cluster", "rpc"}.intersection(stores):
         return 0 if compare(stores, suites, options.socket) else 1
     sys.path.insert(0, str(ROOT))

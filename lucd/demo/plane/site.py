@@ -121,14 +121,10 @@ class ControlPlane:
         return self.api().ask("GET", "/os-services")[0] == 200
 
     def _computes_are_up(self) -> bool:
-        # A service that somebody else wrote, or one of a cell that is down, has no state.
         status, reply = self.api().ask("GET", "/os-services?binary=nova-compute")
-        up = (
-            {service["host"] for service in reply["services"] if service.get("state") == "up"}
-            if status == 200
-            else set()
-        )
-        return up >= set(self.hosts)
+        services = reply["services"] if status == 200 else []
+        # One of a cell that is down has no state.
+        return {service["host"] for service in services if service.get("state") == "up"} >= set(self.hosts)
 
     def _wait(self, ready: Callable[[], bool], problem: str, *needed: Program) -> None:
         deadline = time.monotonic() + START_WAIT_S
