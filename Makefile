@@ -103,6 +103,7 @@ upgrade: $(VENV)/.test $(VENV_33)/.test
 
 bench: $(VENV)/.test
 	$(PY) -m tests.bench.run
+	$(PY) -W ignore -m tests.bench.placement
 
 # The RPC door over a real RabbitMQ, installed from Debian when it is missing.
 rabbitmq: $(VENV)/.test
