@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import sqlite3
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -73,6 +74,15 @@ class _Step(NamedTuple):
     after: Place | None
 
 
+class Counts(threading.local):
+    """`applied`: how many transactions of the store this thread has had applied."""
+
+    applied = 0
+
+
+counts = Counts()
+
+
 def commit(tx: Transaction, foreign_keys: bool) -> None:
     """Send the transaction. When it raises, nothing was applied, unless it is IndeterminateError.
 
@@ -125,6 +135,7 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
             _settle(tx, transaction, error)
         except DhtError as error:
             raise from_store(error) from None
+        counts.applied += 1
         return
 
 

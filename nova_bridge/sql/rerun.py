@@ -13,7 +13,9 @@ Both decorators that open a transaction (enginefacade's, and pick_context_manage
 functions of one code object each. That code is replaced, in the functions that exist and in the decorator, so that
 whatever holds one of these functions, under whatever other decorators, runs the new code. Errors of other databases in
 the same process pass through. `with manager.writer.using(context):` has no function to run again: there DBDeadlock
-remains.
+remains, as it does for a function that cannot be run again from where it began: one that was given an iterator, or
+during which this thread committed another transaction (an independent one, another database's, the first piece of a
+long DELETE).
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, Iterable, KeysView, ValuesView
 from typing import Any
 
 from oslo_db import exception
 from oslo_db.sqlalchemy import enginefacade
 
+from nova_bridge.sql import commit
 from nova_bridge.sql.errors import ConflictError
 from nova_bridge.sql.filters import DBLateDuplicateEntry
 
@@ -40,8 +43,10 @@ PATIENCE_S = 10.0
 """From the first run on: then the function's caller gets the error."""
 PAUSE_MIN_S = 0.002
 PAUSE_MAX_S = 0.1
-ARGUMENT_DEPTH_MAX = 5
-"""How deep arguments are put back as they were: a list of objects that hold objects is 3."""
+ARGUMENT_DEPTH_MAX = 7
+"""How deep arguments are put back as they were: a list of objects that hold objects is 4."""
+LIVE = ("sqlalchemy", "oslo_", "threading", "_thread", "logging", "concurrent", "queue", "weakref", "contextlib")
+"""Modules whose objects live on beside a function: engines, sessions, locks. It was not given them to change."""
 
 counters = {"rerun": 0, "given_up": 0}
 _codes: dict[str, types.CodeType] = {}
@@ -64,7 +69,7 @@ def _replace(name: str, decorator: Any) -> None:
     if len(inner) != 1:
         LOG.warning("%s's transaction decorator is not as expected: lost races are not run again", name)
         return
-    original = _codes[name] = inner[0]
+    original = inner[0]
     # The same free variables in the same order, or the functions' closures would not fit.
     captured = ", ".join(original.co_freevars)
     source = (
@@ -77,12 +82,19 @@ def _replace(name: str, decorator: Any) -> None:
     made: dict[str, Any] = {}
     exec(compile(source, __file__, "exec"), made)
     replacement = made["decorate"](*[None] * len(original.co_freevars)).__code__
-    assert replacement.co_freevars == original.co_freevars
+    if replacement.co_freevars != original.co_freevars:
+        LOG.warning("%s's transaction decorator cannot be replaced: lost races are not run again", name)
+        return
+    _codes[name] = original
+    # The decorator first: a function that another thread makes meanwhile is not missed.
+    constants = tuple(replacement if c is original else c for c in decorator.__code__.co_consts)
+    decorator.__code__ = decorator.__code__.replace(co_consts=constants)
+    replaced = 0
     for function in gc.get_referrers(original):
         if isinstance(function, types.FunctionType) and function.__code__ is original:
             function.__code__ = replacement
-    constants = tuple(replacement if c is original else c for c in decorator.__code__.co_consts)
-    decorator.__code__ = decorator.__code__.replace(co_consts=constants)
+            replaced += 1
+    LOG.debug("%d functions of %s are run again when they lost a race", replaced, name)
 
 
 def run(name: str, names: dict[str, Any], captured: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
@@ -92,7 +104,17 @@ def run(name: str, names: dict[str, Any], captured: tuple[Any, ...], args: Any, 
     context = next((a for a in (*args, *kwargs.values()) if hasattr(type(a), "transaction_ctx")), None)
     if context is None or _inside(context) or any(_reads(value) for value in captured):
         return call(*args, **kwargs)
-    return again(lambda: call(*args, **kwargs), Before([args, kwargs], context))
+    return again(lambda: call(*args, **kwargs), Before([args, kwargs, closures(captured)]))
+
+
+def closures(captured: tuple[Any, ...]) -> list[types.CellType]:
+    """The variables that a decorated function shares with the one around it: Placement's transactions change those."""
+    cells: list[types.CellType] = []
+    for function in captured:
+        while isinstance(function, types.FunctionType):
+            cells += function.__closure__ or ()
+            function = getattr(function, "__wrapped__", None)  # noqa: PLW2901
+    return cells
 
 
 def _inside(context: Any) -> bool:
@@ -109,12 +131,13 @@ def _reads(captured: Any) -> bool:
 def again(call: Callable[[], Any], before: Before) -> Any:
     """The call's result, after as many runs as it takes in the limits above."""
     give_up_s = time.monotonic() + PATIENCE_S
+    committed = commit.counts.applied
     pause_s = PAUSE_MIN_S
     for number in range(RUNS_MAX):
         try:
             return call()
         except (exception.DBDeadlock, exception.DBDuplicateEntry) as error:
-            if not lost_race(error):
+            if not lost_race(error) or not before.complete or commit.counts.applied != committed:
                 raise
             if number + 1 == RUNS_MAX or time.monotonic() > give_up_s:
                 counters["given_up"] += 1
@@ -138,13 +161,15 @@ def lost_race(error: Exception) -> bool:
 class Before:
     """The arguments as they were before the first run, which may have changed them.
 
-    Containers and the attributes of objects are put back in place; what is not plain data (the context, rows of
-    SQLAlchemy's, whatever has no __dict__) is left alone.
+    Containers, the attributes of objects and shared variables are put back in place. What is not given to be changed is
+    left alone: contexts, rows and sessions of SQLAlchemy's, locks. `complete`: false where an iterator, which cannot be
+    put back, is among them.
     """
 
-    def __init__(self, arguments: Any, context: Any) -> None:
+    def __init__(self, arguments: Any) -> None:
+        self.complete = True
         self._kept: list[tuple[Any, Any]] = []
-        self._seen = {id(context)}
+        self._seen: set[int] = set()
         self._keep(arguments, 0)
 
     def _keep(self, value: Any, depth: int) -> None:
@@ -153,29 +178,58 @@ class Before:
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
-        held: Any = ()
+        # What is looked through is a copy: another thread may change the original meanwhile.
+        for one in self._parts(value):
+            self._keep(one, depth + 1)
+
+    def _parts(self, value: Any) -> Iterable[Any]:
         match value:
             case dict():
-                self._kept.append((value, dict(value)))
-                held = value.values()
-            case list() | set():
-                self._kept.append((value, value.copy()))
-                held = value
-            case tuple() | frozenset():
-                held = value
+                pairs = dict(value)
+                self._kept.append((value, pairs))
+                return [*pairs.keys(), *pairs.values()]
+            case set():
+                members = set(value)
+                self._kept.append((value, members))
+                return members
+            case list() if type(value).__iter__ is list.__iter__:
+                items = list(value)
+                self._kept.append((value, items))
+                return items
+            case tuple() | frozenset() | KeysView() | ValuesView() | ItemsView():
+                return tuple(value)
+            case types.CellType():
+                return self._variable(value)
             case type() | types.FunctionType() | types.ModuleType() | types.MethodType():
-                pass
+                return ()
             case _:
-                attributes = getattr(value, "__dict__", None)
-                if isinstance(attributes, dict) and "_sa_instance_state" not in attributes:
-                    self._keep(attributes, depth)
-        for one in held:
-            self._keep(one, depth + 1)
+                return self._attributes(value)
+
+    def _variable(self, cell: types.CellType) -> Iterable[Any]:
+        try:
+            held = cell.cell_contents
+        except ValueError:
+            # Not set yet; there is no way to unset it again that would matter.
+            return ()
+        self._kept.append((cell, held))
+        return (held,)
+
+    def _attributes(self, value: Any) -> Iterable[Any]:
+        kind = type(value)
+        if hasattr(kind, "__next__"):
+            self.complete = False
+        if hasattr(kind, "transaction_ctx") or kind.__module__.startswith(LIVE):
+            return ()
+        attributes = getattr(value, "__dict__", None)
+        return (attributes,) if isinstance(attributes, dict) and "_sa_instance_state" not in attributes else ()
 
     def put_back(self) -> None:
         """Undo what a run did to them. What it left alone is not touched: another thread may be reading it."""
         for value, was in self._kept:
             match value:
+                case types.CellType():
+                    if value.cell_contents is not was:
+                        value.cell_contents = was
                 case dict():
                     for name in [name for name in value if name not in was]:
                         del value[name]
@@ -186,5 +240,6 @@ class Before:
                     if len(value) != len(was) or any(now is not before for now, before in zip(value, was, strict=True)):
                         value[:] = was
                 case _:
-                    value.intersection_update(was)
-                    value.update(was)
+                    if value != was:
+                        value.intersection_update(was)
+                        value.update(was)

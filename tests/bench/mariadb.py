@@ -75,6 +75,10 @@ class MariaDB:
         done = self._sql(f"CREATE DATABASE {name} CHARACTER SET utf8mb3")
         if done.returncode:
             raise SystemExit(f"bench: {done.stderr.decode()}")
+        return self.url(name)
+
+    def url(self, name: str) -> str:
+        """For SQLAlchemy."""
         return f"mysql+pymysql://root@localhost/{name}?unix_socket={self.socket}&charset=utf8mb3"
 
     def stop(self) -> None:

@@ -13,13 +13,13 @@ import argparse
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lucd.demo.plane.audit import audit
 from lucd.demo.plane.neighbours import IMAGE
+from lucd.demo.processes import cpu_of
 from tests.control_plane.operations import Answer, Life, Recorder, differences
 from tests.control_plane.stacks import STACKS, LucdStack, Stack
 
@@ -34,19 +34,16 @@ def boot_many(stack: Stack, count: int, kill: bool) -> list[str]:
     """Boot and delete `count` servers, say what it took. Returns what went wrong."""
     api = stack.plane.api()
     flavor = api.make_flavor("tiny", 1, 64, 0)
-    died = threading.Thread(target=_die_and_return, args=(stack,))
     cpu_s = stack.plane.cpu_s() + stack.database_cpu_s()
     began_s = time.monotonic()
-    if kill:
-        died.start()
-    with ThreadPoolExecutor(CLIENTS) as clients:
+    with ThreadPoolExecutor(CLIENTS + 1) as clients:
+        death = clients.submit(_die_and_return, stack) if kill else None
         servers = list(clients.map(lambda number: api.boot(f"vm-{number}", flavor, IMAGE), range(count)))
-    asked_s = time.monotonic() - began_s
-    problems = _wait_active(stack, set(servers))
+        asked_s = time.monotonic() - began_s
+        problems = _wait_active(stack, set(servers))
+        killed_cpu_s = death.result() if death is not None else 0.0
     wall_s = time.monotonic() - began_s
-    cpu_s = stack.plane.cpu_s() + stack.database_cpu_s() - cpu_s
-    if kill:
-        died.join()
+    cpu_s = stack.plane.cpu_s() + stack.database_cpu_s() + killed_cpu_s - cpu_s
     print(
         f"{stack.name:8} {count} servers: asked for in {asked_s:.1f} s, ACTIVE in {wall_s:.1f} s "
         f"({wall_s / count * 1000:.0f} ms a VM), {cpu_s / count:.3f} CPU-s a VM"
@@ -60,13 +57,16 @@ def boot_many(stack: Stack, count: int, kill: bool) -> list[str]:
     return problems + stack.plane.problems()
 
 
-def _die_and_return(stack: Stack) -> None:
+def _die_and_return(stack: Stack) -> float:
+    """Returns the CPU time that the daemon had used when it was killed."""
     victim = stack.victim()
     assert victim is not None, "only lucd has a daemon to spare"
     time.sleep(KILL_AFTER_S)
+    used_s = cpu_of(victim.pid)
     victim.kill()
     time.sleep(DEAD_S)
     victim.start()
+    return used_s
 
 
 def _wait_active(stack: Stack, servers: set[str]) -> list[str]:
@@ -100,6 +100,7 @@ def main() -> int:
         stack: Stack = STACKS[name](path, options.computes)
         found: list[str] = []
         try:
+            stack.start()
             stack.plane.install()
             stack.plane.start()
             if options.operations:
@@ -107,8 +108,10 @@ def main() -> int:
                 Life(recorder).all()
                 records[name] = recorder.answers
                 print(f"{name:8} {len(recorder.answers)} operations", flush=True)
+                found += [f"{a.operation}: {a.status} {a.body}" for a in recorder.answers if a.status >= 500]
+                found += stack.plane.problems()
             if options.boots:
-                found = boot_many(stack, options.boots, options.kill and name == "lucd")
+                found += boot_many(stack, options.boots, options.kill and name == "lucd")
         except BaseException:
             print(f"logs are in {path}", flush=True)
             raise

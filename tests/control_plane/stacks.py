@@ -19,9 +19,12 @@ class LucdStack:
 
     def __init__(self, path: Path, computes: int) -> None:
         self.daemons = Daemons(path, NODES)
-        self.daemons.start()
         bus = self.daemons.nodes[1]
         self.plane = ControlPlane(path / "nova", self.daemons.url, f"lucd://{bus.socket}", computes)
+
+    def start(self) -> None:
+        """Whatever was started is ended by `stop`, also when this raises."""
+        self.daemons.start()
 
     def database_cpu_s(self) -> float:
         """CPU time of the three daemons, one of which carries the bus. A daemon that was killed takes its own along."""
@@ -42,15 +45,19 @@ class MariaDBStack:
     name = "mariadb"
 
     def __init__(self, path: Path, computes: int) -> None:
-        MariaDB.install()
         self.server = MariaDB(path)
-        self.server.start()
         self.bus = Daemons(path, 1)
-        self.bus.start()
-        urls = {name: self.server.create(name) for name in DATABASES}
         self.plane = ControlPlane(
-            path / "nova", lambda name, _: urls[name], f"lucd://{self.bus.nodes[0].socket}", computes
+            path / "nova", lambda name, _: self.server.url(name), f"lucd://{self.bus.nodes[0].socket}", computes
         )
+
+    def start(self) -> None:
+        """Whatever was started is ended by `stop`, also when this raises."""
+        MariaDB.install()
+        self.server.start()
+        self.bus.start()
+        for name in DATABASES:
+            self.server.create(name)
 
     def database_cpu_s(self) -> float:
         """CPU time of MariaDB and of the daemon that is the bus."""

@@ -81,6 +81,7 @@ def run(python: str, instances: int) -> list[str]:
     plane, api = stack.plane, stack.plane.api()
     problems: list[str] = []
     try:
+        stack.start()
         plane.use(python)
         plane.install()
         plane.start()

@@ -62,6 +62,37 @@ def test_claims_of_three_daemons_on_one_provider_exactly_those_that_fit_succeed(
             assert usages["usages"] == {"VCPU": ROOM}, number
 
 
+def test_claims_of_one_consumer_with_one_generation_exactly_one_succeeds(placements: list[Placement]) -> None:
+    first = placements[0]
+    providers = [str(uuid.uuid4()) for _ in placements]
+    for provider in providers:
+        assert first.ask("POST", "/resource_providers", {"name": provider, "uuid": provider})[0] == 200
+        room = {"resource_provider_generation": 0, "inventories": {"VCPU": {"total": ROOM}}}
+        assert first.ask("PUT", f"/resource_providers/{provider}/inventories", room)[0] == 200
+    consumer = f"/allocations/{uuid.uuid4()}"
+
+    def put(number: int, generation: int | None) -> int:
+        body = {
+            "allocations": {providers[number]: {"resources": {"VCPU": 1}}},
+            "project_id": f"project-{number}",
+            "user_id": "user",
+            "consumer_generation": generation,
+        }
+        return placements[number].ask("PUT", consumer, body)[0]
+
+    assert put(0, None) == 204
+    for number in range(5 * ROUNDS):
+        generation = first.ask("GET", consumer)[1]["consumer_generation"]
+        with ThreadPoolExecutor(3) as pool:
+            puts = [pool.submit(put, node, generation) for node in range(3)]
+        answers = [one.result() for one in puts]
+        assert sorted(answers) == [204, 409, 409], (number, answers)
+        found = first.ask("GET", consumer)[1]
+        winner = answers.index(204)
+        assert list(found["allocations"]) == [providers[winner]], (number, answers)
+        assert found["project_id"] == f"project-{winner}", (number, answers)
+
+
 class Destroyer:
     """`tests.races.destroyer` as a process."""
 
@@ -110,6 +141,7 @@ def test_build_request_destroyed_by_api_and_conductor_at_once_one_is_told_not_fo
                 orders = [pool.submit(one.order, destroy=instance, at=at) for one in both]
             told = [order.result() for order in orders]
             assert sorted(told) == ["destroyed", "not found"], (number, told)
+        assert sum(int(one.order(reruns=True)) for one in both) > 0, "they never met: nothing was tested"
     finally:
         for one in both:
             one.stop()

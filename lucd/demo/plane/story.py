@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from dht.rows import group_key
 from lucd import messages
@@ -87,27 +87,35 @@ class PlaneStory:
         terminal = self._terminal
         terminal.say(f"{self._instances} servers are asked for through the REST API.")
         servers: list[str] = []
-        dead: threading.Thread | None = None
-        for number in range(self._instances):
-            terminal.progress(f"asking for server {number + 1} of {self._instances}")
-            servers.append(self._api.boot(f"vm-{number + 1}", flavor, IMAGE))
-            if number + 1 == (self._instances + 1) // 2:
-                victim = self._coordinator_of_most(servers)
-                terminal.progress_end()
-                terminal.say(f"kill -9 daemon {victim.number}, which coordinates most of them, while they are built.")
-                dead = threading.Thread(target=self._die_and_return, args=(victim,))
-                dead.start()
-        for number, server in enumerate(servers):
-            terminal.progress(f"server {number + 1} of {len(servers)}")
-            self._api.wait(server, "ACTIVE", STEP_WAIT_S)
-        terminal.progress_end()
-        if dead is not None:
-            dead.join()
+        with ThreadPoolExecutor(1) as killer:
+            # Left only when the killed daemon runs again: whoever ends the demo then ends that one too.
+            death = self._ask_for_servers(flavor, servers, killer)
+            for number, server in enumerate(servers):
+                terminal.progress(f"server {number + 1} of {len(servers)}")
+                self._api.wait(server, "ACTIVE", STEP_WAIT_S)
+            terminal.progress_end()
+            death.result()
         self._daemons.wait_whole()
         hosts = Counter(str(found["OS-EXT-SRV-ATTR:host"]) for found in self._api.servers().values())
         where = ", ".join(f"{count} on {host}" for host, count in sorted(hosts.items()))
         terminal.say(f"All are ACTIVE: {where}.")
         return servers
+
+    def _ask_for_servers(self, flavor: str, servers: list[str], killer: Executor) -> Future[None]:
+        """Append them as they are accepted. In the middle a daemon dies; the future ends when it is back."""
+        terminal = self._terminal
+        half = (self._instances + 1) // 2
+        death: Future[None] = Future()
+        for number in range(self._instances):
+            terminal.progress(f"asking for server {number + 1} of {self._instances}")
+            servers.append(self._api.boot(f"vm-{number + 1}", flavor, IMAGE))
+            if number + 1 == half:
+                victim = self._coordinator_of_most(servers)
+                terminal.progress_end()
+                terminal.say(f"kill -9 daemon {victim.number}, which coordinates most of them, while they are built.")
+                death = killer.submit(self._die_and_return, victim)
+        terminal.progress_end()
+        return death
 
     def _coordinator_of_most(self, servers: list[str]) -> LocalNode:
         """The daemon to kill, one of the two whose death does not take the bus of the host with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,8 +45,14 @@ class Meddler:
     def act(self) -> None:
         if self.times:
             self.times -= 1
-            with manager.writer.get_engine().begin() as connection:
-                connection.execute(self.statement)
+            # Another's: a commit of this thread's own would keep the function from being run again.
+            other = threading.Thread(target=self._commit)
+            other.start()
+            other.join()
+
+    def _commit(self) -> None:
+        with manager.writer.get_engine().begin() as connection:
+            connection.execute(self.statement)
 
 
 @pytest.fixture
@@ -183,7 +190,7 @@ def test_deadlock_of_another_database_is_not_run_again() -> None:
         raise exception.DBDeadlock(RuntimeError("of MySQL's"))
 
     with pytest.raises(exception.DBDeadlock):
-        rerun.again(fails, rerun.Before([], None))
+        rerun.again(fails, rerun.Before([]))
     assert calls == [1]
 
 
@@ -193,20 +200,79 @@ def test_arguments_are_put_back_in_place() -> None:
             self.generation = 1
             self.changed = {"a"}
 
-    context, thing = object(), Thing()
-    arguments = [[thing], {"values": {"x": 1}, "context": context}]
-    before = rerun.Before(arguments, context)
-    thing.generation, thing.new = 2, 3  # type: ignore[attr-defined]
+    thing, key = Thing(), Thing()
+    arguments: list[Any] = [[thing], {"values": {"x": 1}, key: []}]
+    before = rerun.Before(arguments)
+    assert before.complete
+    thing.generation, thing.new, key.generation = 2, 3, 4  # type: ignore[attr-defined]
     thing.changed.clear()
-    del arguments[1]["values"]["x"]  # type: ignore[index]
-    arguments[0].append(1)  # type: ignore[union-attr]
+    del arguments[1]["values"]["x"]
+    arguments[0].append(1)
     before.put_back()
     assert vars(thing) == {"generation": 1, "changed": {"a"}}
-    assert arguments == [[thing], {"values": {"x": 1}, "context": context}]
+    assert key.generation == 1
+    assert arguments == [[thing], {"values": {"x": 1}, key: []}]
+
+
+def test_contexts_and_sessions_among_the_arguments_are_left_alone() -> None:
+    context, session = Context(), orm.Session()
+    context.seen = session.info["seen"] = 1  # type: ignore[attr-defined]
+    before = rerun.Before([context, session])
+    context.seen = session.info["seen"] = 2  # type: ignore[attr-defined]
+    before.put_back()
+    assert (context.seen, session.info["seen"]) == (2, 2)  # type: ignore[attr-defined]
+
+
+def test_variables_of_the_function_around_are_put_back(meddler: Meddler) -> None:
+    meddler.statement = sa.update(Provider).values(generation=7)
+    consumer = {"generation": 0}
+    runs = 0
+
+    @manager.writer
+    def update(context: Any) -> None:
+        nonlocal runs
+        runs += 1
+        consumer["generation"] += 1
+        context.session.get(Provider, 1).generation = consumer["generation"]
+        meddler.act()
+
+    update(Context())
+    assert (runs, consumer) == (1, {"generation": 1}), "as if there had been one run"
+    assert rerun.counters["rerun"] == 1
+
+
+def test_function_that_was_given_an_iterator_is_not_run_again(meddler: Meddler) -> None:
+    meddler.statement = sa.update(Provider).values(generation=7)
+    with pytest.raises(exception.DBDeadlock):
+        _advance_each(Context(), meddler.act, iter([1]))
+
+
+@manager.writer
+def _advance_each(context: Any, meddle: Callable[[], None], numbers: Iterator[int]) -> None:
+    for number in numbers:
+        context.session.get(Provider, number).generation += 1
+        meddle()
+
+
+def test_function_that_committed_something_else_meanwhile_is_not_run_again(meddler: Meddler) -> None:
+    meddler.statement = sa.update(Provider).values(generation=7)
+    with pytest.raises(exception.DBDeadlock):
+        _create_apart_and_advance(Context(), meddler.act)
+    assert rerun.counters["rerun"] == 0
+
+
+@manager.writer
+def _create_apart_and_advance(context: Any, meddle: Callable[[], None]) -> None:
+    provider = context.session.get(Provider, 1)
+    with manager.writer.independent.using(context) as session:
+        session.add(Provider(name="apart"))
+    provider.generation = provider.generation + 1
+    meddle()
 
 
 def test_install_again_changes_nothing() -> None:
     rerun.install()
-    code = destroy.__wrapped__ and destroy.__code__  # type: ignore[attr-defined]
+    code = destroy.__code__  # type: ignore[attr-defined]
+    assert code is not rerun._codes["oslo_db"]
     rerun.install()
-    assert destroy.__code__ is code
+    assert destroy.__code__ is code  # type: ignore[attr-defined]
