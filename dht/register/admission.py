@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dht.errors import Invalid
 from dht.limits import TRANSACTION_BYTES_MAX
 from dht.model import Columns, Comparison, FindQuery, Op, Part, Transaction
+from dht.register.messages import Operation
 from dht.rows import check_value, encode_value
 
 
@@ -31,6 +32,13 @@ def check_transaction(transaction: Transaction) -> None:
         raise Invalid(
             f"the transaction has {size} bytes, at most {TRANSACTION_BYTES_MAX} are allowed; commit it in pieces"
         )
+
+
+def check_operation(operation: Operation) -> None:
+    """Raise Invalid for a step that no transaction has: a peer hands it over, and what it is told it does."""
+    if len(operation.id) != 16:
+        raise Invalid(f"a transaction's id has 16 bytes, not {len(operation.id)}")
+    _check_part(operation.part)
 
 
 _FAILURES = ("conflict", "duplicate", "foreign_key")

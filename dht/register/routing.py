@@ -22,6 +22,7 @@ from dht.errors import (
     Unavailable,
 )
 from dht.model import GroupKey, NodeId
+from dht.register.admission import check_operation
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
 from dht.register.messages import Coordinate, Coordinated, Kind, Operation
@@ -145,6 +146,7 @@ class Router:
 
     async def serve(self, request: Coordinate) -> Coordinated:
         """A peer's forward."""
+        check_operation(request.operation)
         context = self._context
         operation = request.operation
         deadline = context.clock.monotonic() + request.timeout_ms / 1000

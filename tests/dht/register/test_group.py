@@ -8,8 +8,9 @@ from dht.errors import Conflict, Duplicate, Indeterminate, Invalid
 from dht.limits import GROUP_BYTES_MAX, WINDOW_TRANSACTIONS
 from dht.model import ZERO, Ballot, Change, Guard, GuardKind, Op, Part, Transaction
 from dht.register import group
-from dht.register.admission import check_transaction
+from dht.register.admission import check_operation, check_transaction
 from dht.register.group import APPLIED, REFUSED, GroupState
+from dht.register.messages import Kind, Operation
 from dht.rows import decode_row, encode_row, group_key, row_digest, row_key
 
 KEY = group_key("db", "f", ("g",))
@@ -207,3 +208,20 @@ def transaction(*parts: Part, id: bytes = b"i" * 16, database: str = "db") -> Tr
 def test_malformed_transaction_is_invalid(wrong):
     with pytest.raises(Invalid):
         check_transaction(wrong)
+
+
+@pytest.mark.parametrize(
+    ("id", "part"),
+    [
+        (b"short", Part(KEY)),
+        (b"t" * 16, insert((None,), {}, table=-1)),
+        (b"t" * 16, Part(KEY, guards=(Guard(GuardKind.HAS, -2, (1,)),))),
+    ],
+)
+def test_step_of_a_peers_that_no_transaction_has_is_refused(id: bytes, part: Part) -> None:
+    with pytest.raises(Invalid):
+        check_operation(Operation(Kind.COMMIT_PRIMARY, id, part))
+
+
+def test_step_of_a_peers_without_changes_is_served() -> None:
+    check_operation(Operation(Kind.SETTLE, b"t" * 16, Part(KEY)))
