@@ -38,11 +38,11 @@ from nova_bridge.sql.errors import ConflictError
 from nova_bridge.sql.filters import DBLateDuplicateEntry
 
 LOG = logging.getLogger(__name__)
-RUNS_MAX = 40
-PATIENCE_S = 10.0
-"""From the first run on: then the function's caller gets the error."""
+RUNS_MAX = 400
+PATIENCE_S = 50.0
+"""From the first run on: then the function's caller gets the error. As long as InnoDB waits for a row lock."""
 PAUSE_MIN_S = 0.002
-PAUSE_MAX_S = 0.1
+PAUSE_MAX_S = 0.25
 ARGUMENT_DEPTH_MAX = 7
 """How deep arguments are put back as they were: a list of objects that hold objects is 4."""
 LIVE = ("sqlalchemy", "oslo_", "threading", "_thread", "logging", "concurrent", "queue", "weakref", "contextlib")

@@ -20,7 +20,7 @@ from tests.cluster import Cluster
 from tests.placement import Placement
 
 pytestmark = [pytest.mark.cluster, pytest.mark.nova]
-ROUNDS = int(os.environ.get("LUCD_CLAIM_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("LUCD_CLAIM_ROUNDS", "1"))
 CLAIMS, ROOM = 64, 10
 AHEAD_S = 0.05
 
@@ -81,7 +81,7 @@ def test_claims_of_one_consumer_with_one_generation_exactly_one_succeeds(placeme
         return placements[number].ask("PUT", consumer, body)[0]
 
     assert put(0, None) == 204
-    for number in range(5 * ROUNDS):
+    for number in range(10 * ROUNDS):
         generation = first.ask("GET", consumer)[1]["consumer_generation"]
         with ThreadPoolExecutor(3) as pool:
             puts = [pool.submit(put, node, generation) for node in range(3)]
@@ -133,7 +133,7 @@ def test_build_request_destroyed_by_api_and_conductor_at_once_one_is_told_not_fo
     both = [Destroyer(cluster.url("nova_api", node)) for node in (0, 1)]
     try:
         assert [one.answer() for one in both] == ["ready", "ready"]
-        for number in range(20 * ROUNDS):
+        for number in range(40 * ROUNDS):
             instance = str(uuid.uuid4())
             assert both[number % 2].order(make=instance) == "made"
             at = time.monotonic() + AHEAD_S
