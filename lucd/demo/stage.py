@@ -9,12 +9,15 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from dht.errors import DhtError, NotFound
-from lucd.demo.daemons import Daemons
+from dht.rows import group_key
+from lucd import messages
+from lucd.demo.daemons import Daemons, LocalNode
 from lucd.demo.terminal import Terminal
 
 NODES = 3
@@ -80,6 +83,21 @@ def start_daemons(terminal: Terminal, daemons: Daemons) -> None:
     terminal.progress_end()
     for node in daemons.nodes:
         terminal.detail(f"node {node.status()['node_id'][:16]}  host{node.number}  {node.address}")
+
+
+def coordinator_of_most(daemons: Daemons, cell: str, instances: Sequence[str]) -> tuple[LocalNode, int]:
+    """The daemon to kill, and how many of the instances have a group yet.
+
+    Never the second daemon: in every demo it is the door or the bus of the programs that have to go on.
+    """
+    client = daemons.nodes[1].client()
+    counts: Counter[str] = Counter()
+    for instance in instances:
+        reply = client.call(messages.AskWhere(group_key(cell, "instance", (instance,))))
+        if isinstance(reply, messages.WhereReply) and reply.exists:
+            counts[reply.coordinator] += 1
+    others = [daemons.nodes[0], daemons.nodes[2]]
+    return max(others, key=lambda node: counts[str(node.status().get("node_id"))]), counts.total()
 
 
 def _give_up(terminal: Terminal, daemons: Daemons, tale: Tale, deadline_s: float) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 
 from dht.errors import Unavailable
-from dht.rows import group_key
-from lucd import messages
 from lucd.cli.output import show_table
 from lucd.demo.audit import audit
 from lucd.demo.daemons import Daemons, LocalNode
 from lucd.demo.nova_site import CELL, CONDUCTOR_WAIT_S, NovaSite
-from lucd.demo.stage import NODES, perform, start_daemons
+from lucd.demo.stage import NODES, coordinator_of_most, perform, start_daemons
 from lucd.demo.terminal import Calls, Terminal
 
 DEADLINE_S = 115.0
@@ -129,16 +126,10 @@ class Story:
 
     def _coordinator_of_most(self, uuids: list[str]) -> LocalNode:
         """The daemon to kill: not the conductor's own, it is the door."""
-        client = self._daemons.nodes[1].client()
-        counts: Counter[str] = Counter()
-        for instance in uuids:
-            reply = client.call(messages.AskWhere(group_key(CELL, "instance", (instance,))))
-            if isinstance(reply, messages.WhereReply) and reply.exists:
-                counts[reply.coordinator] += 1
-        if counts.total() != len(uuids):
-            self._problems.append(f"only {counts.total()} of {len(uuids)} instances are where their group should be")
-        others = [self._daemons.nodes[0], self._daemons.nodes[2]]
-        return max(others, key=lambda node: counts[str(node.status()["node_id"])])
+        victim, found = coordinator_of_most(self._daemons, CELL, uuids)
+        if found != len(uuids):
+            self._problems.append(f"only {found} of {len(uuids)} instances are where their group should be")
+        return victim
 
     def _verify(self, uuids: list[str]) -> None:
         terminal, compute = self._terminal, self._compute

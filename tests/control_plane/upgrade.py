@@ -52,7 +52,10 @@ def lost(before: Rows, after: Rows) -> list[str]:
         if table not in after:
             problems.append(f"table {table} with {len(rows)} rows is gone")
             continue
-        columns = set(rows[0]) & set(after[table][0]) if rows and after[table] else set()
+        gone = set(rows[0]) - set(after[table][0]) if rows and after[table] else set()
+        if gone:
+            problems.append(f"table {table}: columns {sorted(gone)} are gone")
+        columns = set(rows[0]) - gone if rows else set()
         was = [{name: row[name] for name in columns} for row in rows]
         left = [{name: row[name] for name in columns} for row in after[table]]
         missing = [row for row in was if row not in left] if was != left else []

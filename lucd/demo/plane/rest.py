@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 from dht.errors import Unavailable
@@ -99,25 +98,16 @@ class ComputeApi:
 
     def wait(self, server: str, status: str, timeout_s: float) -> dict[str, Any]:
         """The server once it has the status and no task. Raises ApiRefused when it is in ERROR, Unavailable in time."""
-
-        def ready(found: dict[str, Any]) -> bool:
-            return found["status"] == status and not found["OS-EXT-STS:task_state"]
-
-        return self._poll(server, ready, status, timeout_s)
-
-    def _poll(
-        self, server: str, ready: Callable[[dict[str, Any]], bool], wanted: str, timeout_s: float
-    ) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         while True:
             found = self.server(server)
-            if ready(found):
+            if found["status"] == status and not found["OS-EXT-STS:task_state"]:
                 return found
             if found["status"] == "ERROR":
-                raise ApiRefused(f"server {found['name']} is in ERROR, not {wanted}: {found.get('fault')}")
+                raise ApiRefused(f"server {found['name']} is in ERROR, not {status}: {found.get('fault')}")
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"server {found['name']} is {found['status']} ({found['OS-EXT-STS:task_state']}) after "
-                    f"{timeout_s:.0f} s, not {wanted}"
+                    f"{timeout_s:.0f} s, not {status}"
                 )
             time.sleep(POLL_S)

@@ -6,15 +6,13 @@ import time
 from collections import Counter
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-from dht.rows import group_key
-from lucd import messages
 from lucd.cli.output import show_table
 from lucd.demo.daemons import Daemons, LocalNode
 from lucd.demo.plane.audit import audit
 from lucd.demo.plane.neighbours import IMAGE
 from lucd.demo.plane.rest import ComputeApi
 from lucd.demo.plane.site import CELL1, ControlPlane
-from lucd.demo.stage import perform, start_daemons
+from lucd.demo.stage import coordinator_of_most, perform, start_daemons
 from lucd.demo.terminal import Calls, Terminal
 
 DEADLINE_S = 900.0
@@ -110,23 +108,12 @@ class PlaneStory:
             terminal.progress(f"asking for server {number + 1} of {self._instances}")
             servers.append(self._api.boot(f"vm-{number + 1}", flavor, IMAGE))
             if number + 1 == half:
-                victim = self._coordinator_of_most(servers)
+                victim, _ = coordinator_of_most(self._daemons, CELL1, servers)
                 terminal.progress_end()
                 terminal.say(f"kill -9 daemon {victim.number}, which coordinates most of them, while they are built.")
                 death = killer.submit(self._die_and_return, victim)
         terminal.progress_end()
         return death
-
-    def _coordinator_of_most(self, servers: list[str]) -> LocalNode:
-        """The daemon to kill, one of the two whose death does not take the bus of the host with it."""
-        client = self._daemons.nodes[1].client()
-        counts: Counter[str] = Counter()
-        for server in servers:
-            reply = client.call(messages.AskWhere(group_key(CELL1, "instance", (server,))))
-            if isinstance(reply, messages.WhereReply) and reply.exists:
-                counts[reply.coordinator] += 1
-        others = [self._daemons.nodes[0], self._daemons.nodes[2]]
-        return max(others, key=lambda node: counts[str(node.status().get("node_id"))])
 
     def _die_and_return(self, victim: LocalNode) -> None:
         victim.kill()
