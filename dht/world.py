@@ -57,6 +57,13 @@ class Network(Protocol):
         """For how long the node has not been alive, 0 while it is; a hint like `alive`."""
         ...
 
+    def parted(self, node: NodeId) -> bool:
+        """Whether not even its host acknowledges what is sent: the network is cut, or the host down; a hint too.
+
+        A node that is slow, stopped or starting again is not parted.
+        """
+        ...
+
     def serve(self, answer: Answer) -> None:
         """Set what answers the peers' requests."""
         ...

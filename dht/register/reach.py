@@ -1,7 +1,8 @@
 """Whether this node hears enough replicas to be of use: if not for a while, it refuses at once instead of trying on.
 
 A hint, and used as one: it decides when to give up, never what is true. A lack of quorum is forgiven for `GRACE_S`, in
-which links come up after a start, a restarted peer returns, and a loaded one finds time to answer.
+which links come up after a start, a restarted peer returns, and a loaded one finds time to answer. Who is parted from
+this node by the network is not waited for: nothing that he does could bring him back.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Reach:
         self._context = context
 
     def check(self, nodes: Sequence[NodeId], what: str) -> None:
-        """Raise Unavailable if this node has not heard a majority of the replicas for GRACE_S. `what`: was asked."""
+        """Raise Unavailable if this node hears no majority of the replicas, grace included. `what`: was asked."""
         quorum = quorums(len(nodes))[0]
         unheard = self._unheard(nodes)
         if len(nodes) - len(unheard) < quorum:
@@ -37,9 +38,14 @@ class Reach:
         if len(unheard) == len(nodes) - (self._context.node in nodes):
             self._refuse(nodes, unheard, "it takes one that hears a majority", what)
 
+    def heard(self, nodes: Sequence[NodeId]) -> int:
+        """How many of the replicas this node hears, itself among them, grace included."""
+        return len(nodes) - len(self._unheard(nodes))
+
     def _unheard(self, nodes: Sequence[NodeId]) -> list[NodeId]:
         network, own = self._context.network, self._context.node
-        return [node for node in nodes if node != own and not network.alive(node) and network.silent_s(node) > GRACE_S]
+        silent = [node for node in nodes if node != own and not network.alive(node)]
+        return [node for node in silent if network.parted(node) or network.silent_s(node) > GRACE_S]
 
     def _refuse(self, nodes: Sequence[NodeId], unheard: list[NodeId], need: str, what: str) -> None:
         roster = self._context.domain.roster

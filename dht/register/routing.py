@@ -93,10 +93,12 @@ class Router:
                 uncertain = True
                 attempt += 1
             tried[target] = None
-            if len(tried) >= len(context.replicas(key).nodes):
-                if refused and refused >= sum(map(context.network.alive, tried)):
-                    cut_off = True
-                    break
+            nodes = context.replicas(key).nodes
+            if refused and refused >= self._reach.heard(nodes):
+                # Whoever of them is heard hears no majority; the silent ones need not be tried for that.
+                cut_off = True
+                break
+            if len(tried) >= len(nodes):
                 tried.clear()
                 refused = 0
                 await context.back_off()

@@ -117,6 +117,9 @@ class _End:
     def silent_s(self, node: NodeId) -> float:
         return 0.0
 
+    def parted(self, node: NodeId) -> bool:
+        return False
+
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         wires = self._wires
         request = encode(message)

@@ -152,6 +152,9 @@ class _Network:
     def silent_s(self, node: NodeId) -> float:
         return 0.0
 
+    def parted(self, node: NodeId) -> bool:
+        return False
+
     def set_address(self, node: NodeId, host: str, port: int) -> None:
         pass
 

@@ -170,6 +170,10 @@ class SimNetwork:
         lost_s = max(self._lost_s.get(node, 0.0), self._heard_s[node] + ALIVE_WINDOW_S)
         return asyncio.get_running_loop().time() - lost_s
 
+    def parted(self, node: NodeId) -> bool:
+        cut = self._fabric.is_cut(self._node, node) or self._fabric.is_cut(node, self._node)
+        return cut and not self.alive(node)
+
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         fabric, chance = self._fabric, self._fabric.chance
         loop = asyncio.get_running_loop()

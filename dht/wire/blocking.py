@@ -44,7 +44,7 @@ DYING_S = 0.5
 death, not a second one."""
 RECEIVE_BYTES = 64 * 1024
 OUTCOME_PAUSE_S = 0.05
-CUT_OFF_WAIT_S = 1.0
+CUT_OFF_WAIT_S = 0.25
 """How long an outcome is asked for again of a daemon that says that it is cut off."""
 
 R = TypeVar("R", bound=Message)

@@ -3,7 +3,8 @@
 Frames that are queued in the same turn of the loop leave as one WebSocket message. An empty message is a sign of life,
 sent when nothing else was for a while, more often while a request of the peer is being served: so silence towards
 somebody who waits means more than silence towards one who does not. Who hears nothing himself says so in place of the
-sign of life, for a link that carries one way only is of no use to either side.
+sign of life, for a link that carries one way only is of no use to either side. A peer whose process is slow, stopped or
+busy still has a kernel that acknowledges what arrives: where nothing is acknowledged, the network is cut.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ from dht.codec import Message
 from dht.errors import Indeterminate, RemoteProtocolError, Unavailable
 from dht.limits import FRAME_BYTES_MAX, PEER_TIMEOUT_S
 from dht.model import Struct
-from dht.wire import frames
+from dht.wire import frames, tcp
 from dht.wire.handshake import PeerIdentity
 from dht.wire.serving import answer_in_time
 
@@ -44,15 +43,16 @@ ALIVE_S = 0.4
 SUSPECT_S = 0.2
 """Nor does who was not heard for so long, and a round trip, while a request to him waits."""
 GIVE_UP_S = 0.6
-"""Short requests to who was not heard for so long, and a round trip, or does not hear this node, fail then."""
+"""Short requests to who was not heard for so long, and a round trip, or does not hear this node, fail then; to whom
+there is no way, at once."""
+PARTED_S = 0.2
+"""To whom something is on its way for so long, and a round trip, without any acknowledgement, there is no way."""
 ROUND_TRIP_MAX_S = 0.5
 DEAF = b"\0"
 """The message of a peer that does not hear this node."""
 SILENCE_MAX_S = 3.0
 """Who was not heard for so long loses the link."""
 CLOSE_WAIT_S = 0.5
-_TCP_INFO_BYTES = 104
-_TCP_INFO_RTT_AT = 68
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,10 @@ class Link:
         self.peer = peer
         self.dialed = dialed
         self.closed = False
+        self.parted = False
+        """Whether the network between is cut, or the peer's host down, as far as the kernel can tell."""
+        self._unacknowledged_s: float | None = None
+        """Since when something was seen on its way, and nothing has come back."""
         self.deaf = False
         self._deaf_s = 0.0
         """Whether the peer says that it hears nothing."""
@@ -97,7 +101,7 @@ class Link:
     @property
     def alive(self) -> bool:
         """Whether the peer was heard within ALIVE_S, hears this node, and leaves no request in silence."""
-        unheard = self.closed or self.deaf or self._suspected
+        unheard = self.closed or self.deaf or self._suspected or self.parted
         return not unheard and self._loop.time() - self.heard_s < ALIVE_S
 
     @property
@@ -142,7 +146,8 @@ class Link:
                         self._counters["garbage"] += 1
                     break
                 self.heard_s = self._loop.time()
-                self._suspected = False
+                self._suspected = self.parted = False
+                self._unacknowledged_s = None
                 deaf = message.data == DEAF
                 if deaf and not self.deaf:
                     self._deaf_s = self.heard_s
@@ -174,11 +179,14 @@ class Link:
         if silent_s > SILENCE_MAX_S:
             self.close()
             return
+        if silent_s > SIGN_WHILE_SERVING_S:
+            self._look_for_cut(now_s)
         waited_s = min(silent_s, now_s - self._asked_s) if self._waiting else 0.0
         if waited_s > SUSPECT_S and not self._suspected and waited_s > SUSPECT_S + self._round_trip_s():
             self._suspected = True
         deaf_s = now_s - max(self._deaf_s, self._asked_s) if self.deaf and self._waiting else 0.0
-        if max(waited_s, deaf_s) > GIVE_UP_S and max(waited_s, deaf_s) > GIVE_UP_S + self._round_trip_s():
+        unanswered_s = max(waited_s, deaf_s)
+        if self.parted or (unanswered_s > GIVE_UP_S and unanswered_s > GIVE_UP_S + self._round_trip_s()):
             self._give_up()
         hears = silent_s < ALIVE_S
         pause_s = SIGN_OF_LIFE_S if hears and not self._serving else SIGN_WHILE_SERVING_S
@@ -194,17 +202,21 @@ class Link:
                 text = f"node {self.peer.node_id.hex()} fell silent before its reply: the request may have been served"
                 waiter.set_exception(Indeterminate(text))
 
+    def _look_for_cut(self, now_s: float) -> None:
+        """Both clocks must say it: after a pause of this host, or of this process, one of the two is wrong."""
+        known = tcp.read(self._socket.get_extra_info("socket"))
+        if not known.unacknowledged:
+            self._unacknowledged_s = None
+            self.parted = False
+            return
+        if self._unacknowledged_s is None:
+            self._unacknowledged_s = now_s
+        limit_s = PARTED_S + min(ROUND_TRIP_MAX_S, known.round_trip_s)
+        self.parted = min(known.last_ack_s, now_s - self._unacknowledged_s) > limit_s
+
     def _round_trip_s(self) -> float:
         """As the kernel measured it, so that a far peer is not suspected for its distance."""
-        connection = self._socket.get_extra_info("socket")
-        if connection is None:
-            return 0.0
-        try:
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        except OSError:
-            return 0.0
-        (microseconds,) = struct.unpack_from("I", info, _TCP_INFO_RTT_AT)
-        return min(ROUND_TRIP_MAX_S, float(microseconds) / 1e6)
+        return min(ROUND_TRIP_MAX_S, tcp.read(self._socket.get_extra_info("socket")).round_trip_s)
 
     def close(self) -> None:
         """End the link now. Requests in flight become Indeterminate; what is being served goes on unheard."""

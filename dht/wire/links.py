@@ -227,6 +227,11 @@ class LinkNetwork:
             return 0.0
         return asyncio.get_running_loop().time() - (self._started_s if peer is None else peer.alive_s)
 
+    def parted(self, node: NodeId) -> bool:
+        """As `dht.world.Network.parted`. A link that is closed tells nothing: its peer may be starting again."""
+        peer = self._peers.get(node)
+        return peer is not None and peer.link is not None and peer.link.parted
+
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         """As `dht.world.Network.call`."""
         peer = self._peers.get(to)

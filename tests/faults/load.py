@@ -28,6 +28,7 @@ TABLE = 1
 CLIENTS_MAX = 8
 FIRST_COLUMN = 10
 GAP_S = 0.1
+LATE_S = 1.0
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Report:
     unknown: int = 0
     gave_way: int = 0
     """Transactions that ended because another held one of their groups; both began at about the same time."""
+    late: int = 0
+    """Those that their group had forgotten the beginning of, after they hung for more than LATE_S."""
     finds: int = 0
     pause_s: float = 0.0
     errors: list[str] = field(default_factory=list)
@@ -198,6 +201,7 @@ class Clients:
             for row, cell in zip(rows, cells, strict=True)
         ]
         transaction = Transaction(os.urandom(16), DATABASE, 0, tuple(parts))
+        began_s = time.monotonic()
         try:
             store.commit(transaction)
         except Indeterminate:
@@ -213,6 +217,10 @@ class Clients:
                 raise
             if len(rows) > 1 and error.detail.get("what") == "intent":
                 report.gave_way += 1
+                return False
+            if error.detail.get("what") == "window" and time.monotonic() - began_s > LATE_S:
+                # It hung on somebody for so long that its group forgot what it first saw.
+                report.late += 1
                 return False
             report.wrong.append(f"rows {rows}: refused although nobody else writes its column: {error.message}")
             raise

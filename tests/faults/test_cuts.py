@@ -70,6 +70,7 @@ def test_cut_off_daemon_refuses_while_the_others_go_on_and_is_like_them_after_th
         cluster.laboratory.cut([2], [0, 1])
         cut_s = time.monotonic()
         first_s = wait_until(lambda: any(report.errors for report in hit.reports), HANG_S, "the first refusal")
+        both_s = wait_until(lambda: all(report.errors for report in hit.reports), HANG_S, "a refusal of each")
         took = refusals(cluster, 2)
         time.sleep(max(0.0, CUT_S - (time.monotonic() - cut_s)))
         refused = sum(len(report.errors) for report in hit.reports)
@@ -82,7 +83,8 @@ def test_cut_off_daemon_refuses_while_the_others_go_on_and_is_like_them_after_th
     alike_s = time.monotonic() - healed_s
     print(
         f"\none of three cut off for {CUT_S:.0f} s: majority: {safe.said()}; its own clients: first refused after "
-        f"{first_s:.2f} s, {refused} refusals, then each in "
+        f"{first_s:.2f} s (the other, which may have been in flight, {first_s + both_s:.2f} s), "
+        f"{refused} refusals, then each in "
         + ", ".join(f"{kind} {seconds * 1000:.0f} ms" for kind, seconds in took.items())
         + f"; after the heal served again in {served_s:.2f} s, replicas alike after {alike_s:.2f} s"
     )

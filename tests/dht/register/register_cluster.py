@@ -42,6 +42,8 @@ class Wire:
         """Nodes that answer nothing and are not missed by their links."""
         self.silent_s = 0.0
         """For how long those that are not alive are not, as the links see it."""
+        self.parted_from: set[NodeId] = set()
+        """Those of them whose hosts acknowledge nothing."""
         self.drop = lambda sender, to, message: False
         self.messages: dict[str, int] = {}
         self.encoded = True
@@ -66,6 +68,9 @@ class WireEnd:
 
     def silent_s(self, node: NodeId) -> float:
         return 0.0 if self.alive(node) else self.wire.silent_s
+
+    def parted(self, node: NodeId) -> bool:
+        return node in self.wire.parted_from and not self.alive(node)
 
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         wire = self.wire

@@ -63,6 +63,26 @@ async def test_node_that_was_cut_off_just_now_tries_on(cluster):
         cluster.wire.cut.update(cluster.ids[1:])
 
 
+async def test_node_that_the_network_parted_from_the_others_refuses_without_grace(cluster):
+    cluster.wire.cut.update(cluster.ids[1:])
+    cluster.wire.parted_from.update(cluster.ids[1:])
+    for ask in asked(cluster[0]):
+        with pytest.raises(Unavailable, match="hears 1, it takes"):
+            async with asyncio.timeout(1.0):
+                await ask(60.0)
+
+
+async def test_node_that_the_network_parted_from_one_of_two_gives_the_other_its_grace(cluster):
+    """The other may be starting again."""
+    cluster.wire.hung.add(cluster.ids[1])
+    cluster.wire.cut.add(cluster.ids[2])
+    cluster.wire.parted_from.add(cluster.ids[2])
+    waiting = asyncio.ensure_future(cluster[0].commit(write(), 0, 20.0))
+    assert not (await asyncio.wait((waiting,), timeout=0.2))[0]
+    cluster.wire.hung.clear()
+    await waiting
+
+
 async def test_write_that_was_sent_before_the_cut_is_told_as_unknown(cluster):
     coordinator = next(store for store in cluster.wire.nodes.values() if store._router.coordinates(KEY))
     await coordinator.commit(write())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 import time
 
 import aiohttp
@@ -12,8 +13,9 @@ import pytest
 
 from dht.codec import Message, message
 from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotServing, RemoteProtocolError, Unavailable
+from dht.limits import PEER_TIMEOUT_S
 from dht.requests import Done, ListDatabases, ListDatabasesReply, ReadGroups
-from dht.wire import frames, link, links
+from dht.wire import frames, link, links, tcp
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.links import LinkNetwork
 
@@ -192,6 +194,79 @@ async def test_peer_that_leaves_a_request_in_silence_is_suspected(monkeypatch):
         await until(lambda: not a.network.alive(b.id), 1.0)
         await call
         assert a.network.alive(b.id), "it answered after all"
+
+
+class Kernel:
+    """A link's socket as far as `dht.wire.tcp` asks it. `known`: what the kernel would say."""
+
+    def __init__(self, known):
+        self.known = known
+
+    def getsockopt(self, *_):
+        info = bytearray(104)
+        for at, value in zip((24, 56, 68), self.known, strict=True):
+            struct.pack_into("I", info, at, value)
+        return bytes(info)
+
+
+@contextlib.asynccontextmanager
+async def silenced(monkeypatch, known):
+    """Two nodes and a link of the first whose peer says nothing; the kernel says `known`: segments, ms, us."""
+    for name in ("ALIVE_S", "SUSPECT_S", "GIVE_UP_S", "SILENCE_MAX_S"):
+        monkeypatch.setattr(link, name, 60.0)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        b.network._ticking.cancel()
+        ours = a.network._peers[b.id].link
+        monkeypatch.setattr(ours._socket, "get_extra_info", lambda name: Kernel(known))
+        yield a, b
+
+
+async def test_peer_whose_host_acknowledges_nothing_is_parted_and_its_short_requests_fail(monkeypatch):
+    async with silenced(monkeypatch, (1, 900, 1000)) as (a, b):
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 2.0), PEER_TIMEOUT_S))
+        await until(lambda: a.network.parted(b.id), 1.0)
+        assert not a.network.alive(b.id)
+        with pytest.raises(Indeterminate, match="fell silent"):
+            await asyncio.wait_for(call, 0.3)
+        b.network._tick()
+        await until(lambda: a.network.alive(b.id))
+        assert not a.network.parted(b.id), "it was heard again"
+
+
+@pytest.mark.parametrize(
+    ("known", "why"),
+    [
+        ((0, 900, 1000), "nothing is on its way"),
+        ((1, 100, 1000), "acknowledged a moment ago"),
+        ((1, 450, 300_000), "far away"),
+    ],
+)
+async def test_silent_peer_whose_host_acknowledges_is_not_parted(monkeypatch, known, why):
+    async with silenced(monkeypatch, known) as (a, b):
+        await asyncio.sleep(3 * link.PARTED_S)
+        assert not a.network.parted(b.id), why
+
+
+async def test_peer_is_not_parted_for_a_pause_of_this_host(monkeypatch):
+    """The kernel's clock went on while nothing ran: what was sent only now has had no time to be acknowledged."""
+    async with silenced(monkeypatch, (1, 60_000, 1000)) as (a, b):
+        ours = a.network._peers[b.id].link
+        ours.heard_s -= 5.0
+        ours.tick(asyncio.get_running_loop().time())
+        assert not ours.parted
+
+
+async def test_kernel_knows_of_a_real_connection_that_all_is_acknowledged():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        connection = a.network._peers[b.id].link._socket.get_extra_info("socket")
+        await until(lambda: tcp.read(connection).unacknowledged == 0)
+        known = tcp.read(connection)
+        assert 0 < known.round_trip_s < 1
+        assert known.last_ack_s < 5
 
 
 async def test_peer_that_is_slow_to_answer_is_not_suspected(monkeypatch):

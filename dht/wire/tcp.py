@@ -1,0 +1,37 @@
+"""What the kernel knows of a connection (Linux, `struct tcp_info`): kernels acknowledge what processes leave unread."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any, NamedTuple
+
+_BYTES = 104
+_UNACKED_AT = 24
+_LAST_ACK_AT = 56
+_RTT_AT = 68
+
+
+class Tcp(NamedTuple):
+    """`round_trip_s`: smoothed. `unacknowledged`: segments on their way. `last_ack_s`: since anything came back."""
+
+    round_trip_s: float
+    unacknowledged: int
+    last_ack_s: float
+
+
+NOTHING_KNOWN = Tcp(0.0, 0, 0.0)
+
+
+def read(connection: Any) -> Tcp:
+    """Of the socket, as asyncio hands it out; NOTHING_KNOWN of what is no TCP connection any more."""
+    if connection is None:
+        return NOTHING_KNOWN
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)
+    except OSError:
+        return NOTHING_KNOWN
+    if len(info) < _BYTES:
+        return NOTHING_KNOWN
+    unacked, last_ack_ms, rtt_us = (struct.unpack_from("I", info, at)[0] for at in (_UNACKED_AT, _LAST_ACK_AT, _RTT_AT))
+    return Tcp(rtt_us / 1e6, unacked, last_ack_ms / 1e3)
