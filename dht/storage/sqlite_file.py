@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
@@ -148,11 +149,15 @@ class SqliteFile:
 
     def _check_content(self) -> None:
         """Pages, order and checksums: a key that was changed in place would be an absence when it is asked for."""
-        problem = self.writer.execute("PRAGMA integrity_check(1)").fetchall()[0][0]
-        if problem != "ok":
-            raise apsw.CorruptError(str(problem))
-        for (space,) in self.writer.execute("SELECT DISTINCT space FROM kv").fetchall():
-            self._check_space(space)
+        with ThreadPoolExecutor(1) as beside:
+            # SQLite's own check leaves the interpreter to ours; a restart waits for both.
+            pages = beside.submit(_check_pages, self.path)
+            try:
+                for (space,) in self.writer.execute("SELECT DISTINCT space FROM kv").fetchall():
+                    self._check_space(space)
+            finally:
+                # What is wrong with the pages explains what is wrong with their content.
+                pages.result()
 
     def _check_space(self, space: Any) -> None:
         """`intact` of each value, written out: a restart waits for half a million of them."""
@@ -234,6 +239,17 @@ class SqliteFile:
             with contextlib.suppress(apsw.Error):
                 connection.close()
         os.close(self._lock)
+
+
+def _check_pages(path: Path) -> None:
+    reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        reader.set_busy_timeout(_BUSY_TIMEOUT_MS)
+        problem = reader.execute("PRAGMA integrity_check(1)").fetchall()[0][0]
+    finally:
+        reader.close()
+    if problem != "ok":
+        raise apsw.CorruptError(str(problem))
 
 
 def shown(key: Any) -> str:
