@@ -3,6 +3,7 @@
     python tests/nova_suites/run.py               # nova.tests.unit.db.main.test_api on memory and cluster
     python tests/nova_suites/run.py --store memory --suite nova.tests.functional.db
     python tests/nova_suites/run.py --store socket --socket /run/lucd/lucd.sock
+    python tests/nova_suites/run.py --store cluster --suite all --kill-every 10
 
 Stores: "memory" in the suite's own process, "cluster" three daemons on loopback made for the run, "rpc" memory with
 every call of Nova's database API through the RPC door over such daemons' bus, "socket" a daemon that runs already.
@@ -22,8 +23,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.cluster import LocalNode
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -140,12 +145,42 @@ def compare(stores: list[str], suites: list[str], socket: str) -> bool:
     return same
 
 
+class Deaths:
+    """While the block runs: one daemon after the other killed and started again, at steady intervals."""
+
+    def __init__(self, nodes: Sequence[LocalNode], every_s: float) -> None:
+        self.count = 0
+        self._nodes = nodes
+        self._every_s = every_s
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Deaths:
+        if self._every_s:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._every_s:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(self._every_s):
+            # The one that the suite talks to, and those that it does not.
+            node = self._nodes[self.count % len(self._nodes)]
+            node.kill()
+            node.start()
+            self.count += 1
+
+
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="append", choices=["memory", "cluster", "rpc", "socket"])
     parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
     parser.add_argument("--suite", action="append", help=f"test package, module or class, or all ({DEFAULT_SUITE})")
+    parser.add_argument("--kill-every", type=float, default=0.0, metavar="SECONDS", help="kill and restart a daemon")
     options = parser.parse_args()
     stores = options.store or ["memory", "cluster"]
     suites = options.suite or [DEFAULT_SUITE]
@@ -156,8 +191,11 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     from tests.cluster import Cluster
 
-    with Cluster(Path(tempfile.gettempdir()), nodes=3) as cluster:
-        return 0 if compare(stores, suites, str(cluster.nodes[0].socket)) else 1
+    with Cluster(Path(tempfile.gettempdir()), nodes=3) as cluster, Deaths(cluster.nodes, options.kill_every) as deaths:
+        same = compare(stores, suites, str(cluster.nodes[0].socket))
+    if options.kill_every:
+        print(f"{deaths.count} times a daemon was killed and started again")
+    return 0 if same else 1
 
 
 if __name__ == "__main__":
