@@ -3,6 +3,7 @@
 
 VENV := .venv
 VENV_33 := .venv-nova33
+VENV_OTHERS := .venv-others
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SEEDS ?= 1000
@@ -16,7 +17,7 @@ DEVIATIONS ?= 2
 VMS ?= 200
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 control-plane demo-control-plane upgrade bench rabbitmq sample clean
+.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 other-suites control-plane demo-control-plane upgrade bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -80,13 +81,23 @@ fuzz: $(VENV)/.test
 churn: $(VENV)/.test
 	$(PY) -m tests.dht.overlay.churn --nodes $(NODES) --minutes $(MINUTES)
 
+# Nova's and Placement's own tests beside stock SQLite: in process, on three daemons, through the RPC door, and while
+# one daemon after the other is killed. Some hours on two processors.
 nova-suites: $(VENV)/.test
-	$(PY) tests/nova_suites/run.py
+	$(PY) tests/nova_suites/run.py --suite all
+	$(PY) tests/nova_suites/run.py --store rpc
+	$(PY) tests/nova_suites/run.py --store cluster --suite all --kill-every 10
 
 # The release before: both doors' tests and Nova's own, in a virtual environment of their own.
 nova-33: $(VENV_33)/.test
 	$(VENV_33)/bin/python -m pytest tests/nova_bridge
 	$(VENV_33)/bin/python tests/nova_suites/run.py
+
+# The database tests of two services that lucd knows nothing of; python-ldap is built, which takes libldap2-dev and libsasl2-dev.
+other-suites: $(VENV_OTHERS)/.test
+	cd $(VENV_OTHERS)/lib/python3.*/site-packages && \
+	  $(CURDIR)/$(VENV_OTHERS)/bin/python $(CURDIR)/tests/nova_suites/run.py --store memory --suite glance.tests.unit.test_db \
+	  --suite glance.tests.functional.db.test_sqlalchemy --suite keystone.tests.unit.test_backend_sql
 
 # Two nodes join three under load: what do callers in each tablet notice? make join-run INSTANCES=10000
 join-run: $(VENV)/.test
@@ -130,6 +141,12 @@ $(VENV)/.plane: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[control-plane,test]'
 	@touch $@ $(VENV)/.demo $(VENV)/.plane
+
+$(VENV_OTHERS)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	python3 -m venv $(VENV_OTHERS)
+	$(VENV_OTHERS)/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[test]' \
+	  'keystone>=30,<31' 'glance>=33,<34' freezegun ldappool python-ldap WebTest
+	@touch $@
 
 $(VENV_33)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	python3 -m venv $(VENV_33)
