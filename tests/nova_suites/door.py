@@ -1,12 +1,13 @@
 """Puts the SQL door in SQLite's place, and the RPC door in that of nova.db.main.api, for Nova's own suites, unedited.
 
-On the in-process store, or, when LUCD_SUITE_SOCKET names a daemon's socket, on its cluster: then each database that a
-test opens is one of its own there, dropped when its last connection is closed. LUCD_SUITE_BUS names the socket of the
-daemon over whose bus the calls of the RPC door go.
+On the in-process store, or, when LUCD_SUITE_SOCKET names a daemon's socket, on its cluster: then each engine that a
+test makes has a database of its own there, until it is disposed of. LUCD_SUITE_BUS names the socket of the daemon over
+whose bus the calls of the RPC door go.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -14,7 +15,10 @@ import weakref
 from typing import Any
 
 from sqlalchemy.dialects import registry, sqlite
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import Pool, QueuePool
 
+from dht.errors import NotFound
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.wire.blocking import BlockingClient, SocketStore
 from nova_bridge.sql import dbapi
@@ -28,25 +32,55 @@ CALL_TIMEOUT_S = 60
 _named: dict[str, Database] = {}
 
 
+class ServerPool(QueuePool):
+    """Connections to a server. An engine on memory has one, for all greenlets: SQLite's calls never wait for anything,
+    so no two of them are ever between the statements of their transactions. Those of a server do wait."""
+
+    def __init__(self, creator: Any, **options: Any) -> None:
+        super().__init__(creator, **{**options, "pool_size": 0})
+
+    def dispose(self) -> None:
+        """What Nova's fixtures do to have an empty database."""
+        super().dispose()
+        if self._dialect is not None:
+            self._dialect.forget_database()  # type: ignore[attr-defined]
+
+
 class SqliteByLucd(LucdMemoryDialect):
     """Answers `sqlite://`; the driver's name stays, Nova's fixtures ask for it."""
 
     driver = "pysqlite"
     supports_statement_cache = True
+    _own: Database | None = None
+
+    @classmethod
+    def get_pool_class(cls, url: URL) -> type[Pool]:
+        return ServerPool if SOCKET else super().get_pool_class(url)
 
     def connect(self, *args: Any, **kwargs: Any) -> Connection:
-        """In process, or in a database of the cluster that exists for this connection or this file name."""
+        """In process, or in a database of the cluster that exists for this engine or this file name."""
         if not SOCKET:
             return dbapi.connect_memory(*args, **kwargs)
         path = str(args[0]) if args else ":memory:"
         if path in {"", ":memory:"}:
-            database = _make(os.urandom(8).hex())
-            connection = Connection(database, "", foreign_keys=False)
-            weakref.finalize(connection, database.store.drop_database, database.name)
-            return connection
+            if self._own is None:
+                self._own = _make(os.urandom(8).hex())
+                weakref.finalize(self, _drop, self._own)
+            return Connection(self._own, "", foreign_keys=False)
         if path not in _named:
             _named[path] = _make(hashlib.sha256(f"{os.getpid()} {path}".encode()).hexdigest()[:16])
         return Connection(_named[path], "", foreign_keys=False)
+
+    def forget_database(self) -> None:
+        """The next connection finds an empty one."""
+        if self._own is not None:
+            _drop(self._own)
+            self._own = None
+
+
+def _drop(database: Database) -> None:
+    with contextlib.suppress(NotFound):
+        database.store.drop_database(database.name)
 
 
 def _make(name: str) -> Database:
