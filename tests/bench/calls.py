@@ -7,6 +7,7 @@ operation must leave the world fit for the next repetition.
 from __future__ import annotations
 
 import itertools
+import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,38 @@ from typing import Any
 HOST = "host-0"
 PROJECT = "p" * 32
 USER = "u" * 32
+FLAVOR = json.dumps(
+    {
+        "cur": {
+            "nova_object.name": "Flavor",
+            "nova_object.namespace": "nova",
+            "nova_object.version": "1.2",
+            "nova_object.data": {
+                "id": 1,
+                "flavorid": "1",
+                "name": "m1.tiny",
+                "description": None,
+                "memory_mb": 512,
+                "vcpus": 1,
+                "root_gb": 1,
+                "ephemeral_gb": 0,
+                "swap": 0,
+                "rxtx_factor": 1.0,
+                "vcpu_weight": 0,
+                "disabled": False,
+                "is_public": True,
+                "extra_specs": {},
+                "created_at": None,
+                "updated_at": None,
+                "deleted_at": None,
+                "deleted": False,
+            },
+        },
+        "old": None,
+        "new": None,
+    }
+)
+"""What Nova keeps of it with each instance."""
 
 
 @dataclass
@@ -53,7 +86,7 @@ def instance_values(number: int) -> dict[str, Any]:
         "reservation_id": f"r-{number:08d}",
         "system_metadata": {f"image_key_{i}": f"value {i}" for i in range(8)},
         "metadata": {"role": "bench"},
-        "extra": {"numa_topology": None, "flavor": '{"cur": {"name": "m1.tiny"}}' * 8, "vcpu_model": None},
+        "extra": {"numa_topology": None, "flavor": FLAVOR, "vcpu_model": None},
     }
 
 

@@ -19,10 +19,11 @@ WAIT_S = 90.0
 DELETED_POLL_S = 0.2
 
 ONE_OF_A_KIND = re.compile(
-    r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{56}|instance-[0-9a-f]{8}|[0-9a-f]{32}"
+    r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|instance-[0-9a-f]{8}|[0-9a-f]{32}"
 )
 VARIABLE = re.compile(
-    r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?|compute-\d+|127\.0\.0\.1:\d+|r-[a-z0-9]{8}"
+    # Times, hosts (by name, by address, by hostId) and reservations.
+    r"[0-9a-f]{56}|\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?|compute-\d+|127\.0\.0\.1:\d+|r-[a-z0-9]{8}"
 )
 MEASURED = frozenset(
     [
@@ -90,7 +91,9 @@ class Recorder:
 
 def _host(item: Any) -> str:
     """Services and hypervisors come in the order in which they first reported, which is chance."""
-    return str(item.get("host") or item.get("hypervisor_hostname") or "") if isinstance(item, dict) else ""
+    if not isinstance(item, dict):
+        return ""
+    return f"{item.get('host') or item.get('hypervisor_hostname') or ''} {item.get('binary') or ''}"
 
 
 class Life:
