@@ -60,6 +60,10 @@ class Program:
         except subprocess.TimeoutExpired:
             self.stop()
             code = -signal.SIGKILL
+        except BaseException:
+            # Whoever is cut off leaves no command behind that goes on changing the databases.
+            self.stop()
+            raise
         if code:
             raise Unavailable(f"{self} failed ({code}): {self.log_tail()}")
 

@@ -30,7 +30,7 @@ class Tale(Protocol):
         """Play it. True if everything went well; it has said what did not."""
 
     def stop(self) -> None:
-        """End its processes. Called once, also when `tell` raised or was cut off."""
+        """End its processes; also when `tell` raised, and by the watchdog while it is in the middle: once or twice."""
 
     def last_words(self) -> str:
         """The end of its processes' logs, shown when `tell` raised."""

@@ -159,7 +159,8 @@ class ControlPlane:
         return program
 
     def _manage(self, module: str, *arguments: str, config: Path) -> Program:
-        return self._program(module, ["--config-file", str(config), *arguments], "manage")
+        name = f"{module.partition('.')[0]}-manage"
+        return self._program(module, ["--config-file", str(config), *arguments], name)
 
     def _service(self, binary: str, host: str) -> Program:
         module = f"nova.cmd.{binary.removeprefix('nova-')}"
