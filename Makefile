@@ -85,6 +85,7 @@ churn: $(VENV)/.test
 # one daemon after the other is killed. Some hours on two processors.
 nova-suites: $(VENV)/.test
 	$(PY) tests/nova_suites/run.py --suite all
+	$(PY) tests/nova_suites/run.py --store cluster --suite servers
 	$(PY) tests/nova_suites/run.py --store rpc
 	$(PY) tests/nova_suites/run.py --store cluster --suite all --kill-every 10
 

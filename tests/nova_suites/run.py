@@ -40,6 +40,12 @@ SUITES = (
     "placement.tests.functional.db",
 )
 """What --suite all stands for."""
+SERVERS = (
+    "nova.tests.functional.test_servers",
+    "nova.tests.functional.compute",
+    "nova.tests.functional.notification_sample_tests",
+)
+"""What --suite servers stands for: whole services in one process, with cells."""
 TIMEOUT_S = 7200
 PATCHES_INTERNALS = {
     "nova.tests.unit.db.main.test_api.InstanceTestCase.test_instance_get_all_by_host_and_node_fills_manually": (
@@ -179,13 +185,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="append", choices=["memory", "cluster", "rpc", "socket"])
     parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
-    parser.add_argument("--suite", action="append", help=f"test package, module or class, or all ({DEFAULT_SUITE})")
+    parser.add_argument("--suite", action="append", help=f"package, module, class, all or servers ({DEFAULT_SUITE})")
     parser.add_argument("--kill-every", type=float, default=0.0, metavar="SECONDS", help="kill and restart a daemon")
     options = parser.parse_args()
     stores = options.store or ["memory", "cluster"]
     suites = options.suite or [DEFAULT_SUITE]
-    if suites == ["all"]:
-        suites = list(SUITES)
+    suites = [name for suite in suites for name in {"all": SUITES, "servers": SERVERS}.get(suite, (suite,))]
     if not {"cluster", "rpc"}.intersection(stores):
         return 0 if compare(stores, suites, options.socket) else 1
     sys.path.insert(0, str(ROOT))
