@@ -80,8 +80,8 @@ class Link:
         self._unacknowledged_s: float | None = None
         """Since when something was seen on its way, and nothing has come back."""
         self.deaf = False
-        self._deaf_s = 0.0
         """Whether the peer says that it hears nothing."""
+        self._deaf_s = 0.0
         self._suspected = False
         self._loop = asyncio.get_running_loop()
         self._socket = web_socket
