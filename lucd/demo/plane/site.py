@@ -76,13 +76,16 @@ class ControlPlane:
         placement.finish(COMMAND_WAIT_S)
 
     def migrate(self) -> None:
-        """Bring the schemas and the rows of an older release to the one that is used now, as an upgrade does."""
+        """Bring the schemas of an older release to the one that is used now, as an upgrade does first."""
         placement = self._manage("placement.cmd.manage", "db", "sync", config=self.path / "placement.conf")
         placement.start()
         self.manage("api_db", "sync")
         self.manage("db", "sync")
-        self.manage("db", "online_data_migrations")
         placement.finish(COMMAND_WAIT_S)
+
+    def migrate_data(self) -> None:
+        """What Nova changes in the rows themselves when it is upgraded."""
+        self.manage("db", "online_data_migrations")
 
     def manage(self, *arguments: str) -> None:
         """Run one command of nova-manage on controller 1. Raises Unavailable with the end of its output."""
