@@ -166,7 +166,7 @@ class BlockingClient:
                 text = f"{name}: no reply from the daemon in {timeout_s:.3f} s"
                 raise (Unavailable(text) if repeatable else Indeterminate(text)) from None
             except DhtError as error:
-                usable = not isinstance(error, ProtocolError)
+                usable = not isinstance(error, ProtocolError) and not error.detail.get("closing")
                 if repeatable and isinstance(error, Indeterminate):
                     raise Unavailable(error.message, **error.detail) from None
                 raise

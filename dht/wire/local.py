@@ -28,6 +28,9 @@ from dht.wire.frames import FrameReader
 from dht.wire.serving import answer_in_time
 
 CONNECTIONS_MAX = 1_000
+REFUSED_CONNECTIONS_MAX = 100
+"""Beyond those: they are told why at their first request, or closed when none comes in REFUSED_WAIT_S."""
+REFUSED_WAIT_S = 1.0
 IN_FLIGHT_REQUESTS_MAX = 256
 SOCKET_MODE = 0o660
 SOCKET_PATH_BYTES_MAX = 107
@@ -48,6 +51,8 @@ class Connection(asyncio.Protocol):
         self.state: dict[str, Any] = {}
         self.on_close: list[Callable[[], None]] = []
         self.peer_pid = 0
+        self.refused = False
+        """One too many: nothing that it asks is served."""
         self._door = door
         self._reader = FrameReader()
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -81,6 +86,11 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for request_id, timeout_ms, raw in self._reader.feed(data):
+                if self.refused:
+                    text = f"{CONNECTIONS_MAX} connections to this daemon are open: close some, or have smaller pools"
+                    self._reply(request_id, frames.failure_of(Unavailable(text, sent=False, closing=True)))
+                    self.close()
+                    return
                 self._start(request_id, timeout_ms, raw)
         except RemoteProtocolError as error:
             self._door.garbage(self, error)
@@ -183,7 +193,10 @@ class LocalDoor:
     def joined(self, connection: Connection) -> None:
         if len(self._connections) >= CONNECTIONS_MAX:
             self.counters["refused"] += 1
-            connection.close()
+            connection.refused = True
+            if len(self._connections) >= CONNECTIONS_MAX + REFUSED_CONNECTIONS_MAX:
+                connection.close()
+            asyncio.get_running_loop().call_later(REFUSED_WAIT_S, connection.close)
         self._connections[id(connection)] = connection
         self._empty.clear()
         self.counters["connections"] = len(self._connections)

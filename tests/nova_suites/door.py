@@ -30,6 +30,7 @@ SOCKET = os.environ.get("LUCD_SUITE_SOCKET", "")
 BUS = os.environ.get("LUCD_SUITE_BUS", "")
 CALL_TIMEOUT_S = 60
 _named: dict[str, Database] = {}
+_client = BlockingClient(SOCKET, REQUEST_TIMEOUT_S)
 
 
 class ServerPool(QueuePool):
@@ -84,7 +85,8 @@ def _drop(database: Database) -> None:
 
 
 def _make(name: str) -> Database:
-    database = Database(SocketStore(BlockingClient(SOCKET, REQUEST_TIMEOUT_S)), f"suite_{name}", REQUEST_TIMEOUT_S)
+    # One client for all: each keeps connections, and a daemon serves a bounded number of them.
+    database = Database(SocketStore(_client), f"suite_{name}", REQUEST_TIMEOUT_S)
     database.store.create_database(database.name)
     database.exists = True
     return database

@@ -13,6 +13,7 @@ import pytest
 from dht.errors import Conflict, DhtError, Indeterminate, Invalid, Unavailable
 from dht.requests import CreateDatabase, Done, DropDatabase, ListDatabases, ListDatabasesReply, RaiseSequence
 from dht.wire import frames, local
+from dht.wire.blocking import BlockingClient
 from dht.wire.local import AsyncClient, LocalDoor
 
 
@@ -153,14 +154,39 @@ async def test_requests_in_flight_are_bounded(socket_path, monkeypatch):
         await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_connections_are_bounded(socket_path, monkeypatch):
+async def test_connection_too_many_is_told_why_and_nothing_is_served(socket_path, monkeypatch):
     monkeypatch.setattr(local, "CONNECTIONS_MAX", 1)
+    async with door_and_client(socket_path) as (door, client, _):
+        await client.call(ListDatabases())
+        other = BlockingClient(socket_path)
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="connections to this daemon are open") as caught:
+                await asyncio.to_thread(other.call, DropDatabase("x"))
+            assert caught.value.detail["sent"] is False
+        assert door.counters["refused"] == 2
+        assert door.counters["requests"] == 1
+        await soon(lambda: door.counters["connections"] == 1)
+        await client.call(ListDatabases())
+        await client.close()
+        await soon(lambda: door.counters["connections"] == 0)
+        assert await asyncio.to_thread(other.call, ListDatabases())
+        other.close()
+
+
+async def test_connection_too_many_that_asks_nothing_is_closed(socket_path, monkeypatch):
+    monkeypatch.setattr(local, "CONNECTIONS_MAX", 1)
+    monkeypatch.setattr(local, "REFUSED_WAIT_S", 0.05)
     async with door_and_client(socket_path) as (door, client, _):
         await client.call(ListDatabases())
         reader, writer = await asyncio.open_unix_connection(socket_path)
         assert await reader.read() == b""
         writer.close()
-        assert door.counters["refused"] == 1
+        monkeypatch.setattr(local, "REFUSED_CONNECTIONS_MAX", 0)
+        monkeypatch.setattr(local, "REFUSED_WAIT_S", 60.0)
+        reader, writer = await asyncio.open_unix_connection(socket_path)
+        assert await reader.read() == b"", "those that wait for the refusal are bounded too"
+        writer.close()
+        assert door.counters["refused"] == 2
         await client.call(ListDatabases())
 
 
