@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-from aiohttp import ClientWebSocketResponse, WSMsgType, web
+from aiohttp import ClientResponse, ClientWebSocketResponse, WSMsgType, web
 
 from dht import codec
 from dht.codec import Message
@@ -27,7 +27,22 @@ from dht.wire import frames, tcp
 from dht.wire.handshake import PeerIdentity
 from dht.wire.serving import answer_in_time
 
-WebSocket = ClientWebSocketResponse | web.WebSocketResponse
+
+class DialedSocket(ClientWebSocketResponse):
+    """The dialer's end. aiohttp's own lets go of the connection only at an orderly close, for which two are needed."""
+
+    def __init__(
+        self, reader: Any, writer: Any, protocol: str | None, response: ClientResponse, *rest: Any, **more: Any
+    ) -> None:
+        super().__init__(reader, writer, protocol, response, *rest, **more)
+        self._dialed = response
+
+    def release(self) -> None:
+        """Close the connection at once, whatever is on its way."""
+        self._dialed.close()
+
+
+WebSocket = DialedSocket | web.WebSocketResponse
 
 QUEUE_BYTES_MAX = 64 * 1024 * 1024
 SILENT_QUEUE_BYTES_MAX = 1024 * 1024

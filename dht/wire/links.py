@@ -26,7 +26,7 @@ from dht.model import NodeId, Struct
 from dht.wire import frames
 from dht.wire.handshake import HANDSHAKE_BYTES_MAX, AcceptBoot, Handshake, PeerIdentity, Role
 from dht.wire.identity import Cluster, NodeIdentity
-from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, Link, WebSocket
+from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, DialedSocket, Link, WebSocket
 from dht.wire.serving import answer_in_time
 from dht.world import Answer
 
@@ -150,7 +150,9 @@ class LinkNetwork:
         self.port = int(self._runner.addresses[0][1])
         self._advertised = advertise or format_address(host, self.port)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True), auto_decompress=False
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            auto_decompress=False,
+            ws_response_class=DialedSocket,
         )
         self._started_s = asyncio.get_running_loop().time()
         self._tick()
@@ -345,7 +347,12 @@ class LinkNetwork:
                     max_msg_size=MESSAGE_BYTES_MAX,
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_WAIT_S),
                 )
-                peer = await self._shake(ws, Role.DIALER, expected)
+                assert isinstance(ws, DialedSocket)
+                try:
+                    peer = await self._shake(ws, Role.DIALER, expected)
+                except BaseException:
+                    ws.release()
+                    raise
         except RemoteProtocolError:
             raise
         except TimeoutError:

@@ -350,6 +350,10 @@ def test_client_killed_in_mid_transaction_leaves_nothing_and_blocks_nobody(
     assert kept(door) == [(1, "next", 1)]
 
 
+def numbers_in(store: BlockingStore, key: bytes) -> list[object]:
+    return [decode_row(row)[1] for row in (store.read([key])[0].rows or {}).values()]
+
+
 def test_client_killed_while_it_commits_to_two_groups_leaves_all_or_nothing(
     store: BlockingStore, node: LocalNode
 ) -> None:
@@ -359,10 +363,14 @@ def test_client_killed_while_it_commits_to_two_groups_leaves_all_or_nothing(
     chance, number = random.Random(3), 0
     for _ in range(4):
         with client_process(TWO_GROUPS, node.socket):
-            time.sleep(0.2 + 0.1 * chance.random())
+            # Until it has committed a few times, however slow the machine is; then at any moment.
+            committed = time.monotonic() + 20.0
+            while next(iter(numbers_in(store, keys[0]))) < number + 3:
+                assert time.monotonic() < committed, "the client commits nothing"
+            time.sleep(0.1 * chance.random())
         deadline = time.monotonic() + 20.0
         while True:
-            first, second = ([decode_row(r)[1] for r in (g.rows or {}).values()] for g in store.read(keys))
+            first, second = (numbers_in(store, key) for key in keys)
             # Groups are read each at its own ballot; what is still being finished is waited for.
             if first == second:
                 break
@@ -372,7 +380,7 @@ def test_client_killed_while_it_commits_to_two_groups_leaves_all_or_nothing(
         assert isinstance(after, int)
         assert after >= number
         number = after
-    assert number > 10
+    assert number >= 12
     # What a dead client left undecided holds the groups for about the intent timeout.
     began = time.monotonic()
     store.commit(Transaction(os.urandom(16), "d", 0, (Part(keys[0], None, (Change(Op.DELETE, 3, (1,)),)),)))

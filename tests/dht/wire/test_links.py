@@ -9,6 +9,8 @@ import struct
 import time
 
 import aiohttp
+import aiohttp.test_utils
+import aiohttp.web
 import pytest
 
 from dht.codec import Message, message
@@ -493,6 +495,33 @@ async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
         writer.close()
         assert b.network.counters["refused"] == 1
         assert a.network.alive(b.id), "a link stays as long as it likes"
+
+
+async def test_dial_given_up_within_the_handshake_lets_go_of_its_connection():
+    ended = asyncio.Event()
+
+    async def says_nothing(request):
+        ws = aiohttp.web.WebSocketResponse()
+        await ws.prepare(request)
+        try:
+            while (await ws.receive()).type is aiohttp.WSMsgType.BINARY:
+                pass
+        finally:
+            ended.set()
+        return ws
+
+    app = aiohttp.web.Application()
+    app.router.add_get(links.LINK_PATH, says_nothing)
+    server = aiohttp.test_utils.TestServer(app)
+    await server.start_server()
+    async with nodes(1) as (a,):
+        # What holds on to the error, as a log may, holds on to the socket.
+        with pytest.raises(Unavailable, match="does not answer") as held:
+            await a.network._connect(("127.0.0.1", server.port), None, 0.2)
+        async with asyncio.timeout(2):
+            await ended.wait()
+        assert held.value.__context__ is not None
+    await server.close()
 
 
 async def test_garbage_instead_of_a_handshake_is_counted(chance, caplog):
