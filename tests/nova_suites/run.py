@@ -166,6 +166,8 @@ class Deaths:
 
     def __init__(self, nodes: Sequence[LocalNode], every_s: float) -> None:
         self.count = 0
+        self.longest_s = 0.0
+        """From a kill until the daemon serves again."""
         self._nodes = nodes
         self._every_s = every_s
         self._end = threading.Event()
@@ -186,7 +188,9 @@ class Deaths:
             # The one that the suite talks to, and those that it does not.
             node = self._nodes[self.count % len(self._nodes)]
             node.kill()
+            killed_s = time.monotonic()
             node.start()
+            self.longest_s = max(self.longest_s, time.monotonic() - killed_s)
             self.count += 1
 
 
@@ -209,7 +213,7 @@ def main() -> int:
     with Cluster(Path(tempfile.gettempdir()), nodes=3) as cluster, Deaths(cluster.nodes, options.kill_every) as deaths:
         same = compare(stores, suites, str(cluster.nodes[0].socket))
     if options.kill_every:
-        print(f"{deaths.count} times a daemon was killed and started again")
+        print(f"{deaths.count} times a daemon was killed and started again, after {deaths.longest_s:.1f} s at most")
     return 0 if same else 1
 
 
