@@ -17,6 +17,7 @@ from dht.model import (
     FindResult,
     GroupKey,
     GroupRead,
+    NodeId,
     Transaction,
     TransactionId,
 )
@@ -94,9 +95,10 @@ class ListDatabasesReply(Message, frozen=True, tag=110):
 
 @message
 class CreateDatabase(Message, frozen=True, tag=111):
-    """Create the database if it does not exist; `created` in the reply tells which."""
+    """Create the database if it does not exist; `changed` in the reply tells which. `home`: its PoP; empty: here."""
 
     name: str
+    home: str = ""
 
 
 @message
@@ -149,6 +151,47 @@ class RaiseFenceReply(Message, frozen=True, tag=117):
     following: int
 
 
+@message
+class ListHomes(Message, frozen=True, tag=118):
+    pass
+
+
+@message
+class ListHomesReply(Message, frozen=True, tag=119):
+    """Database -> the PoP that it lives in; empty: the one that was asked."""
+
+    homes: dict[str, str]
+
+
+@message
+class ClaimPop(Message, frozen=True, tag=120):
+    """May this incarnation of the node found the PoP's domain? Asked of the PoP that founded the cluster."""
+
+    pop: str
+    node: NodeId
+    incarnation: bytes
+
+
+@message
+class ClaimPopReply(Message, frozen=True, tag=121):
+    """Who may, now and for ever: the first that asked."""
+
+    node: NodeId
+    incarnation: bytes
+
+
+@message
+class AskFoundingPop(Message, frozen=True, tag=122):
+    pass
+
+
+@message
+class AskFoundingPopReply(Message, frozen=True, tag=123):
+    """The PoP that founded the cluster and keeps the list of PoPs and homes; empty if that is not known here."""
+
+    pop: str
+
+
 class Store(Protocol):
     """Errors: see `dht.errors`. `timeout_s` bounds the whole call; None means limits.REQUEST_TIMEOUT_S."""
 
@@ -176,7 +219,9 @@ class Store(Protocol):
 
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
 
-    async def create_database(self, name: str, timeout_s: float | None = None) -> bool: ...
+    async def homes(self, timeout_s: float | None = None) -> dict[str, str]: ...
+
+    async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool: ...
 
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool: ...
 

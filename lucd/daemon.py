@@ -12,12 +12,14 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
+from dht.codec import Message
 from dht.domain.domain import Domain, LocalNode
 from dht.errors import DhtError, StorageError
 from dht.limits import TABLETS_PER_DOMAIN
-from dht.model import NodeId
+from dht.model import NodeId, Struct
 from dht.overlay.messages import Contact
 from dht.overlay.overlay import Overlay
+from dht.register.homes import HomedStore
 from dht.register.node import StoreNode
 from dht.rows import tablet_of
 from dht.storage.disk import SqliteDisk
@@ -32,6 +34,7 @@ from lucd.admin import AdminDoor, port_error
 from lucd.conf.settings import Settings
 from lucd.directory import OpenDirectory
 from lucd.door import Door
+from lucd.pops import Pops
 from lucd.report import Counters, Parts, Report, counters_of
 from lucd.workers import WorkerSupervisor
 from lucd.world import LoopClock
@@ -96,7 +99,9 @@ class Daemon:
             state_path=opened.path / "overlay.state",
             on_contact=self._heard_of,
         )
-        self.network.serve(self.store.answer)
+        self.pops = Pops(settings.pop, opened.founder, clock, self.disk, self.network, self.overlay)
+        self.homed = HomedStore(settings.pop, clock, self.store, self.pops.store, self.pops.founding)
+        self.network.serve(self._answer_peer)
         self.network.on_link.append(self._met_peer)
         self.domain.on_change.append(self._update_addresses)
         self._report = Report(
@@ -119,7 +124,7 @@ class Daemon:
         )
         self._bus = Bus()
         self._workers = WorkerSupervisor(self._worker_command(), settings.nova.workers)
-        self._door = Door(self.store, self._bus, self._report.answer)
+        self._door = Door(self.homed, self._bus, self._report.answer)
         self._local = LocalDoor(settings.socket, self._door.answer)
 
     async def start(self) -> None:
@@ -136,6 +141,7 @@ class Daemon:
         self._update_addresses()
         await self._keep(self.store)
         self._spawn(self._meet_bootstrap())
+        self._spawn(self.pops.learn_founding())
         await self._keep(self._local)
         settings.socket.chmod(settings.socket_mode)
         await self._keep(self._workers)
@@ -198,6 +204,10 @@ class Daemon:
 
     # ---- who is out there
 
+    async def _answer_peer(self, sender: NodeId, message: Struct) -> Message:
+        reply = await self.pops.answer(self.store, message)
+        return await self.store.answer(sender, message) if reply is None else reply
+
     def _contacts(self) -> Sequence[NodeId]:
         """Nodes to ask for the domain's roster: all that were met."""
         return [node for node in self._met if self.network.alive(node)]
@@ -209,6 +219,7 @@ class Daemon:
 
     def _heard_of(self, contact: Contact) -> None:
         """A node answered in the overlay: dial it if it is of this PoP without a link. The handshake proves it."""
+        self.pops.heard_of(contact)
         if contact.pop == self.settings.pop and not self.network.alive(contact.id):
             self.network.set_address(contact.id, contact.host, contact.port)
 
@@ -225,6 +236,10 @@ class Daemon:
         said = ""
         while not self.domain.joined:
             problems = [await self._greet(where.host, where.port) for where in self.settings.bootstrap]
+            if self.domain.chain.newest is None and not self._met and not self.domain.removed and not all(problems):
+                problems.append(await self._found_pop())
+                if self.domain.joined:
+                    return
             text = "; ".join(p for p in problems if p)
             if not self.settings.bootstrap and self.domain.chain.newest is None:
                 text = "this node is new and no bootstrap is configured: set bootstrap = HOST:PORT of a member"
@@ -238,15 +253,18 @@ class Daemon:
     async def _greet(self, host: str, port: int) -> str:
         """Dial one; the reason why not, else empty."""
         try:
-            peer = await self.network.greet(host, port)
+            await self.network.greet(host, port)
         except DhtError as error:
             return f"{host}:{port}: {error.message}" if str(port) not in error.message else error.message
-        if peer.pop != self.settings.pop and not self._met:
-            return (
-                f"{host}:{port} is of PoP {peer.pop}, and no node of this node's PoP {self.settings.pop} is known: "
-                "start one, or join with an empty data_dir and the right pop"
-            )
         return ""
+
+    async def _found_pop(self) -> str:
+        """Found the domain of this node's PoP if it is the first one there; else why not."""
+        why = await self.pops.may_found(self.node_id, self.identity.incarnation)
+        if not why and self.domain.chain.newest is None:
+            await self.domain.found()
+            log.info("founded domain %s, the first of PoP %s", self.domain.name, self.settings.pop)
+        return why
 
     def _warnings(self) -> list[str]:
         missing = self._workers.count - self._workers.counters["running_now"]
@@ -266,6 +284,7 @@ class Daemon:
             "workers": lambda: counters_of(self._workers),
             "local": lambda: counters_of(self._local),
             "turnstile": lambda: counters_of(self._door.turnstile),
+            "homes": lambda: counters_of(self.homed),
         }
         return {name: counters() for name, counters in parts.items()}
 

@@ -72,10 +72,19 @@ async def ask_store(store: Store, message: Message, timeout_s: float) -> Message
         case requests.RaiseFence():
             following = await store.fence(message.database, message.version, message.prefixes, message.first, timeout_s)
             return requests.RaiseFenceReply(following)
+        case _:
+            return await ask_registry(store, message, timeout_s)
+
+
+async def ask_registry(store: Store, message: Message, timeout_s: float) -> Message:
+    """The same of requests about databases as such."""
+    match message:
         case requests.ListDatabases():
             return requests.ListDatabasesReply(await store.list_databases(timeout_s))
+        case requests.ListHomes():
+            return requests.ListHomesReply(await store.homes(timeout_s))
         case requests.CreateDatabase():
-            return requests.Done(await store.create_database(message.name, timeout_s))
+            return requests.Done(await store.create_database(message.name, timeout_s, message.home))
         case requests.DropDatabase():
             return requests.Done(await store.drop_database(message.name, timeout_s))
         case _:

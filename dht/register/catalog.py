@@ -16,6 +16,7 @@ from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part,
 from dht.rows import decode_row, encode_row, group_key, row_key, split_group_key, split_row_key
 
 REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
+POPS_GROUP: GroupKey = group_key("", "pops", ())
 DATABASE_NAME_CHARACTERS_MAX = 64
 SEQUENCE_IDS_MAX = 100_000
 SEQUENCE_FAMILY = "sequence"
@@ -44,8 +45,15 @@ def schema_changed(database: str, have: int, current: int) -> SchemaChanged:
 
 
 def databases_of(rows: Mapping[RowKey, bytes]) -> dict[str, Value]:
-    """The names in the registry's rows, sorted, each with the mark of its creation."""
-    return dict(sorted((str(split_row_key(key)[1][0]), decode_row(row).get(0)) for key, row in rows.items()))
+    """The names in the registry's rows of what lives in its PoP, sorted, each with the mark of its creation."""
+    named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
+    return dict(sorted((name, row.get(0)) for name, row in named if not row.get(1)))
+
+
+def homes_of(rows: Mapping[RowKey, bytes]) -> dict[str, str]:
+    """All names in the registry's rows, sorted, each with its PoP; empty: the registry's own."""
+    named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
+    return dict(sorted((name, str(row.get(1) or "")) for name, row in named))
 
 
 def registry_row(name: str) -> RowKey:
@@ -53,9 +61,28 @@ def registry_row(name: str) -> RowKey:
     return row_key(0, (name,))
 
 
-def database_added(name: str, mark: bytes) -> Part:
+def database_added(name: str, mark: bytes, home: str = "") -> Part:
     """The registry's part of a database's creation; `mark` tells it from others that had or will have its name."""
-    return Part(REGISTRY_GROUP, changes=(Change(Op.INSERT, 0, (name,), {0: mark}),))
+    columns: dict[int, Value] = {0: mark, 1: home} if home else {0: mark}
+    return Part(REGISTRY_GROUP, changes=(Change(Op.INSERT, 0, (name,), columns),))
+
+
+def pop_claimed(pop: str, node: bytes, incarnation: bytes) -> Part:
+    """The first claim to found a PoP's domain; every later one meets Duplicate."""
+    return Part(POPS_GROUP, changes=(Change(Op.INSERT, 0, (pop,), {0: node, 1: incarnation}),))
+
+
+def pops_of(rows: Mapping[RowKey, bytes]) -> dict[str, tuple[bytes, bytes]]:
+    """PoP -> (node, incarnation) of its founder."""
+    out = {}
+    for key, data in rows.items():
+        row = decode_row(data)
+        out[str(split_row_key(key)[1][0])] = (_bytes(row.get(0)), _bytes(row.get(1)))
+    return out
+
+
+def _bytes(value: Value) -> bytes:
+    return value if isinstance(value, bytes) else b""
 
 
 def database_removed(name: str) -> Part:

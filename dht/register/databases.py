@@ -8,6 +8,7 @@ table specs when a commit or find names a version that it does not follow yet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from dht.errors import Conflict, DhtError, Duplicate, Unavailable
 from dht.limits import PEER_TIMEOUT_S
@@ -53,6 +54,21 @@ class Databases:
         self._names_until = self._context.clock.monotonic() + NAMES_KEPT_S
         return tuple(self._names)
 
+    async def homes(self, deadline: float) -> dict[str, str]:
+        """All databases that this PoP's registry lists, each with the PoP that it lives in; empty: this one."""
+        (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
+        return catalog.homes_of(group.rows or {})
+
+    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, deadline: float) -> tuple[NodeId, bytes]:
+        """(node, incarnation) of who may found the PoP's domain: the first that asked, which this one may be."""
+        claim = catalog.pop_claimed(pop, node, incarnation)
+        with contextlib.suppress(Duplicate):
+            await self._transactions.commit(
+                Transaction(self._context.chance.randbytes(16), "", 0, (claim,)), 0, deadline
+            )
+        (group,) = await self._reader.read([catalog.POPS_GROUP], None, deadline)
+        return catalog.pops_of(group.rows or {})[pop]
+
     def mark(self, database: str) -> Value:
         """What tells a database, as last read of the registry, from one of the same name that was dropped."""
         return self._names.get(database)
@@ -81,10 +97,11 @@ class Databases:
         if version and version < current:
             raise catalog.schema_changed(database, version, current)
 
-    async def create(self, name: str, deadline: float) -> bool:
-        """False if it exists."""
+    async def create(self, name: str, deadline: float, home: str = "") -> bool:
+        """False if it exists. With a `home`, only the name is taken: the database itself lives in that PoP."""
         catalog.check_database_name(name)
-        return await self._register(catalog.database_added(name, self._context.chance.randbytes(8)), name, deadline)
+        added = catalog.database_added(name, self._context.chance.randbytes(8), home)
+        return await self._register(added, name, deadline)
 
     async def drop(self, name: str, deadline: float) -> bool:
         """Take the name out of the registry, then empty the groups. False if there is no such database.

@@ -259,8 +259,18 @@ class StoreNode:
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         return await self._databases.names(self._deadline(timeout_s))
 
-    async def create_database(self, name: str, timeout_s: float | None = None) -> bool:
-        return await self._databases.create(name, self._deadline(timeout_s))
+    async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        """What this PoP's registry says of where databases live (`dht.register.homes`)."""
+        return await self._databases.homes(self._deadline(timeout_s))
+
+    async def claim_pop(
+        self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None
+    ) -> tuple[NodeId, bytes]:
+        """See `Databases.claim_pop`."""
+        return await self._databases.claim_pop(pop, node, incarnation, self._deadline(timeout_s))
+
+    async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
+        return await self._databases.create(name, self._deadline(timeout_s), home)
 
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
         dropped = await self._databases.drop(name, self._deadline(timeout_s))

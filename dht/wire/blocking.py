@@ -35,8 +35,10 @@ from dht.wire import frames
 from dht.wire.frames import FrameReader
 
 IDLE_CONNECTIONS_MAX = 64
-CONNECT_WAIT_S = 5.0
-"""How long a call waits for a daemon that is not there (it restarts) before it gives up, its own timeout permitting."""
+CONNECT_WAIT_S = 8.0
+"""How long a call waits for a daemon that is not there (it restarts) before it gives up, its own timeout permitting.
+
+A start with a large file takes seconds on a loaded host, and what is left of ten is enough for a request."""
 CONNECT_PAUSE_MIN_S = 0.01
 CONNECT_PAUSE_MAX_S = 0.25
 DYING_S = 0.5
@@ -290,8 +292,12 @@ class SocketStore:
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         return self._ask(requests.ListDatabases(), requests.ListDatabasesReply, timeout_s).names
 
-    def create_database(self, name: str, timeout_s: float | None = None) -> bool:
-        return self._ask(requests.CreateDatabase(name), requests.Done, timeout_s).changed
+    def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        """Database -> the PoP that it lives in."""
+        return self._ask(requests.ListHomes(), requests.ListHomesReply, timeout_s).homes
+
+    def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
+        return self._ask(requests.CreateDatabase(name, home), requests.Done, timeout_s).changed
 
     def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
         return self._ask(requests.DropDatabase(name), requests.Done, timeout_s).changed

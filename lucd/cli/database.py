@@ -10,6 +10,8 @@ from dht.errors import Conflict, Invalid, NotFound
 from lucd.cli.connection import socket_option, store
 from lucd.cli.output import format_option, show_json, show_table
 
+_POP = "pop:"
+
 
 @click.group()
 def database() -> None:
@@ -20,25 +22,28 @@ def database() -> None:
 @socket_option
 @format_option
 def database_list(config: Path | None, socket: Path | None, form: str) -> None:
-    """Their names."""
+    """Their names, and the PoPs that they live in."""
     with store(config, socket) as opened:
-        names = opened.list_databases()
+        homes = opened.homes()
     if form == "json":
-        show_json(list(names))
+        show_json([{"name": name, "home": f"{_POP}{home}"} for name, home in homes.items()])
     else:
-        show_table(("DATABASE",), [(name,) for name in names])
+        show_table(("DATABASE", "HOME"), [(name, f"{_POP}{home}") for name, home in homes.items()])
 
 
 @database.command("create")
 @click.argument("name")
+@click.option("--home", default="", metavar="pop:NAME", help="The PoP that it lives in (default: this node's).")
 @socket_option
-def database_create(name: str, config: Path | None, socket: Path | None) -> None:
-    """Create the database NAME."""
+def database_create(name: str, home: str, config: Path | None, socket: Path | None) -> None:
+    """Create the database NAME: its data lives in one PoP, and every node of every PoP serves it."""
+    if (home and not home.removeprefix(_POP)) or (home and not home.startswith(_POP)):
+        raise Invalid(f"{home!r} is not a home; write --home {_POP}NAME with the name of a PoP")
     with store(config, socket) as opened:
-        created = opened.create_database(name)
+        created = opened.create_database(name, home=home.removeprefix(_POP))
     if not created:
         raise Conflict(f"database {name} already exists; nothing was changed")
-    click.echo(f"Created database {name}.")
+    click.echo(f"Created database {name}{f' in PoP {home.removeprefix(_POP)}' if home else ''}.")
 
 
 @database.command("drop")

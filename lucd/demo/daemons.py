@@ -227,7 +227,7 @@ class Daemons:
         self.wait_whole()
 
     def wait_whole(self, timeout_s: float = START_WAIT_S) -> None:
-        """Return when every running node sees as many members as run, and no tablet that misses a replica."""
+        """Return when every running node sees as many members of its PoP as run, and no tablet misses a replica."""
         deadline = time.monotonic() + timeout_s
         running = [node for node in self.nodes if node.pid]
         for node in running:
@@ -235,7 +235,7 @@ class Daemons:
                 status = node.status()
                 tablets = status.get("tablets", {})
                 if (
-                    status.get("reachable", 0) >= len(running)
+                    status.get("reachable", 0) >= sum(other.pop == node.pop for other in running)
                     and tablets
                     and not (tablets["degraded"] or tablets["unavailable"] or status["to_copy"])
                 ):

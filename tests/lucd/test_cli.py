@@ -55,7 +55,7 @@ class Answers:
     """A daemon's door with fixed answers."""
 
     def __init__(self) -> None:
-        self.databases: dict[str, None] = {}
+        self.databases: dict[str, str] = {}
 
     async def answer(self, connection: Connection, message: Message) -> Struct:
         match message:
@@ -69,14 +69,14 @@ class Answers:
                 return messages.WhereReply("paris", 5, 2, A, NODES, True, 9, "1.2.3")
             case messages.DrainNode():
                 raise Unavailable("only one voter answers; start the others first")
-            case requests.ListDatabases():
-                return requests.ListDatabasesReply(tuple(self.databases))
-            case requests.CreateDatabase(name=name):
+            case requests.ListHomes():
+                return requests.ListHomesReply(self.databases)
+            case requests.CreateDatabase(name=name, home=home):
                 created = name not in self.databases
-                self.databases[name] = None
+                self.databases[name] = home or "paris"
                 return requests.Done(created)
             case requests.DropDatabase(name=name):
-                return requests.Done(self.databases.pop(name, 0) is None)
+                return requests.Done(self.databases.pop(name, None) is not None)
         raise AssertionError(message)
 
 
@@ -280,8 +280,20 @@ def test_parse_key_numbers_and_quoted_text() -> None:
 def test_database_create_list_drop(lucd: Run, socket: str) -> None:
     assert lucd("database", "create", "nova", "--socket", socket)[:2] == (0, "Created database nova.\n")
     assert lucd("database", "create", "nova", "--socket", socket)[0] == 70
-    assert lucd("database", "list", "--socket", socket)[1] == "DATABASE\nnova\n"
-    assert json.loads(lucd("database", "list", "-f", "json", "--socket", socket)[1]) == ["nova"]
+    assert lucd("database", "create", "cell", "--home", "pop:lyon", "--socket", socket)[:2] == (
+        0,
+        "Created database cell in PoP lyon.\n",
+    )
+    listed = lucd("database", "list", "--socket", socket)[1].splitlines()
+    assert [line.split() for line in listed] == [["DATABASE", "HOME"], ["nova", "pop:paris"], ["cell", "pop:lyon"]]
+    assert json.loads(lucd("database", "list", "-f", "json", "--socket", socket)[1]) == [
+        {"name": "nova", "home": "pop:paris"},
+        {"name": "cell", "home": "pop:lyon"},
+    ]
+    for wrong in ("lyon", "pop:", "global"):
+        code, _, err = lucd("database", "create", "x", "--home", wrong, "--socket", socket)
+        assert code == 64
+        assert "write --home pop:NAME" in err
     code, _, err = lucd("database", "drop", "nova", "--socket", socket)
     assert code == 64
     assert "--yes" in err

@@ -47,6 +47,8 @@ SERVERS = (
 )
 """What --suite servers stands for: whole services in one process, with cells."""
 TIMEOUT_S = 7200
+ERROR_LINES = 3
+"""Of the end of a test's errors, shown where it differs."""
 PATCHES_INTERNALS = {
     "nova.tests.unit.db.main.test_api.InstanceTestCase.test_instance_get_all_by_host_and_node_fills_manually": (
         "gives a mock in the place of a list of columns, which no message can carry"
@@ -127,6 +129,11 @@ class SuiteRun:
         return f"{self.store:8} {outcomes} of {len(self.results)} in {self.seconds:.0f} s"
 
 
+def _tells(line: str) -> bool:
+    """Whether a line of a traceback says what went wrong, not where."""
+    return bool(line.strip()) and not line.startswith((" ", "(Background on this error"))
+
+
 def differences(stock: Results, door: Results) -> list[str]:
     """Tests whose outcome is not the same, with the door's error."""
     lines = []
@@ -134,8 +141,8 @@ def differences(stock: Results, door: Results) -> list[str]:
         before = stock.get(name, {}).get("outcome", "not run")
         after = door.get(name, {}).get("outcome", "not run")
         if before != after:
-            text = door.get(name, {}).get("text", "").strip().splitlines()
-            lines.append(f"{name}: {before} on stock SQLite, {after} on the door: {text[-1] if text else ''}")
+            text = [line for line in door.get(name, {}).get("text", "").splitlines() if _tells(line)]
+            lines.append(f"{name}: {before} on stock SQLite, {after} on the door: {'; '.join(text[-ERROR_LINES:])}")
     return lines
 
 

@@ -127,7 +127,10 @@ class ToyNode:
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         return self.shared.list_databases()
 
-    async def create_database(self, name: str, timeout_s: float | None = None) -> bool:
+    async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        return dict.fromkeys(self.shared.list_databases(), "")
+
+    async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return self.shared.create_database(name)
 
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:

@@ -193,14 +193,18 @@ class WanNode(LaboratoryNode):
 
 
 class WanCluster(Cluster):
-    """`Cluster` whose daemons are spread over sites: `layout[n]` is the site of daemon n."""
+    """`Cluster` whose daemons are spread over sites: `layout[n]` is the site of daemon n.
 
-    def __init__(self, logs: Path, wan: Wan, layout: Sequence[int], pop: str = "pop1", options: str = "") -> None:
+    `pops`: each site is a PoP of its own, pop0 and so on; else one PoP stretches over all of them.
+    """
+
+    def __init__(self, logs: Path, wan: Wan, layout: Sequence[int], *, pops: bool = False, options: str = "") -> None:
         self.wan = wan
         self.layout = list(layout)
-        super().__init__(logs, len(self.layout), pop, options)
+        self.pops = pops
+        super().__init__(logs, len(self.layout), "pop1", options)
 
     def make_node(self, number: int, path: Path, bootstrap: Sequence[str], pop: str, options: str) -> LocalNode:
         site = self.layout[number - 1]
         host = self.layout[: number - 1].count(site)
-        return WanNode(self.wan, site, host, number, path, bootstrap, pop, options)
+        return WanNode(self.wan, site, host, number, path, bootstrap, f"pop{site}" if self.pops else pop, options)

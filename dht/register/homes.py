@@ -1,0 +1,270 @@
+"""Any node serves any database: where a database lives, and how what is asked of it gets there (DESIGN section 8).
+
+A database lives in one PoP, its home, whose domain keeps its groups. The PoP that founded the cluster keeps the list:
+name -> home; a name is taken there first and created at its home then, so no two PoPs have a database of one name, and
+a creation that broke off is finished by the next one. A home never changes while the database exists, so it is cached,
+and believed on for as long as the list is out of reach. Where a database was dropped and created again in another PoP,
+a node may read the old one, which is empty, for some seconds more.
+
+A request for a database at home is served by this node's own store. Any other is passed on, whole, to one node of its
+home, which serves it with its own rosters: one round trip between the PoPs, whatever it costs there. Reads are asked of
+another node of the home when one is lost; a commit never is, once it may have been served: it is Indeterminate, and
+whoever asked learns what became of it by its id. What is out of reach is Unavailable, never "not found": absence is
+answered by the home alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from dht import requests
+from dht.codec import Message
+from dht.errors import Conflict, Indeterminate, Invalid, NotFound, Unavailable
+from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
+from dht.model import Applied, Ballot, FindQuery, FindResult, GroupKey, GroupRead, NodeId, Transaction, TransactionId
+from dht.register import catalog
+from dht.register.rounds import expect
+from dht.rows import split_group_key
+from dht.storage.indexes import database_prefix
+from dht.world import Clock, Network
+
+HOMES_MAX: Final = 10_000
+HOMES_KEPT_S: Final = 10.0
+"""How long a home is believed before it is looked up again; what cannot be looked up is believed on."""
+R = TypeVar("R", bound=Message)
+T = TypeVar("T")
+Gateways = Callable[[str], Awaitable[Sequence[NodeId]]]
+"""Nodes of a PoP to pass requests on to, best first; empty when none is known."""
+
+
+class FarStore:
+    """`dht.requests.Store` of another PoP, through any of its nodes."""
+
+    def __init__(self, pop: str, clock: Clock, network: Network, gateways: Gateways) -> None:
+        self.pop = pop
+        self._clock = clock
+        self._network = network
+        self._gateways = gateways
+
+    async def ask(self, message: Message, kind: type[R], timeout_s: float | None, *, repeatable: bool = True) -> R:
+        """One node's reply. `repeatable`: another is asked when one is lost after it may have served the request."""
+        deadline = self._clock.monotonic() + (REQUEST_TIMEOUT_S if timeout_s is None else timeout_s)
+        why = "none of its nodes is known here"
+        for node in await self._gateways(self.pop):
+            left_s = deadline - self._clock.monotonic()
+            if left_s <= 0:
+                break
+            # Who is not heard gets the time of a link to come up; short requests end when a link falls silent.
+            limit_s = PEER_TIMEOUT_S if repeatable or not self._network.alive(node) else left_s
+            try:
+                return expect(await self._network.call(node, message, min(left_s, limit_s)), kind)
+            except Unavailable as error:
+                why = error.message
+            except Indeterminate as error:
+                if not repeatable:
+                    raise
+                why = error.message
+        raise Unavailable(f"PoP {self.pop} cannot be asked: {why}", pop=self.pop)
+
+    async def read(
+        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+    ) -> tuple[GroupRead, ...]:
+        ballots = (None,) * len(keys) if known is None else tuple(known)
+        return (await self.ask(requests.ReadGroups(tuple(keys), ballots), requests.ReadGroupsReply, timeout_s)).groups
+
+    async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        return (await self.ask(requests.Find(query), requests.FindReply, timeout_s)).result
+
+    async def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
+        message = requests.Commit(transaction, attempt)
+        return (await self.ask(message, requests.CommitReply, timeout_s, repeatable=False)).applied
+
+    async def reserve_ids(
+        self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
+    ) -> int:
+        message = requests.ReserveIds(database, name, count, above)
+        return (await self.ask(message, requests.ReserveIdsReply, timeout_s)).first
+
+    async def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None:
+        await self.ask(requests.RaiseSequence(database, name, above), requests.Done, timeout_s)
+
+    async def outcome(
+        self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
+    ) -> str:
+        return (await self.ask(requests.AskOutcome(id, key, seen), requests.AskOutcomeReply, timeout_s)).outcome
+
+    async def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int:
+        message = requests.RaiseFence(database, version, tuple(prefixes), first)
+        return (await self.ask(message, requests.RaiseFenceReply, timeout_s)).following
+
+    async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        return (await self.ask(requests.ListDatabases(), requests.ListDatabasesReply, timeout_s)).names
+
+    async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        return (await self.ask(requests.ListHomes(), requests.ListHomesReply, timeout_s)).homes
+
+    async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
+        message = requests.CreateDatabase(name, home)
+        return (await self.ask(message, requests.Done, timeout_s, repeatable=False)).changed
+
+    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+        return (await self.ask(requests.DropDatabase(name), requests.Done, timeout_s, repeatable=False)).changed
+
+    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float) -> tuple[NodeId, bytes]:
+        """See `Databases.claim_pop`; asked again without harm, for the first claim stays the first."""
+        reply = await self.ask(requests.ClaimPop(pop, node, incarnation), requests.ClaimPopReply, timeout_s)
+        return reply.node, reply.incarnation
+
+
+class HomedStore:
+    """`dht.requests.Store` of all PoPs. `founding`: awaits the name of the PoP that founded the cluster.
+
+    `counters`: requests passed on, and homes looked up, since the start.
+    """
+
+    def __init__(
+        self,
+        pop: str,
+        clock: Clock,
+        own: requests.Store,
+        far: Callable[[str], FarStore],
+        founding: Callable[[], Awaitable[str]],
+    ) -> None:
+        self.counters = {"passed_on": 0, "homes_looked_up": 0}
+        self._pop = pop
+        self._clock = clock
+        self._own = own
+        self._far = far
+        self._founding = founding
+        self._homes: dict[str, tuple[str, float]] = {}
+        self._names: dict[bytes, str] = {}
+
+    async def home(self, database: str) -> str:
+        """The PoP that the database lives in. Raises NotFound if the list has no such name, Unavailable without it."""
+        known = self._homes.get(database)
+        if known is not None and self._clock.monotonic() < known[1]:
+            return known[0]
+        self.counters["homes_looked_up"] += 1
+        try:
+            home = await self._look_up(database)
+        except Unavailable:
+            if known is None:
+                raise
+            home = known[0]
+        if len(self._homes) >= HOMES_MAX:
+            self._homes.clear()
+        self._homes[database] = home, self._clock.monotonic() + HOMES_KEPT_S
+        return home
+
+    async def _look_up(self, database: str) -> str:
+        if database in await self._own.list_databases():
+            return self._pop
+        homes = await self.homes()
+        if database not in homes:
+            raise catalog.no_such_database(database)
+        return homes[database]
+
+    async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        """Every database with its PoP, as the founding PoP says now."""
+        founding = await self._founding()
+        store = self._own if founding == self._pop else self._far(founding)
+        return {name: home or founding for name, home in (await store.homes(timeout_s)).items()}
+
+    def _at(self, home: str) -> requests.Store:
+        if home == self._pop:
+            return self._own
+        self.counters["passed_on"] += 1
+        return self._far(home)
+
+    async def _ask(self, database: str, ask: Callable[[requests.Store], Awaitable[T]]) -> T:
+        home = await self.home(database)
+        try:
+            return await ask(self._at(home))
+        except NotFound as error:
+            if error.detail.get("database") != database or self._homes.pop(database, None) is None:
+                raise
+            # Dropped since, and perhaps created again somewhere else.
+            again = await self.home(database)
+            if again == home:
+                raise
+            return await ask(self._at(again))
+
+    async def read(
+        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+    ) -> tuple[GroupRead, ...]:
+        prefix = database_prefix(keys[0]) if keys else b""
+        if not all(key.startswith(prefix) for key in keys):
+            raise Invalid("the groups of one read belong to different databases; ask for each by itself")
+        database = self._names.get(prefix)
+        if database is None:
+            database = split_group_key(keys[0])[0] if keys else ""
+            self._names = {**(self._names if len(self._names) < HOMES_MAX else {}), prefix: database}
+        if not database:
+            return await self._own.read(keys, known, timeout_s)
+        try:
+            home = await self.home(database)
+        except NotFound:
+            # Known to be nowhere; what is read of it here is as empty as it is.
+            return await self._own.read(keys, known, timeout_s)
+        return await self._at(home).read(keys, known, timeout_s)
+
+    async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        return await self._ask(query.database, lambda store: store.find(query, timeout_s))
+
+    async def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
+        return await self._ask(transaction.database, lambda store: store.commit(transaction, attempt, timeout_s))
+
+    async def reserve_ids(
+        self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
+    ) -> int:
+        return await self._ask(database, lambda store: store.reserve_ids(database, name, count, above, timeout_s))
+
+    async def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None:
+        await self._ask(database, lambda store: store.raise_sequence(database, name, above, timeout_s))
+
+    async def outcome(
+        self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
+    ) -> str:
+        return await self._ask(split_group_key(key)[0], lambda store: store.outcome(id, key, seen, timeout_s))
+
+    async def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int:
+        return await self._ask(database, lambda store: store.fence(database, version, prefixes, first, timeout_s))
+
+    async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        """All, wherever they live. Raises Unavailable where the founding PoP cannot be asked."""
+        return tuple(await self.homes(timeout_s))
+
+    async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
+        """Take the name where the list is, then create it at its home. False if it exists, wherever it lives.
+
+        Raises Conflict if another home was asked for than it has.
+        """
+        catalog.check_database_name(name)
+        wanted = home or self._pop
+        founding = await self._founding()
+        if wanted != founding:
+            listed = self._own if founding == self._pop else self._far(founding)
+            await listed.create_database(name, timeout_s, wanted)
+        lives = (await self.homes(timeout_s)).get(name, wanted)
+        if lives != wanted and home:
+            raise Conflict(f"database {name} exists already, in PoP {lives}; nothing was changed", what="database")
+        # Also where it is listed already: a creation may have broken off in between.
+        return await self._at(lives).create_database(name, timeout_s)
+
+    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+        """At its home first, then from the list: what broke off in between is finished by dropping it again."""
+        founding = await self._founding()
+        home = (await self.homes(timeout_s)).get(name)
+        self._homes.pop(name, None)
+        if home is None:
+            return False
+        dropped = await self._at(home).drop_database(name, timeout_s)
+        if home != founding:
+            listed = self._own if founding == self._pop else self._far(founding)
+            dropped = await listed.drop_database(name, timeout_s) or dropped
+        return dropped

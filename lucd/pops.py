@@ -1,0 +1,172 @@
+"""The other PoPs as this node sees them: who to ask there, which of them founded the cluster, and founding one's own.
+
+A PoP is founded by its first node, once: the node claims the PoP where the cluster was founded, and only the claim that
+came first may found the domain; later ones are told who that was. So two nodes that start at the same time in a new
+PoP, or in one whose members are all away, cannot make two domains of one name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from dht import requests
+from dht.codec import Message
+from dht.errors import DhtError, Invalid, Unavailable
+from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
+from dht.model import NodeId, Struct
+from dht.overlay.messages import Contact
+from dht.overlay.overlay import Overlay
+from dht.register.homes import FarStore
+from dht.register.node import StoreNode
+from dht.register.rounds import expect
+from dht.wire.frames import time_left_s
+from dht.wire.links import LinkNetwork
+from dht.world import Batch, Clock, Disk, Space
+from lucd.door import ask_store
+
+log = logging.getLogger(__name__)
+GATEWAYS_MAX: Final = 3
+"""Nodes of another PoP that this node keeps links to, once it had cause to ask that PoP."""
+LOOK_AGAIN_S: Final = 30.0
+"""How often a PoP's nodes are looked up in the overlay at most, while one of the gateways is heard."""
+ASK_PAUSE_S: Final = 0.2
+_FOUNDING_KEY: Final = b"founding_pop"
+_FAR_REQUESTS: Final = (
+    requests.ReadGroups,
+    requests.Find,
+    requests.Commit,
+    requests.ReserveIds,
+    requests.RaiseSequence,
+    requests.AskOutcome,
+    requests.RaiseFence,
+    requests.ListDatabases,
+    requests.ListHomes,
+    requests.CreateDatabase,
+    requests.DropDatabase,
+)
+
+
+class Pops:
+    """`founder`: whether this node founded the cluster, so that its own PoP is the one that keeps the list."""
+
+    def __init__(
+        self, pop: str, founder: bool, clock: Clock, disk: Disk, network: LinkNetwork, overlay: Overlay
+    ) -> None:
+        self._pop = pop
+        self._clock = clock
+        self._disk = disk
+        self._network = network
+        self._overlay = overlay
+        self._stores: dict[str, FarStore] = {}
+        self._gateways: dict[str, tuple[list[NodeId], float]] = {}
+        self._known = asyncio.Event()
+        self._founding = (disk.get(Space.META, _FOUNDING_KEY) or b"").decode()
+        if founder and not self._founding:
+            self._note_founding(pop)
+        if self._founding:
+            self._known.set()
+
+    # ---- the PoP that founded the cluster
+
+    def _note_founding(self, pop: str) -> None:
+        batch = Batch()
+        batch.put(Space.META, _FOUNDING_KEY, pop.encode())
+        self._disk.submit(batch)
+        self._founding = pop
+        self._known.set()
+
+    async def founding(self) -> str:
+        """Its name. Raises Unavailable while no node that knows it was met."""
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S / 2):
+                await self._known.wait()
+        except TimeoutError:
+            raise Unavailable(
+                "no node was met yet that knows which PoP founded this cluster, so it cannot be said where a database "
+                "lives that is not known here; see whether the nodes of bootstrap run"
+            ) from None
+        return self._founding
+
+    async def learn_founding(self) -> None:
+        """Ask the nodes that were met, until one knows."""
+        while not self._known.is_set():
+            for peer in self._network.peers():
+                try:
+                    asked = await self._network.call(peer.node_id, requests.AskFoundingPop(), PEER_TIMEOUT_S)
+                    pop = expect(asked, requests.AskFoundingPopReply).pop
+                except DhtError:
+                    continue
+                if pop and not self._known.is_set():
+                    self._note_founding(pop)
+            if not self._known.is_set():
+                await asyncio.sleep(ASK_PAUSE_S)
+
+    # ---- asking other PoPs
+
+    def store(self, pop: str) -> FarStore:
+        """The store of another PoP."""
+        found = self._stores.get(pop)
+        if found is None:
+            found = self._stores[pop] = FarStore(pop, self._clock, self._network, self.gateways)
+        return found
+
+    async def gateways(self, pop: str) -> Sequence[NodeId]:
+        """Nodes of the PoP to ask, those that are heard first. Looks for some where none is."""
+        nodes, looked_s = self._gateways.get(pop, ([], float("-inf")))
+        heard = [node for node in nodes if self._network.alive(node)]
+        if not heard or (len(nodes) < GATEWAYS_MAX and self._clock.monotonic() - looked_s > LOOK_AGAIN_S):
+            found = [c for c in self._overlay.contacts() if c.pop == pop] or await self._overlay.nodes_of_pop(pop)
+            for contact in found:
+                if contact.id not in nodes:
+                    nodes.append(contact.id)
+                self._network.set_address(contact.id, contact.host, contact.port)
+            # Those that are not heard make room for those that were found just now.
+            nodes = sorted(nodes, key=lambda node: not self._network.alive(node))[-GATEWAYS_MAX:]
+            self._gateways[pop] = nodes, self._clock.monotonic()
+        unparted = [node for node in nodes if not self._network.parted(node)]
+        return sorted(unparted, key=lambda node: not self._network.alive(node))
+
+    def heard_of(self, contact: Contact) -> None:
+        """A node answered in the overlay: a gateway may have another address now."""
+        nodes, _ = self._gateways.get(contact.pop, ([], 0.0))
+        if contact.id in nodes and not self._network.alive(contact.id):
+            self._network.set_address(contact.id, contact.host, contact.port)
+
+    # ---- being asked, and founding a PoP
+
+    async def answer(self, store: StoreNode, message: Struct) -> Message | None:
+        """The reply to what nodes of other PoPs ask; None if the message is nothing of that kind."""
+        if isinstance(message, _FAR_REQUESTS):
+            return await ask_store(store, message, time_left_s())
+        match message:
+            case requests.AskFoundingPop():
+                return requests.AskFoundingPopReply(self._founding)
+            case requests.ClaimPop():
+                if self._founding != self._pop or message.pop == self._pop:
+                    raise Invalid(f"PoP {message.pop} is not for PoP {self._pop} to give away")
+                claimed = await store.claim_pop(message.pop, message.node, message.incarnation, time_left_s())
+                return requests.ClaimPopReply(*claimed)
+            case _:
+                return None
+
+    async def may_found(self, node: NodeId, incarnation: bytes) -> str:
+        """Claim this node's PoP: empty if this node may found it now, else why not."""
+        if not self._known.is_set():
+            return "no node that was met knows which PoP founded the cluster"
+        if self._founding == self._pop:
+            return f"none of the nodes of PoP {self._pop}, which founded the cluster, is known here: start one"
+        if await self._overlay.nodes_of_pop(self._pop):
+            return "another node of this PoP is there: waiting for it"
+        try:
+            first = await self.store(self._founding).claim_pop(self._pop, node, incarnation, REQUEST_TIMEOUT_S)
+        except DhtError as error:
+            return error.message
+        if first != (node, incarnation):
+            return (
+                f"PoP {self._pop} was founded by node {first[0].hex()}, and no node of it is known here: start one, "
+                "or join with an empty data_dir and the right pop"
+            )
+        return ""
