@@ -236,10 +236,12 @@ class Daemon:
         said = ""
         while not self.domain.joined:
             problems = [await self._greet(where.host, where.port) for where in self.settings.bootstrap]
-            if self.domain.chain.newest is None and not self._met and not self.domain.removed and not all(problems):
-                problems.append(await self._found_pop())
-                if self.domain.joined:
+            if self.domain.chain.newest is None and not all(problems):
+                why = await self._found_pop()
+                if not why:
                     return
+                if not self._met:
+                    problems.append(why)
             text = "; ".join(p for p in problems if p)
             if not self.settings.bootstrap and self.domain.chain.newest is None:
                 text = "this node is new and no bootstrap is configured: set bootstrap = HOST:PORT of a member"
@@ -259,9 +261,12 @@ class Daemon:
         return ""
 
     async def _found_pop(self) -> str:
-        """Found the domain of this node's PoP if it is the first one there; else why not."""
+        """Found the domain of this node's PoP if it is the first one there; else why not.
+
+        Asked also where others of the PoP were met: they may be as new as this one.
+        """
         why = await self.pops.may_found(self.node_id, self.identity.incarnation)
-        if not why and self.domain.chain.newest is None:
+        if not why:
             await self.domain.found()
             log.info("founded domain %s, the first of PoP %s", self.domain.name, self.settings.pop)
         return why

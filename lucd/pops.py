@@ -158,8 +158,6 @@ class Pops:
             return "no node that was met knows which PoP founded the cluster"
         if self._founding == self._pop:
             return f"none of the nodes of PoP {self._pop}, which founded the cluster, is known here: start one"
-        if await self._overlay.nodes_of_pop(self._pop):
-            return "another node of this PoP is there: waiting for it"
         try:
             first = await self.store(self._founding).claim_pop(self._pop, node, incarnation, REQUEST_TIMEOUT_S)
         except DhtError as error:

@@ -1,0 +1,262 @@
+"""Homes of databases, and requests that are passed on: what is repeated, what never is, what is believed."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dht import requests
+from dht.errors import Conflict, Indeterminate, Invalid, NotFound, Unavailable
+from dht.model import Applied, FindQuery, FindResult, GroupRead, Part, Transaction
+from dht.register import homes as homes_module
+from dht.register.catalog import no_such_database
+from dht.register.homes import FarStore, HomedStore
+from dht.rows import group_key
+
+A, B = b"a" * 20, b"b" * 20
+KEY = group_key("d", "f", (1,))
+WRITE = Transaction(b"t" * 16, "d", 0, (Part(KEY),))
+
+
+class World:
+    """A clock that stands still unless it is set, and peers that answer as they are told."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        self.heard = {A, B}
+        self.says = {}
+        self.asked = []
+
+    def monotonic(self):
+        return self.now_s
+
+    def alive(self, node):
+        return node in self.heard
+
+    async def call(self, node, message, timeout_s):
+        self.asked.append((node, type(message), timeout_s))
+        said = self.says[node]
+        if isinstance(said, Exception):
+            raise said
+        return said(message) if callable(said) else said
+
+    async def gateways(self, pop):
+        return [A, B]
+
+    def far(self, pop="lyon"):
+        return FarStore(pop, self, self, self.gateways)
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.mark.parametrize("lost", [Indeterminate("lost"), Unavailable("gone", sent=False), Unavailable("cut off")])
+async def test_far_read_whose_node_is_lost_is_asked_of_another(world, lost):
+    world.says = {A: lost, B: requests.ReadGroupsReply(())}
+    assert await world.far().read([KEY]) == ()
+    assert [node for node, _, _ in world.asked] == [A, B]
+
+
+async def test_far_commit_that_may_have_been_served_is_never_sent_again(world):
+    world.says = {A: Indeterminate("lost"), B: requests.CommitReply(Applied(()))}
+    with pytest.raises(Indeterminate):
+        await world.far().commit(WRITE)
+    assert [node for node, _, _ in world.asked] == [A]
+
+
+async def test_far_commit_that_was_certainly_not_served_is_asked_of_another(world):
+    world.says = {A: Unavailable("no link", sent=False), B: requests.CommitReply(Applied(()))}
+    assert await world.far().commit(WRITE) == Applied(())
+
+
+@pytest.mark.parametrize("refusal", [Conflict("guard"), NotFound("no"), Invalid("bad")])
+async def test_far_refusal_is_the_answer(world, refusal):
+    world.says = {A: refusal, B: requests.CommitReply(Applied(()))}
+    with pytest.raises(type(refusal)):
+        await world.far().commit(WRITE)
+    assert len(world.asked) == 1
+
+
+async def test_far_pop_of_which_nobody_answers_is_unavailable_and_named(world):
+    world.says = {A: Unavailable("silent"), B: Indeterminate("lost")}
+    with pytest.raises(Unavailable, match="PoP lyon cannot be asked: lost"):
+        await world.far().read([KEY])
+
+
+async def test_far_node_that_is_not_heard_gets_only_the_time_of_a_link(world):
+    world.heard = {B}
+    world.says = {A: Unavailable("no link", sent=False), B: requests.CommitReply(Applied(()))}
+    await world.far().commit(WRITE, 0, 8.0)
+    assert [timeout_s for _, _, timeout_s in world.asked] == [1.0, 8.0]
+
+
+class Pop:
+    """A PoP's own store: what it has, and the list if it keeps it. `away`: what to raise instead of answering."""
+
+    def __init__(self, *databases, listed=()):
+        self.databases = list(databases)
+        self.listed = dict(listed)
+        self.away = None
+        self.asked = []
+
+    def _serve(self, kind, database=None):
+        self.asked.append(kind)
+        if self.away is not None:
+            raise self.away
+        if database is not None and database not in self.databases:
+            raise no_such_database(database)
+
+    async def read(self, keys, known=None, timeout_s=None):
+        self._serve("read")
+        return tuple(GroupRead(key, None, {}) for key in keys)
+
+    async def find(self, query, timeout_s=None):
+        self._serve("find", query.database)
+        return FindResult((), ())
+
+    async def commit(self, transaction, attempt=0, timeout_s=None):
+        self._serve("commit", transaction.database)
+        return Applied(())
+
+    async def list_databases(self, timeout_s=None):
+        self._serve("list")
+        return tuple(self.databases)
+
+    async def homes(self, timeout_s=None):
+        self._serve("homes")
+        return {**dict.fromkeys(self.databases, ""), **self.listed}
+
+    async def create_database(self, name, timeout_s=None, home=""):
+        self._serve("create")
+        if name in self.databases or name in self.listed:
+            return False
+        if home:
+            self.listed[name] = home
+        else:
+            self.databases.append(name)
+        return True
+
+    async def drop_database(self, name, timeout_s=None):
+        self._serve("drop")
+        had = name in self.databases or name in self.listed
+        self.databases = [other for other in self.databases if other != name]
+        self.listed.pop(name, None)
+        return had
+
+
+class Pops:
+    """`first` founded the cluster; a homed store of any of them."""
+
+    def __init__(self):
+        self.world = World()
+        self.pops = {"first": Pop("founded", listed={"d": "lyon"}), "lyon": Pop("d"), "nice": Pop()}
+
+    def store(self, pop):
+        async def founding():
+            return "first"
+
+        return HomedStore(pop, self.world, self.pops[pop], self.pops.__getitem__, founding)
+
+    def asked(self):
+        return {name: pop.asked for name, pop in self.pops.items() if pop.asked}
+
+
+@pytest.fixture
+def pops():
+    return Pops()
+
+
+async def test_database_at_home_asks_no_other_pop(pops):
+    store = pops.store("lyon")
+    await store.commit(WRITE)
+    await store.read([KEY])
+    assert pops.asked() == {"lyon": ["list", "commit", "read"]}
+    assert store.counters == {"passed_on": 0, "homes_looked_up": 1}
+
+
+async def test_database_of_another_pop_is_looked_up_once_and_passed_on(pops):
+    store = pops.store("nice")
+    for _ in range(3):
+        await store.find(FindQuery("d", 1, 0))
+    assert pops.asked() == {"nice": ["list"], "first": ["homes"], "lyon": ["find"] * 3}
+    assert store.counters["passed_on"] == 3 + 0
+
+
+async def test_home_is_believed_on_while_the_list_is_out_of_reach(pops):
+    store = pops.store("nice")
+    await store.commit(WRITE)
+    pops.world.now_s += 10 * homes_module.HOMES_KEPT_S
+    pops.pops["first"].away = Unavailable("cut off")
+    await store.commit(WRITE)
+    assert pops.pops["lyon"].asked == ["commit", "commit"]
+
+
+async def test_database_unknown_here_is_unavailable_not_missing_while_the_list_is_out_of_reach(pops):
+    pops.pops["first"].away = Unavailable("cut off")
+    store = pops.store("nice")
+    for ask in (store.commit(WRITE), store.read([KEY]), store.find(FindQuery("d", 1, 0))):
+        with pytest.raises(Unavailable):
+            await ask
+
+
+async def test_database_that_no_list_has_is_not_found(pops):
+    with pytest.raises(NotFound, match="no database 'x'"):
+        await pops.store("nice").find(FindQuery("x", 1, 0))
+
+
+async def test_database_that_moved_is_found_at_its_new_home(pops):
+    store = pops.store("nice")
+    await store.commit(WRITE)
+    pops.pops["lyon"].databases.remove("d")
+    pops.pops["first"].databases.append("d")
+    pops.pops["first"].listed.clear()
+    await store.commit(WRITE)
+    assert pops.pops["first"].asked[-1] == "commit"
+
+
+async def test_home_that_lost_the_database_says_not_found(pops):
+    store = pops.store("nice")
+    await store.commit(WRITE)
+    pops.pops["lyon"].databases.remove("d")
+    with pytest.raises(NotFound):
+        await store.commit(WRITE)
+
+
+async def test_creation_takes_the_name_first_and_what_broke_off_is_finished(pops):
+    store = pops.store("nice")
+    pops.pops["lyon"].away = Unavailable("cut off")
+    with pytest.raises(Unavailable):
+        await store.create_database("new", home="lyon")
+    assert pops.pops["first"].listed["new"] == "lyon"
+    with pytest.raises(Conflict, match="in PoP lyon"):
+        await store.create_database("new", home="first")
+    pops.pops["lyon"].away = None
+    assert await store.create_database("new") is True
+    assert "new" in pops.pops["lyon"].databases
+
+
+async def test_drop_that_broke_off_is_finished_by_the_next(pops):
+    store = pops.store("nice")
+    pops.pops["lyon"].databases.remove("d")
+    assert await store.drop_database("d") is True
+    assert "d" not in pops.pops["first"].listed
+    assert await store.drop_database("d") is False
+
+
+async def test_groups_of_two_databases_in_one_read_are_refused(pops):
+    with pytest.raises(Invalid, match="different databases"):
+        await pops.store("lyon").read([KEY, group_key("founded", "f", (1,))])
+
+
+async def test_many_databases_do_not_fill_the_memory(pops, monkeypatch):
+    monkeypatch.setattr(homes_module, "HOMES_MAX", 8)
+    pops.pops["lyon"].databases = [f"d{n}" for n in range(50)]
+    store = pops.store("lyon")
+    await asyncio.gather(*(store.find(FindQuery(f"d{n}", 1, 0)) for n in range(50)))
+    for n in range(50):
+        await store.read([group_key(f"d{n}", "f", (1,))])
+    assert len(store._homes) <= 8
+    assert len(store._names) <= 9
