@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from dht import requests
 from dht.codec import Message
@@ -18,20 +18,20 @@ from dht.errors import DhtError, Invalid, Unavailable
 from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
 from dht.model import NodeId, Struct
 from dht.overlay.messages import Contact
-from dht.overlay.overlay import Overlay
 from dht.register.homes import FarStore
 from dht.register.node import StoreNode
 from dht.register.rounds import expect
 from dht.wire.frames import time_left_s
-from dht.wire.links import LinkNetwork
-from dht.world import Batch, Clock, Disk, Space
+from dht.wire.handshake import PeerIdentity
+from dht.world import Batch, Clock, Disk, Network, Space
 from lucd.door import ask_store
 
 log = logging.getLogger(__name__)
 GATEWAYS_MAX: Final = 3
 """Nodes of another PoP that this node keeps links to, once it had cause to ask that PoP."""
 LOOK_AGAIN_S: Final = 30.0
-"""How often a PoP's nodes are looked up in the overlay at most, while one of the gateways is heard."""
+LOOK_SOON_S: Final = 1.0
+"""How often a PoP's nodes are looked up at most, while one of its gateways is heard, and while none is."""
 ASK_PAUSE_S: Final = 0.2
 _FOUNDING_KEY: Final = b"founding_pop"
 _FAR_REQUESTS: Final = (
@@ -49,25 +49,49 @@ _FAR_REQUESTS: Final = (
 )
 
 
+class Lookups(Protocol):
+    """The part of `dht.overlay.overlay.Overlay` that is needed here."""
+
+    def contacts(self) -> list[Contact]: ...
+
+    async def nodes_of_pop(self, pop: str) -> list[Contact]: ...
+
+
+class Links(Network, Protocol):
+    """The part of `dht.wire.links.LinkNetwork` that is needed here."""
+
+    def peers(self) -> list[PeerIdentity]: ...
+
+    def set_address(self, node_id: NodeId, host: str, port: int) -> None: ...
+
+    def forget(self, node_id: NodeId) -> None: ...
+
+
 class Pops:
     """`founder`: whether this node founded the cluster, so that its own PoP is the one that keeps the list."""
 
-    def __init__(
-        self, pop: str, founder: bool, clock: Clock, disk: Disk, network: LinkNetwork, overlay: Overlay
-    ) -> None:
+    def __init__(self, pop: str, founder: bool, clock: Clock, disk: Disk, network: Links, overlay: Lookups) -> None:
         self._pop = pop
         self._clock = clock
         self._disk = disk
         self._network = network
         self._overlay = overlay
         self._stores: dict[str, FarStore] = {}
-        self._gateways: dict[str, tuple[list[NodeId], float]] = {}
+        self._gateways: dict[str, list[NodeId]] = {}
+        self._looked_s: dict[str, float] = {}
+        self._looking: dict[str, asyncio.Task[None]] = {}
         self._known = asyncio.Event()
         self._founding = (disk.get(Space.META, _FOUNDING_KEY) or b"").decode()
         if founder and not self._founding:
             self._note_founding(pop)
         if self._founding:
             self._known.set()
+
+    async def stop(self) -> None:
+        """End the look-ups that are under way."""
+        for looking in self._looking.values():
+            looking.cancel()
+        await asyncio.gather(*self._looking.values(), return_exceptions=True)
 
     # ---- the PoP that founded the cluster
 
@@ -115,24 +139,36 @@ class Pops:
 
     async def gateways(self, pop: str) -> Sequence[NodeId]:
         """Nodes of the PoP to ask, those that are heard first. Looks for some where none is."""
-        nodes, looked_s = self._gateways.get(pop, ([], float("-inf")))
-        heard = [node for node in nodes if self._network.alive(node)]
-        if not heard or (len(nodes) < GATEWAYS_MAX and self._clock.monotonic() - looked_s > LOOK_AGAIN_S):
-            found = [c for c in self._overlay.contacts() if c.pop == pop] or await self._overlay.nodes_of_pop(pop)
-            for contact in found:
-                if contact.id not in nodes:
-                    nodes.append(contact.id)
-                self._network.set_address(contact.id, contact.host, contact.port)
-            # Those that are not heard make room for those that were found just now.
-            nodes = sorted(nodes, key=lambda node: not self._network.alive(node))[-GATEWAYS_MAX:]
-            self._gateways[pop] = nodes, self._clock.monotonic()
-        unparted = [node for node in nodes if not self._network.parted(node)]
+        nodes = self._gateways.get(pop, [])
+        heard = any(self._network.alive(node) for node in nodes)
+        if not heard or len(nodes) < GATEWAYS_MAX:
+            pause_s = LOOK_AGAIN_S if heard else LOOK_SOON_S
+            if self._clock.monotonic() - self._looked_s.get(pop, float("-inf")) > pause_s:
+                self._looked_s[pop] = self._clock.monotonic()
+                self._looking[pop] = asyncio.ensure_future(self._look(pop))
+            if not heard:
+                # All who ask meanwhile wait for the one that looks.
+                await asyncio.shield(self._looking[pop])
+        unparted = [node for node in self._gateways.get(pop, []) if not self._network.parted(node)]
         return sorted(unparted, key=lambda node: not self._network.alive(node))
+
+    async def _look(self, pop: str) -> None:
+        """Find nodes of the PoP in the overlay; those that are not heard make room for those that answered now."""
+        found = [c for c in self._overlay.contacts() if c.pop == pop] or await self._overlay.nodes_of_pop(pop)
+        before = self._gateways.get(pop, [])
+        heard = [node for node in before if self._network.alive(node)]
+        nodes = list(dict.fromkeys([*heard, *(contact.id for contact in found), *before]))[:GATEWAYS_MAX]
+        for contact in found:
+            if contact.id in nodes:
+                self._network.set_address(contact.id, contact.host, contact.port)
+        for node in before:
+            if node not in nodes:
+                self._network.forget(node)
+        self._gateways[pop] = nodes
 
     def heard_of(self, contact: Contact) -> None:
         """A node answered in the overlay: a gateway may have another address now."""
-        nodes, _ = self._gateways.get(contact.pop, ([], 0.0))
-        if contact.id in nodes and not self._network.alive(contact.id):
+        if contact.id in self._gateways.get(contact.pop, []) and not self._network.alive(contact.id):
             self._network.set_address(contact.id, contact.host, contact.port)
 
     # ---- being asked, and founding a PoP
