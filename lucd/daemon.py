@@ -114,6 +114,7 @@ class Daemon:
                 domain=self.domain,
                 tablet_of=lambda key: tablet_of(key, TABLETS_PER_DOMAIN),
                 store=self.store,
+                home=self.homed.home,
                 alive=self.network.alive,
                 disk_failed=lambda: self.disk.failed,
                 contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},

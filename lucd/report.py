@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from dht.domain.roster import Member, Roster, TabletReplicas
 from dht.errors import DhtError, Invalid, NotFound
 from dht.model import GroupKey, NodeId, Struct
 from dht.requests import Done, Store
+from dht.rows import split_group_key
 from dht.wire.identity import NodeIdentity
 from lucd import messages, version
 from lucd.messages import NodeLine, TabletLine
@@ -28,8 +30,9 @@ Counters = Mapping[str, int | float]
 class Parts:
     """Where a report reads.
 
-    `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `contacts`: the overlay's
-    nodes with PoP and address. `counters`: part -> its counters now. `warnings`: of the daemon's own parts.
+    `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `home`: the PoP of a
+    database; raises NotFound. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters
+    now. `warnings`: of the daemon's own parts.
     """
 
     identity: NodeIdentity
@@ -40,6 +43,7 @@ class Parts:
     domain: Domain
     tablet_of: Callable[[GroupKey], int]
     store: Store
+    home: Callable[[str], Awaitable[str]]
     alive: Callable[[NodeId], bool]
     disk_failed: Callable[[], str | None]
     contacts: Callable[[], dict[NodeId, tuple[str, str]]]
@@ -160,8 +164,14 @@ class Report:
         return line
 
     async def where(self, key: GroupKey) -> messages.WhereReply:
+        """Raises Invalid for a group of another PoP: its roster is known there."""
         roster = self._roster("")
         tablet = self._parts.tablet_of(key)
+        database = split_group_key(key)[0]
+        with contextlib.suppress(NotFound):
+            home = await self._parts.home(database) if database else roster.domain
+            if home != roster.domain:
+                raise Invalid(f"database {database} lives in PoP {home}; ask a node there where its groups are")
         replicas = roster.replicas(tablet)
         (found,) = await self._parts.store.read([key])
         lines = [self._member_line(roster, m) for n in replicas.nodes if (m := roster.member(n)) is not None]

@@ -202,8 +202,14 @@ def _fit_unique_entries(config: Path | None, socket: Path | None) -> None:
     from nova_bridge.sql.database import Database  # pulls in the SQL door, which other commands do without
     from nova_bridge.sql.repair import check
 
+    pop = ask(config, socket, messages.AskStatus(), messages.StatusReply).pop
     with store(config, socket, 120.0) as opened:
-        for name in opened.list_databases():
+        try:
+            names = [name for name, home in opened.homes().items() if home == pop]
+        except DhtError as error:
+            names = []
+            click.echo(f"  databases: {error.message}: run `lucd database check NAME --repair` for each of this PoP")
+        for name in names:
             try:
                 found = list(check(Database(opened, name, 120.0), repair=True))
             except DhtError as error:

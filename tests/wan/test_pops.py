@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import sqlalchemy as sa
 
-from dht.errors import Conflict, Unavailable
+from dht.errors import Conflict, Invalid, Unavailable
 from dht.model import Change, FindQuery, Op, Part, Transaction
 from dht.requests import BlockingStore
 from dht.rows import decode_row, group_key
+from lucd import messages
 from nova_bridge.sql import dbapi
 from nova_bridge.sql.database import Database
 from tests.laboratory import wait_until
@@ -113,6 +114,15 @@ def test_far_read_and_far_write_take_one_round_trip_more_than_at_home(cluster: W
     assert RTT_S <= reads[0] < reads[1] + 1.5 * RTT_S
     assert RTT_S <= writes[0] < writes[1] + 1.5 * RTT_S
     assert read(home) == 2
+
+
+def test_where_a_group_of_another_pop_is_kept_is_asked_there(cluster: WanCluster) -> None:
+    question = messages.AskWhere(group_key("far", "f", (1,)))
+    there = cluster.nodes[HOME].client().call(question)
+    assert isinstance(there, messages.WhereReply)
+    assert (there.domain, there.exists, len(there.replicas)) == ("pop1", True, 1)
+    with pytest.raises(Invalid, match="database far lives in PoP pop1; ask a node there"):
+        cluster.nodes[OTHER].client().call(question)
 
 
 def test_sql_door_serves_the_tables_of_another_pop(cluster: WanCluster) -> None:
