@@ -144,6 +144,7 @@ class Daemon:
         self._spawn(self._meet_bootstrap())
         self._spawn(self.pops.learn_founding())
         self._steps.push_async_callback(self.pops.stop)
+        self._steps.push_async_callback(self.homed.stop)
         await self._keep(self._local)
         settings.socket.chmod(settings.socket_mode)
         await self._keep(self._workers)

@@ -15,12 +15,13 @@ answered by the home alone.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Conflict, Indeterminate, Invalid, NotFound, Unavailable
+from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotFound, Unavailable
 from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
 from dht.model import Applied, Ballot, FindQuery, FindResult, GroupKey, GroupRead, NodeId, Transaction, TransactionId
 from dht.register import catalog
@@ -31,7 +32,7 @@ from dht.world import Clock, Network
 
 HOMES_MAX: Final = 10_000
 HOMES_KEPT_S: Final = 10.0
-"""How long a home is believed before it is looked up again; what cannot be looked up is believed on."""
+"""How long a home is believed before it is looked up again, beside the requests; out of reach of the list, for ever."""
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 Gateways = Callable[[str], Awaitable[Sequence[NodeId]]]
@@ -141,31 +142,48 @@ class HomedStore:
         self._founding = founding
         self._homes: dict[str, tuple[str, float]] = {}
         self._names: dict[bytes, str] = {}
+        self._looking: dict[asyncio.Task[None], None] = {}
 
     async def home(self, database: str) -> str:
         """The PoP that the database lives in. Raises NotFound if the list has no such name, Unavailable without it."""
         known = self._homes.get(database)
-        if known is not None and self._clock.monotonic() < known[1]:
-            return known[0]
-        self.counters["homes_looked_up"] += 1
+        if known is None:
+            return await self._look_up(database)
+        home, until_s = known
+        if self._clock.monotonic() >= until_s:
+            # Beside the requests: none of them waits for what is known, least of all where the list is out of reach.
+            self._homes[database] = home, self._clock.monotonic() + HOMES_KEPT_S
+            task = asyncio.get_running_loop().create_task(self._look_again(database))
+            self._looking[task] = None
+            task.add_done_callback(lambda done: self._looking.pop(done, None))
+        return home
+
+    async def _look_again(self, database: str) -> None:
         try:
-            home = await self._look_up(database)
-        except Unavailable:
-            if known is None:
-                raise
-            home = known[0]
+            await self._look_up(database)
+        except NotFound:
+            self._homes.pop(database, None)
+        except DhtError:
+            pass  # out of reach: believed on
+
+    async def _look_up(self, database: str) -> str:
+        self.counters["homes_looked_up"] += 1
+        home = self._pop
+        if database not in await self._own.list_databases():
+            homes = await self.homes()
+            if database not in homes:
+                raise catalog.no_such_database(database)
+            home = homes[database]
         if len(self._homes) >= HOMES_MAX:
             self._homes.clear()
         self._homes[database] = home, self._clock.monotonic() + HOMES_KEPT_S
         return home
 
-    async def _look_up(self, database: str) -> str:
-        if database in await self._own.list_databases():
-            return self._pop
-        homes = await self.homes()
-        if database not in homes:
-            raise catalog.no_such_database(database)
-        return homes[database]
+    async def stop(self) -> None:
+        """End the look-ups that are under way."""
+        for task in list(self._looking):
+            task.cancel()
+        await asyncio.gather(*self._looking, return_exceptions=True)
 
     async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
         """Every database with its PoP, as the founding PoP says now."""

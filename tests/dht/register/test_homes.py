@@ -147,6 +147,11 @@ class Pop:
         return had
 
 
+async def settled(store):
+    """Look-ups that are under way have ended."""
+    await asyncio.gather(*store._looking)
+
+
 class Pops:
     """`first` founded the cluster; a homed store of any of them."""
 
@@ -191,7 +196,33 @@ async def test_home_is_believed_on_while_the_list_is_out_of_reach(pops):
     pops.world.now_s += 10 * homes_module.HOMES_KEPT_S
     pops.pops["first"].away = Unavailable("cut off")
     await store.commit(WRITE)
-    assert pops.pops["lyon"].asked == ["commit", "commit"]
+    await settled(store)
+    await store.commit(WRITE)
+    assert pops.pops["lyon"].asked == ["commit"] * 3
+
+
+async def test_no_request_waits_while_a_known_home_is_looked_up_again(pops):
+    store = pops.store("lyon")
+    await store.commit(WRITE)
+    pops.world.now_s += homes_module.HOMES_KEPT_S
+    for _ in range(5):
+        await store.commit(WRITE)
+    assert pops.pops["lyon"].asked == ["list", *["commit"] * 6]
+    await settled(store)
+    assert pops.pops["lyon"].asked == ["list", *["commit"] * 6, "list"], "once, for all of them"
+
+
+async def test_home_that_moved_is_learned_even_if_nobody_refuses(pops):
+    store = pops.store("lyon")
+    await store.read([KEY])
+    pops.pops["lyon"].databases.remove("d")
+    pops.pops["nice"].databases.append("d")
+    pops.pops["first"].listed["d"] = "nice"
+    pops.world.now_s += homes_module.HOMES_KEPT_S
+    await store.read([KEY])
+    await settled(store)
+    await store.read([KEY])
+    assert pops.pops["nice"].asked == ["read"]
 
 
 async def test_database_unknown_here_is_unavailable_not_missing_while_the_list_is_out_of_reach(pops):
