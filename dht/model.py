@@ -197,12 +197,30 @@ class IndexSpec(Struct, frozen=True):
     columns: tuple[int, ...]
 
 
+class Reading(enum.IntFlag):
+    """How a table may be read besides linearizably, by its voters (DESIGN section 8).
+
+    FOLLOW: from a follower, within the bound. SERVE_STALE: from one past the bound, while the voters are out of reach.
+    PARTIAL_OK: a scan may leave out PoPs that are out of reach, and counts them.
+    """
+
+    FOLLOW = 1
+    SERVE_STALE = 2
+    PARTIAL_OK = 4
+
+
 class TableSpec(Struct, frozen=True):
-    """What replicas must know of a table: its primary-key columns and its indexes."""
+    """What the store must know of a table: its primary-key columns, its indexes, where its groups live, how it is read.
+
+    `home`: "local", "global", or empty: its database's. `read`: `Reading` flags. Later fields have defaults, so a spec
+    of an earlier version, which is shorter, reads as what it meant.
+    """
 
     table: int
     pk_columns: tuple[int, ...]
     indexes: tuple[IndexSpec, ...] = ()
+    home: str = ""
+    read: int = 0
 
 
 CATALOG_FAMILY = "catalog"
