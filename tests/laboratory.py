@@ -8,63 +8,17 @@ or a system that lets every user have them.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dht.errors import DhtError
-from lucd import messages
 from lucd.demo.daemons import LocalNode
+from lucd.demo.wan.namespaces import InsideNode, Namespace
 from tests.cluster import Cluster
 
 _RULES_FROM = 100
 """Priorities of the router's rules that drop packets; the system's own are 0 and above 32,000."""
-
-
-class Namespace:
-    """One network namespace, alive as long as the process that sleeps in it. `within`: a namespace to be born in."""
-
-    def __init__(self, within: Namespace | None = None) -> None:
-        own = ["unshare", "--net", "--kill-child"]
-        if within is not None:
-            own = [*within.enter, *own]
-        elif os.geteuid():
-            own = ["unshare", "--user", "--map-root-user", "--net", "--kill-child"]
-        self._process = subprocess.Popen(
-            [*own, "sh", "-c", "echo there; exec sleep infinity"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        if self._process.stdout.readline() != b"there\n":
-            why = self._process.stderr.read().decode().strip()
-            raise RuntimeError(f"no network namespace could be made ({why}): run as root, or let users have namespaces")
-        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-        self.enter = ["nsenter", "--target", str(self.pid), *user, "--net"]
-        """What a command begins with that is to run inside."""
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def run(self, *lines: str) -> None:
-        """Shell commands, inside; raises with what they say when one fails."""
-        done = subprocess.run(
-            [*self.enter, "sh", "-ec", "\n".join(lines)], capture_output=True, text=True, check=False, timeout=20
-        )
-        if done.returncode:
-            raise RuntimeError(f"{lines} failed: {done.stderr.strip()}")
-
-    def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
 
 
 class Laboratory:
@@ -133,8 +87,8 @@ class Laboratory:
             host.close()
 
 
-class LaboratoryNode(LocalNode):
-    """A daemon on a host of its own. Its admin address is out of reach; its Unix socket answers instead."""
+class LaboratoryNode(InsideNode):
+    """A daemon on a host of its own."""
 
     def __init__(
         self, laboratory: Laboratory, number: int, path: Path, bootstrap: Sequence[str], pop: str, options: str
@@ -147,17 +101,6 @@ class LaboratoryNode(LocalNode):
     @property
     def address(self) -> str:
         return f"{self._laboratory.address(self.host)}:{self.port}"
-
-    def get(self, path: str) -> tuple[int, str]:
-        status = self.status()
-        return (200 if status.get("ready") else 503 if status else 0), str(status.get("state"))
-
-    def status(self) -> dict[str, Any]:
-        try:
-            reply = self.client().call(messages.AskStatus(), 5.0, connect_wait_s=0.0)
-        except DhtError:
-            return {}
-        return messages.plain(reply)
 
 
 class LaboratoryCluster(Cluster):

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.wan.router import NETWORK, WAITING_PACKETS_MAX, Router
-from tests.wan.sites import Wan, why_not
+from lucd.demo.wan.router import NETWORK, WAITING_PACKETS_MAX, Router
+from lucd.demo.wan.sites import Wan, why_not
 
 ECHO = """
 import socket, sys

@@ -1,7 +1,7 @@
 """The WAN's router: one process that reads the packets of every site, holds each back as long as its way takes, loses
 some, and writes them to the site that they are for.
 
-    python -m tests.wan.router SITES      # started by `tests.wan.sites`, which is its standard input
+    python -m lucd.demo.wan.router SITES      # started by `lucd.demo.wan.sites`, which is its standard input
 
 Standard input is a Unix socket: first the TUN devices' descriptors, one for each site, then orders as JSON lines, each
 answered by one line. A site's addresses are 10.80.SITE.x, and only IPv4 is carried. Packets of one way leave in the
