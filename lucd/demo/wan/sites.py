@@ -59,7 +59,8 @@ class Wan:
             for site in range(sites):
                 self.sites.append(Namespace())
                 self._connect(site)
-            self._router = subprocess.Popen([sys.executable, "-m", "lucd.demo.wan.router", str(sites)], stdin=theirs.fileno())
+            command = [sys.executable, "-m", "lucd.demo.wan.router", str(sites)]
+            self._router = subprocess.Popen(command, stdin=theirs.fileno())
             if self._answer() != "ready":
                 raise RuntimeError("the router of the WAN does not start; see its error above")
             self.between(range(sites), rtt_ms)
