@@ -212,8 +212,9 @@ class Reading(enum.IntFlag):
 class TableSpec(Struct, frozen=True):
     """What the store must know of a table: its primary-key columns, its indexes, where its groups live, how it is read.
 
-    `home`: "local", "global", or empty: its database's. `read`: `Reading` flags. Later fields have defaults, so a spec
-    of an earlier version, which is shorter, reads as what it meant.
+    `home`: "local", "global", or empty: its database's. `read`: `Reading` flags. `groups`: what the keys of groups with
+    its rows, or with its unique entries, begin with after the database's name; none: no group is known to be its own.
+    Later fields have defaults, so a spec of an earlier version, which is shorter, reads as what it meant.
     """
 
     table: int
@@ -221,6 +222,7 @@ class TableSpec(Struct, frozen=True):
     indexes: tuple[IndexSpec, ...] = ()
     home: str = ""
     read: int = 0
+    groups: tuple[bytes, ...] = ()
 
 
 CATALOG_FAMILY = "catalog"

@@ -86,7 +86,9 @@ class TableDef(msgspec.Struct, frozen=True):
         """What the replicas must know."""
         hidden = {c.number for c in self.columns if c.added_default}
         specs = [IndexSpec(i.id, i.columns) for i in self.indexes if not hidden.intersection(i.columns)]
-        return TableSpec(self.number, self.primary or (HIDDEN_ROWID,), tuple(specs))
+        family = (self.family, self.number) if self.family == ROW_FAMILY else (self.family,)
+        groups = (encode_values(family), encode_values((UNIQUE_FAMILY, self.number)))
+        return TableSpec(self.number, self.primary or (HIDDEN_ROWID,), tuple(specs), groups=groups)
 
 
 class Unique(msgspec.Struct, frozen=True):

@@ -21,6 +21,6 @@ def test_catalog_of_an_earlier_version_its_specs_live_with_their_database_and_ar
 
 
 def test_catalog_home_and_reading_of_a_table_come_back_as_they_were_stored() -> None:
-    spec = TableSpec(1, (0,), (), "local", Reading.SERVE_STALE | Reading.PARTIAL_OK)
+    spec = TableSpec(1, (0,), (), "local", Reading.SERVE_STALE | Reading.PARTIAL_OK, (b"family",))
     assert catalog_of(rows(msgspec.msgpack.encode(spec)))[1] == [spec]
     assert Reading.PARTIAL_OK in Reading(catalog_of(rows(msgspec.msgpack.encode(spec)))[1][0].read)

@@ -11,10 +11,12 @@ import pytest
 
 from dht.errors import Invalid
 from dht.model import ZERO, GroupRead
+from dht.rows import encode_value, group_key
 from nova_bridge.sql import families, statements, transaction
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import IdBlocks
 from nova_bridge.sql.groups import Follows, GroupCache
+from nova_bridge.sql.schema import ColumnDef, IndexDef, Table, TableDef
 from nova_bridge.sql.values import adapt, affinity_of, coerce
 from tests.nova_bridge.sql.conftest import CountingStore
 
@@ -103,6 +105,21 @@ def test_rule_of_known_table_and_of_its_batch_copy() -> None:
     assert families.rule_of("_alembic_tmp_instances", columns) == rule
     assert families.rule_of("instances", {"id"}).family == families.ROW_FAMILY
     assert families.rule_of("shadow_instances", columns).family == families.ROW_FAMILY
+
+
+@pytest.mark.parametrize(("family", "columns"), [("row", ()), ("quota", (1,))])
+def test_spec_names_what_the_keys_of_its_groups_begin_with(family: str, columns: tuple[int, ...]) -> None:
+    unique = IndexDef(1, (2,), "entry")
+    named = tuple(ColumnDef(i, f"c{i}", "INTEGER") for i in (1, 2))
+    definition = TableDef(7, "t", "", named, 3, (1,), False, (unique,), family=family, family_columns=columns)
+    table = Table("db", definition)
+    start = len(encode_value("db"))
+    of_rows, of_entries = definition.spec().groups
+    entry = table.entry_key(table.uniques[0], (5, 6))
+    assert table.group_of((5, 6), (5,))[start:].startswith(of_rows)
+    assert entry is not None
+    assert entry[start:].startswith(of_entries)
+    assert not group_key("db", "other", (7,))[start:].startswith((of_rows, of_entries))
 
 
 def test_group_cache_evicts_by_size() -> None:
