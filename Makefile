@@ -17,10 +17,14 @@ DEVIATIONS ?= 2
 VMS ?= 200
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 other-suites control-plane demo-control-plane upgrade bench rabbitmq sample clean
+.PHONY: demo demo-pops test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 other-suites control-plane demo-control-plane upgrade bench rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
+
+# Three PoPs on this machine, 50 ms apart, a conductor and a cell in each, and one of them cut off; needs root.
+demo-pops: $(VENV)/.demo
+	$(VENV)/bin/lucd demo --pops 3 --latency-ms 50
 
 # The whole of Nova and Placement on three daemons, driven through the REST API.
 demo-control-plane: $(VENV)/.plane

@@ -54,9 +54,27 @@ def config_sample() -> None:
     type=click.IntRange(2, 32),
     help="How many nova-compute with Nova's fake virt driver, for --control-plane.",
 )
-def demo(keep: bool, instances: int, control_plane: bool, computes: int) -> None:
+@click.option(
+    "--pops",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 8),
+    help="More than one: a conductor and a cell in each PoP, and one PoP is cut off (as root).",
+)
+@click.option(
+    "--latency-ms",
+    default=50.0,
+    show_default=True,
+    type=click.FloatRange(0.0, 500.0),
+    help="Round trip between the PoPs, for --pops.",
+)
+def demo(keep: bool, instances: int, control_plane: bool, computes: int, pops: int, latency_ms: float) -> None:
     """Show it: three daemons on this machine keep Nova's state while one of them is killed."""
     # These need the nova extra, which a daemon does without.
+    if pops > 1:
+        from lucd.demo.pops import story as pops_story
+
+        sys.exit(pops_story.play(pops, latency_ms, instances=instances, keep=keep))
     if control_plane:
         from lucd.demo.plane import story as plane_story
 

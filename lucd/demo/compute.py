@@ -19,7 +19,7 @@ PROJECT, USER = "demo-project", "demo-user"
 class ComputeRole:
     """As nova.cmd.compute does it: DISABLE_DB_ACCESS, and the conductor's RPC API as indirection of all objects."""
 
-    def __init__(self, config: Path, calls: Calls) -> None:
+    def __init__(self, config: Path, calls: Calls, host: str = COMPUTE_HOST) -> None:
         warnings.simplefilter("ignore")
         os.environ["OS_NOVA_DISABLE_EVENTLET_PATCHING"] = "true"
         from nova import monkey_patch
@@ -41,7 +41,8 @@ class ComputeRole:
         base.NovaObject.indirection_api = rpcapi.ConductorAPI()
         self._objects = objects
         self._no_network = model.NetworkInfo()
-        self._calls = calls
+        self.calls = calls
+        self._host = host
         self._context = context.get_admin_context()
         self._context.project_id, self._context.user_id = PROJECT, USER
         self.node: Any = None
@@ -56,11 +57,11 @@ class ComputeRole:
     def start(self) -> None:
         """Register the service and the compute node, as nova-compute does when it starts."""
         service = self._objects.Service(self._context)
-        service.host, service.binary, service.topic, service.report_count = COMPUTE_HOST, "nova-compute", "compute", 0
+        service.host, service.binary, service.topic, service.report_count = self._host, "nova-compute", "compute", 0
         self._timed("service create", service.create)
         node = self._objects.ComputeNode(self._context)
         values: dict[str, object] = {
-            "host": COMPUTE_HOST, "hypervisor_hostname": COMPUTE_HOST, "uuid": str(uuid.uuid4()), "vcpus": 64,
+            "host": self._host, "hypervisor_hostname": self._host, "uuid": str(uuid.uuid4()), "vcpus": 64,
             "memory_mb": 262144, "local_gb": 4096, "vcpus_used": 0, "memory_mb_used": 0, "local_gb_used": 0,
             "hypervisor_type": "fake", "hypervisor_version": 1, "cpu_info": "{}", "disk_available_least": 4096,
             "free_ram_mb": 262144, "free_disk_gb": 4096, "current_workload": 0, "running_vms": 0,
@@ -95,7 +96,7 @@ class ComputeRole:
     def claim(self, instance_uuid: str) -> None:
         """What the resource tracker writes when it takes the instance on."""
         instance = self._get(instance_uuid)
-        instance.host = instance.node = instance.launched_on = COMPUTE_HOST
+        instance.host = instance.node = instance.launched_on = self._host
         instance.compute_id = self.node.id
         self._timed("instance claim", instance.save)
         self.node.vcpus_used += 1
@@ -127,8 +128,12 @@ class ComputeRole:
 
     def by_host(self) -> dict[str, Any]:
         """uuid -> instance of all on the compute host."""
-        found = self._timed("list by host", lambda: self._objects.InstanceList.get_by_host(self._context, COMPUTE_HOST))
+        found = self._timed("list by host", lambda: self._objects.InstanceList.get_by_host(self._context, self._host))
         return {str(instance.uuid): instance for instance in found}
+
+    def listed(self) -> dict[str, str]:
+        """uuid -> state of all on the compute host: the vm_state, and the task that is under way."""
+        return {uuid: instance.task_state or instance.vm_state for uuid, instance in self.by_host().items()}
 
     def destroy(self, instance_uuid: str) -> None:
         instance = self._get(instance_uuid)
@@ -140,4 +145,4 @@ class ComputeRole:
         )
 
     def _timed(self, name: str, call: Callable[[], Any]) -> Any:
-        return self._calls.timed(name, call)
+        return self.calls.timed(name, call)

@@ -134,6 +134,10 @@ class LocalNode:
         found: dict[str, Any] = json.loads(text) if code == 200 else {}
         return found
 
+    def url(self, database: str, scheme: str = "lucd") -> str:
+        """The daemon's SQL door for SQLAlchemy."""
+        return f"{scheme}:///{database}?socket={self.socket}"
+
     @property
     def pid(self) -> int:
         """The running process; 0 if there is none."""
@@ -265,7 +269,7 @@ class Daemons:
 
     def url(self, database: str, node: int = 0, scheme: str = "lucd") -> str:
         """The SQL door of the node (counted from 0) for SQLAlchemy."""
-        return f"{scheme}:///{database}?socket={self.nodes[node].socket}"
+        return self.nodes[node].url(database, scheme)
 
     def __enter__(self) -> Daemons:
         try:

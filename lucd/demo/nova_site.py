@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lucd.demo.daemons import HOST, Daemons
+from lucd.demo.daemons import HOST, LocalNode
 from lucd.demo.processes import Program, tail
 
 CELL, API = "nova_cell1", "nova_api"
@@ -15,47 +15,59 @@ CONDUCTOR_WAIT_S = 60.0
 
 
 class NovaSite:
-    """Files and processes of Nova on the demo's hosts. Host 2 runs the conductor and the compute role."""
+    """Files and processes of Nova around two daemons, which may be one: nova-manage runs on the host of the first, the
+    conductor and the compute role on that of the second."""
 
-    def __init__(self, daemons: Daemons) -> None:
-        self.daemons = daemons
-        self.path = daemons.path / "nova"
+    def __init__(
+        self,
+        path: Path,
+        manage: LocalNode,
+        door: LocalNode,
+        cell: str = CELL,
+        conductor_host: str = CONDUCTOR_HOST,
+        compute_host: str = COMPUTE_HOST,
+    ) -> None:
+        self.path = path
         self.path.mkdir()
+        self.door = door
+        self.cell = cell
+        self.conductor_host, self.compute_host = conductor_host, compute_host
         self._conductor: Program | None = None
         (self.path / "api-paste.ini").touch()
         self.manage_conf = self._write(
             "manage.conf",
             f"[DEFAULT]\nhost = host1\nstate_path = {self.path}\n"
-            f"[database]\nconnection = {daemons.url(CELL, 0)}\n[api_database]\nconnection = {daemons.url(API, 0)}\n",
+            f"[database]\nconnection = {manage.url(cell)}\n[api_database]\nconnection = {manage.url(API)}\n",
         )
-        door = daemons.nodes[1].socket
         common = (
-            f"state_path = {self.path}\ntransport_url = lucd://{door}\nrpc_response_timeout = 30\n"
-            f"[oslo_messaging_notifications]\ndriver = noop\n[lucd]\nsocket = {door}\nserver = {CONDUCTOR_HOST}\n"
+            f"state_path = {self.path}\ntransport_url = lucd://{door.socket}\nrpc_response_timeout = 30\n"
+            f"[oslo_messaging_notifications]\ndriver = noop\n"
+            f"[lucd]\nsocket = {door.socket}\nserver = {conductor_host}\n"
         )
         self.conductor_conf = self._write(
             "conductor.conf",
-            f"[DEFAULT]\nhost = {CONDUCTOR_HOST}\nlog_file = {self.path}/conductor.log\n{common}"
+            f"[DEFAULT]\nhost = {conductor_host}\nlog_file = {self.path}/conductor.log\n{common}"
             "[conductor]\nworkers = 1\n"
             # The demo boots nothing through Placement; the conductor wants to know where it would be.
             f"[placement]\nauth_type = none\nendpoint_override = http://{HOST}:9/placement\n",
         )
         self.compute_conf = self._write(
-            "compute.conf", f"[DEFAULT]\nhost = {COMPUTE_HOST}\nlog_file = {self.path}/compute.log\n{common}"
+            "compute.conf", f"[DEFAULT]\nhost = {compute_host}\nlog_file = {self.path}/compute.log\n{common}"
         )
 
     def worker_options(self) -> str:
-        """What host 2's daemon needs in its configuration to run the RPC door's workers."""
+        """What the door's daemon needs in its configuration to run the RPC door's workers."""
         return (
-            f"[nova]\nworkers = 1\nmain_database = {CELL}\napi_database = {API}\nserver = {CONDUCTOR_HOST}\n"
+            f"[nova]\nworkers = 1\nmain_database = {self.cell}\napi_database = {API}\nserver = {self.conductor_host}\n"
             f"config_file = {self.manage_conf}\n"
         )
 
-    def sync(self) -> None:
-        """Create both schemas by Nova's own migrations, through the SQL door, at the same time."""
+    def sync(self, *, api: bool = True) -> None:
+        """Create the schemas by Nova's own migrations, through the SQL door, at the same time; `api`: that one too."""
         running = [
             self._program("nova.cmd.manage", self.manage_conf, f"sync-{name}.log", name, "sync", *more)
             for name, more in (("api_db", ()), ("db", ("--local_cell",)))
+            if api or name != "api_db"
         ]
         for program in running:
             program.start()
@@ -63,7 +75,7 @@ class NovaSite:
             program.finish(SYNC_WAIT_S)
 
     def start_conductor(self) -> None:
-        """Start nova-conductor, unmodified, with its database calls through the RPC door of host 2's daemon."""
+        """Start nova-conductor, unmodified, with its database calls through the RPC door."""
         self._conductor = self._program("nova_bridge.rpc.conductor", self.conductor_conf, "conductor.out")
         self._conductor.start()
 
@@ -73,6 +85,11 @@ class NovaSite:
     def conductor_log(self) -> str:
         """The end of what it wrote."""
         return " | ".join(tail(self.path / name) for name in ("conductor.out", "conductor.log"))
+
+    def terminate(self) -> None:
+        """Ask the conductor to end, without waiting; `stop` waits."""
+        if self._conductor is not None:
+            self._conductor.terminate()
 
     def stop(self) -> None:
         """End the conductor and its children."""
@@ -85,4 +102,4 @@ class NovaSite:
         return file
 
     def _program(self, module: str, config: Path, log: str, *arguments: str) -> Program:
-        return Program(module, ["--config-file", str(config), *arguments], self.path / log)
+        return Program(module, ["--config-file", str(config), *arguments], self.path / log, launcher=self.door.launcher)

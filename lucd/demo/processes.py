@@ -23,12 +23,19 @@ class Program:
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
     ) -> None:
+        """`launcher`: what its command line begins with, if it is not started as it is."""
         self.module = module
         self.arguments = list(arguments)
         self.log = log
         self.environment = dict(environment or {})
+        self.launcher = list(launcher)
         self.python = sys.executable
         """The interpreter, and so the environment with the release that runs."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -39,7 +46,7 @@ class Program:
         entry += f"import {self.module} as entry; sys.exit(entry.main())"
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                [self.python, "-W", "ignore", "-c", entry],
+                [*self.launcher, self.python, "-W", "ignore", "-c", entry],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from dht.errors import DhtError, NotFound
 from dht.rows import group_key
@@ -21,6 +21,11 @@ from lucd.demo.daemons import Daemons, LocalNode
 from lucd.demo.terminal import Terminal
 
 NODES = 3
+
+
+def one_pop(path: Path) -> Daemons:
+    """The daemons of most demos."""
+    return Daemons(path, NODES)
 
 
 class Tale(Protocol):
@@ -36,11 +41,21 @@ class Tale(Protocol):
         """The end of its processes' logs, shown when `tell` raised."""
 
 
-def perform(make: Callable[[Terminal, Daemons], Tale], needs: dict[str, str], deadline_s: float, keep: bool) -> int:
+D = TypeVar("D", bound=Daemons)
+
+
+def perform(
+    make: Callable[[Terminal, D], Tale],
+    needs: dict[str, str],
+    deadline_s: float,
+    keep: bool,
+    daemons_at: Callable[[Path], D],
+) -> int:
     """Play one tale; returns the exit code: 0 only if it went well.
 
-    `needs`: modules, and the pip argument that brings each. After `deadline_s` the demo ends itself as failed. With
-    `keep`, and after a failure, directories and logs stay.
+    `daemons_at` makes the daemons, not started, in an empty directory. `needs`: modules, and the pip argument that
+    brings each. After `deadline_s` the demo ends itself as failed. With `keep`, and after a failure, directories and
+    logs stay.
     """
     for module, requirement in needs.items():
         if importlib.util.find_spec(module) is None:
@@ -49,7 +64,7 @@ def perform(make: Callable[[Terminal, Daemons], Tale], needs: dict[str, str], de
     # The clean-up below runs for Ctrl-C and for SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     terminal = Terminal()
-    daemons = Daemons(path, NODES)
+    daemons = daemons_at(path)
     tale = make(terminal, daemons)
     watchdog = threading.Timer(deadline_s, _give_up, (terminal, daemons, tale, deadline_s))
     watchdog.daemon = True

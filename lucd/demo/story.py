@@ -10,7 +10,7 @@ from lucd.cli.output import show_table
 from lucd.demo.audit import audit
 from lucd.demo.daemons import Daemons, LocalNode
 from lucd.demo.nova_site import CELL, CONDUCTOR_WAIT_S, NovaSite
-from lucd.demo.stage import NODES, coordinator_of_most, perform, start_daemons
+from lucd.demo.stage import NODES, coordinator_of_most, one_pop, perform, start_daemons
 from lucd.demo.terminal import Calls, Terminal
 
 DEADLINE_S = 115.0
@@ -21,9 +21,9 @@ def play(instances: int = 20, keep: bool = False) -> int:
     """Run the demo; returns the exit code: 0 only if no call failed and nothing was lost."""
 
     def make(terminal: Terminal, daemons: Daemons) -> Story:
-        return Story(terminal, daemons, NovaSite(daemons), instances)
+        return Story(terminal, daemons, NovaSite(daemons.path / "nova", daemons.nodes[0], daemons.nodes[1]), instances)
 
-    return perform(make, {"nova": "lucd[nova]"}, DEADLINE_S, keep)
+    return perform(make, {"nova": "lucd[nova]"}, DEADLINE_S, keep, one_pop)
 
 
 class Story:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -64,6 +64,16 @@ class Calls:
         finally:
             self._took_s.setdefault(name, []).append(time.perf_counter() - began_s)
 
+    def took_s(self) -> dict[str, list[float]]:
+        """Seconds of each call, by name, in the order of first use."""
+        return self._took_s
+
+    def add(self, took_s: Mapping[str, Sequence[float]], failed: Sequence[str] = ()) -> None:
+        """Calls that were timed in another process."""
+        for name, more in took_s.items():
+            self._took_s.setdefault(name, []).extend(more)
+        self.failed += failed
+
     @property
     def count(self) -> int:
         return sum(len(took) for took in self._took_s.values())
@@ -74,11 +84,12 @@ class Calls:
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """(name, count, p50 ms, p95 ms, longest ms), in the order of first use."""
         return [
-            (name, str(len(took)), _ms(took, 0.5), _ms(took, 0.95), _ms(took, 1.0))
+            (name, str(len(took)), quantile_ms(took, 0.5), quantile_ms(took, 0.95), quantile_ms(took, 1.0))
             for name, took in self._took_s.items()
         ]
 
 
-def _ms(took_s: list[float], part: float) -> str:
+def quantile_ms(took_s: Sequence[float], part: float) -> str:
+    """Milliseconds below which this part of the calls stayed."""
     ordered = sorted(took_s)
     return f"{ordered[min(len(ordered) - 1, int(part * len(ordered)))] * 1000:.1f}"

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from lucd.cli.main import main
+from lucd.demo.pops import story as pops_story
+from lucd.demo.wan.sites import why_not
+
 pytestmark = [pytest.mark.cluster, pytest.mark.nova]
 
 
@@ -38,3 +42,33 @@ def test_control_plane_on_lucd_boots_and_moves_servers_while_a_daemon_dies() -> 
     assert "All are ACTIVE" in done.stdout
     assert "4 servers ACTIVE, no ERROR" in done.stdout
     assert "FAILED" not in done.stdout
+
+
+def test_each_pop_lives_on_at_both_sides_of_a_cut_and_loses_nothing() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, "-m", "lucd.cli.main", "demo", "--pops", "3", "--latency-ms", "20", "--instances", "4"],
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "requests that had to go to another PoP: 0" in done.stdout
+    assert "both sides went on" in done.stdout
+    assert "every daemon reads every PoP again" in done.stdout
+    assert "0 failed, nothing lost" in done.stdout
+    assert "FAILED" not in done.stdout
+
+
+def test_without_the_right_to_make_networks_the_demo_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pops_story, "why_not", lambda: "a WAN needs root: /dev/net/tun is for nobody else")
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--pops", "3"])
+    assert ended.value.code == 69
+    told = capsys.readouterr().err
+    assert "needs root, TUN devices" in told
+    assert "`lucd demo` shows one PoP" in told

@@ -12,7 +12,7 @@ from lucd.demo.plane.audit import audit
 from lucd.demo.plane.neighbours import IMAGE
 from lucd.demo.plane.rest import ComputeApi
 from lucd.demo.plane.site import CELL1, ControlPlane
-from lucd.demo.stage import coordinator_of_most, perform, start_daemons
+from lucd.demo.stage import coordinator_of_most, one_pop, perform, start_daemons
 from lucd.demo.terminal import Calls, Terminal
 
 DEADLINE_S = 900.0
@@ -29,7 +29,7 @@ def play(instances: int = 20, computes: int = 3, keep: bool = False) -> int:
         return PlaneStory(terminal, daemons, instances, computes)
 
     needs = dict.fromkeys(("nova", "placement", "cheroot"), "lucd[control-plane]")
-    return perform(make, needs, DEADLINE_S, keep)
+    return perform(make, needs, DEADLINE_S, keep, one_pop)
 
 
 class PlaneStory:

@@ -18,6 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from types import TracebackType
 
+from lucd.demo.daemons import Daemons, LocalNode
 from lucd.demo.wan.namespaces import InsideNode, Namespace
 
 SITES_MAX = 64
@@ -189,3 +190,24 @@ class WanNode(InsideNode):
     @property
     def address(self) -> str:
         return f"{self._host}:{self.port}"
+
+
+class WanDaemons(Daemons):
+    """`per_pop` daemons at each site, which is a PoP of its own: pop0 and so on. `stop` ends the WAN, too."""
+
+    def __init__(self, path: Path, wan: Wan, per_pop: int, options: str = "") -> None:
+        self.wan = wan
+        self.per_pop = per_pop
+        super().__init__(path, len(wan.sites) * per_pop, options=options)
+
+    def make_node(self, number: int, path: Path, bootstrap: Sequence[str], pop: str, options: str) -> LocalNode:
+        site, host = divmod(number - 1, self.per_pop)
+        return WanNode(self.wan, site, host, number, path, bootstrap, f"pop{site}", options)
+
+    def of_pop(self, pop: int) -> list[LocalNode]:
+        """The daemons of one PoP."""
+        return self.nodes[pop * self.per_pop : (pop + 1) * self.per_pop]
+
+    def stop(self) -> None:
+        super().stop()
+        self.wan.close()
