@@ -20,6 +20,10 @@ COLLECT_INTERVAL_S = 3600.0
 READ_GROUPS_MAX = 10_000
 FIND_ROWS_MAX = 100_000
 GROUP_QUEUE_WRITES_MAX = 1_000
+IDS_APART = 256
+"""Ids of a table whose rows live in several PoPs are k * IDS_APART + the index of the PoP that gave them out."""
+SPANNING_ID_MAX = 2**31 - 1
+"""The greatest of them: MySQL's INT holds it, and so does whatever was written for it."""
 ROUNDS_AHEAD_MAX = 1 << 40
 """A ballot whose round is further ahead of the acceptor's promise comes from a defect. Promised, it would leave too few
 rounds above it for ever, as rounds are 64 bits wide."""

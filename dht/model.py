@@ -105,12 +105,17 @@ class Part(Struct, frozen=True):
 
 
 class Transaction(Struct, frozen=True):
-    """All parts or none. `id`: 16 random bytes, the same at every retry. A single part is the common, fast case."""
+    """All parts or none. `id`: 16 random bytes, the same at every retry. A single part is the common, fast case.
+
+    `created`: the parts, by position, whose groups nobody has yet; of a local family they are made in the PoP where the
+    transaction is committed.
+    """
 
     id: TransactionId
     database: str
     catalog_version: int
     parts: tuple[Part, ...]
+    created: tuple[int, ...] = ()
 
 
 class Applied(Struct, frozen=True):
@@ -159,6 +164,19 @@ class Order(Struct, frozen=True):
     descending: bool = False
 
 
+class Scope(enum.IntEnum):
+    """Which PoPs a find is about.
+
+    HOME: the database's home. For tables of local families: POPS: all PoPs; REACHABLE: those that can be asked, the
+    others are left out; NEAR: the one where it is asked.
+    """
+
+    HOME = 0
+    POPS = 1
+    REACHABLE = 2
+    NEAR = 3
+
+
 class FindQuery(Struct, frozen=True):
     """Rows of one table in whatever group, by conjunction of constraints.
 
@@ -172,6 +190,7 @@ class FindQuery(Struct, frozen=True):
     order: Order | None = None
     limit: int | None = None
     whole_groups: bool = False
+    scope: Scope = Scope.HOME
 
 
 class FoundRow(Struct, frozen=True):

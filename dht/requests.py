@@ -25,10 +25,14 @@ from dht.model import (
 
 @message
 class ReadGroups(Message, frozen=True, tag=100):
-    """Linearizable read of groups, each at one ballot. `known[i]`: the ballot the caller has cached, or None."""
+    """Linearizable read of groups, each at one ballot. `known[i]`: the ballot the caller has cached, or None.
+
+    `near`: a group of a local family is looked for in the asked node's own PoP only.
+    """
 
     keys: tuple[GroupKey, ...]
     known: tuple[Ballot | None, ...]
+    near: bool = False
 
 
 @message
@@ -196,7 +200,11 @@ class Store(Protocol):
     """Errors: see `dht.errors`. `timeout_s` bounds the whole call; None means limits.REQUEST_TIMEOUT_S."""
 
     async def read(
-        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
     ) -> tuple[GroupRead, ...]: ...
 
     async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult: ...
@@ -230,7 +238,11 @@ class BlockingStore(Protocol):
     """`Store` for threads and greenlets: the same calls, blocking."""
 
     def read(
-        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
     ) -> tuple[GroupRead, ...]: ...
 
     def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult: ...
@@ -252,6 +264,8 @@ class BlockingStore(Protocol):
     ) -> int: ...
 
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
+
+    def homes(self, timeout_s: float | None = None) -> dict[str, str]: ...
 
     def create_database(self, name: str, timeout_s: float | None = None) -> bool: ...
 

@@ -112,6 +112,16 @@ def group_key(database: str, family: str, key: tuple[Value, ...]) -> GroupKey:
     return encode_values((database, family, *key))
 
 
+LOCAL_MARK: Final = "~"
+"""What the name of a family begins with whose groups live in the PoP that made them (`dht.register.places`)."""
+_LOCAL_FAMILY: Final = _TEXT + LOCAL_MARK.encode()
+
+
+def is_local(group: GroupKey) -> bool:
+    """Whether the group, or the groups that begin so, are of a local family. Names of databases hold no NUL."""
+    return group.startswith(_LOCAL_FAMILY, group.find(b"\x00") + 1)
+
+
 def split_group_key(group: GroupKey) -> tuple[str, str, tuple[Value, ...]]:
     """(database, family, key) of a group's name."""
     parts = decode_values(group)

@@ -56,7 +56,7 @@ async def ask_store(store: Store, message: Message, timeout_s: float) -> Message
         case requests.ReadGroups():
             if len(message.known) != len(message.keys):
                 raise Invalid(f"{len(message.keys)} keys came with {len(message.known)} ballots; send one for each key")
-            return requests.ReadGroupsReply(await store.read(message.keys, message.known, timeout_s))
+            return requests.ReadGroupsReply(await store.read(message.keys, message.known, timeout_s, message.near))
         case requests.Find():
             return requests.FindReply(await store.find(message.query, timeout_s))
         case requests.Commit():

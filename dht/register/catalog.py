@@ -13,7 +13,7 @@ import msgspec
 from dht.errors import Invalid, NotFound, SchemaChanged
 from dht.limits import SEQUENCE_BLOCK_IDS
 from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part, RowKey, TableSpec, Value
-from dht.rows import decode_row, encode_row, group_key, row_key, split_group_key, split_row_key
+from dht.rows import LOCAL_MARK, decode_row, encode_row, group_key, row_key, split_group_key, split_row_key
 
 REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
 POPS_GROUP: GroupKey = group_key("", "pops", ())
@@ -127,13 +127,14 @@ def emptied(key: GroupKey, rows: Mapping[RowKey, bytes]) -> dict[RowKey, bytes |
 
 
 def sequence_group(database: str, name: str) -> GroupKey:
-    return group_key(database, SEQUENCE_FAMILY, (name,))
+    """Each PoP has its own of a sequence whose name begins with the mark of local families."""
+    return group_key(database, (LOCAL_MARK if name.startswith(LOCAL_MARK) else "") + SEQUENCE_FAMILY, (name,))
 
 
 def is_sequence(key: GroupKey) -> bool:
     """Whether the group is a sequence's."""
     try:
-        return split_group_key(key)[1] == SEQUENCE_FAMILY
+        return split_group_key(key)[1].removeprefix(LOCAL_MARK) == SEQUENCE_FAMILY
     except Invalid:
         return False
 

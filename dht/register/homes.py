@@ -69,10 +69,16 @@ class FarStore:
         raise Unavailable(f"PoP {self.pop} cannot be asked: {why}", pop=self.pop)
 
     async def read(
-        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
     ) -> tuple[GroupRead, ...]:
         ballots = (None,) * len(keys) if known is None else tuple(known)
-        return (await self.ask(requests.ReadGroups(tuple(keys), ballots), requests.ReadGroupsReply, timeout_s)).groups
+        return (
+            await self.ask(requests.ReadGroups(tuple(keys), ballots, near), requests.ReadGroupsReply, timeout_s)
+        ).groups
 
     async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
         return (await self.ask(requests.Find(query), requests.FindReply, timeout_s)).result
@@ -211,7 +217,11 @@ class HomedStore:
             return await ask(self._at(again))
 
     async def read(
-        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
     ) -> tuple[GroupRead, ...]:
         prefix = database_prefix(keys[0]) if keys else b""
         if not all(key.startswith(prefix) for key in keys):

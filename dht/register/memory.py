@@ -57,7 +57,11 @@ class MemoryStore:
         return newest
 
     def read(
-        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
     ) -> tuple[GroupRead, ...]:
         with self._lock:
             out = []
@@ -203,6 +207,9 @@ class MemoryStore:
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         with self._lock:
             return tuple(catalog.databases_of(self._state(catalog.REGISTRY_GROUP).data()))
+
+    def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        return dict.fromkeys(self.list_databases(timeout_s), "")
 
     def create_database(self, name: str, timeout_s: float | None = None) -> bool:
         catalog.check_database_name(name)

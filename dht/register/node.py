@@ -178,7 +178,11 @@ class StoreNode:
         return self._context.clock.monotonic() + limit
 
     async def read(
-        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
     ) -> tuple[GroupRead, ...]:
         return await self._reader.read(keys, known, self._deadline(timeout_s))
 

@@ -223,10 +223,14 @@ class SocketStore:
         self.client = client
 
     def read(
-        self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None = None, timeout_s: float | None = None
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
     ) -> tuple[GroupRead, ...]:
         ballots = (None,) * len(keys) if known is None else tuple(known)
-        return self._ask(requests.ReadGroups(tuple(keys), ballots), requests.ReadGroupsReply, timeout_s).groups
+        return self._ask(requests.ReadGroups(tuple(keys), ballots, near), requests.ReadGroupsReply, timeout_s).groups
 
     def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
         return self._ask(requests.Find(query), requests.FindReply, timeout_s).result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dht.model import Columns, Comparison, Constraint, GroupKey, Value
+from dht.model import Columns, Comparison, Constraint, GroupKey, Scope, Value
 from dht.rows import decode_row, group_key, table_prefix
 from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Record, Table, Unique
 from nova_bridge.sql.transaction import Place, Transaction
@@ -70,8 +70,8 @@ def by_entry(tx: Transaction, table: Table, unique: Unique, keys: Sequence[tuple
     return found
 
 
-def equal(tx: Transaction, table: Table, wanted: Mapping[int, Value]) -> list[Record]:
-    """Rows whose columns (by position) have these values, none of them NULL."""
+def equal(tx: Transaction, table: Table, wanted: Mapping[int, Value], near: bool = False) -> list[Record]:
+    """Rows whose columns (by position) have these values, none of them NULL. `near`: those that a find sees here."""
     if table.integer_key is not None and table.integer_key in wanted:
         records = tx.by_pk(table, [(wanted[table.integer_key],)])
     elif table.whole:
@@ -84,7 +84,7 @@ def equal(tx: Transaction, table: Table, wanted: Mapping[int, Value]) -> list[Re
         records = by_entry(tx, table, unique, [tuple([wanted[p] for p in unique.columns])])
     else:
         constraints = {p: v for p, v in wanted.items() if p not in table.unindexed}
-        records = tx.find(table, _equalities(table, constraints))
+        records = tx.find(table, _equalities(table, constraints), scope=Scope.NEAR if near else None)
     items = list(wanted.items())
     return [r for r in records if all(r.values[p] == v for p, v in items)]
 

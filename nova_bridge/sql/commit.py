@@ -8,11 +8,12 @@ import random
 import sqlite3
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, SchemaChanged
+from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Invalid, SchemaChanged
 from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Part
 from dht.model import Transaction as StoreTransaction
 from nova_bridge.sql.access import entry_owner, owner_columns
@@ -24,6 +25,7 @@ from nova_bridge.sql.errors import (
     from_store,
     unique_failed,
 )
+from nova_bridge.sql.families import TEMPORARY
 from nova_bridge.sql.rules import parent_of
 from nova_bridge.sql.schema import ENTRY_TABLE, Table, Unique
 from nova_bridge.sql.transaction import Pending, Place, Transaction
@@ -116,7 +118,8 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
     database = tx.database
     began = time.monotonic()
     while True:
-        transaction = StoreTransaction(os.urandom(16), database.name, tx.schema.version, parts)
+        created = _created(tx, parts)
+        transaction = StoreTransaction(os.urandom(16), database.name, tx.schema.version, parts, created)
         try:
             database.store.commit(transaction, 0, database.timeout_s)
         except SchemaChanged as error:
@@ -133,16 +136,58 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
             raise _named(error, list(drafts.values())) from None
         except Indeterminate as error:
             _settle(tx, transaction, error)
+        except Invalid as error:
+            if not _may_be_cut(rows):
+                raise from_store(error) from None
+            _commit_apart(tx, rows, parts, error, foreign_keys)
+            return
         except DhtError as error:
             raise from_store(error) from None
         counts.applied += 1
         return
 
 
+def _may_be_cut(rows: Rows) -> bool:
+    """Deletes, and the copies that a schema statement makes, which nobody reads before it ends."""
+    return all(
+        pending.current is None or (pending.base is None and table.name.lower().startswith(TEMPORARY))
+        for table, _, pending in rows
+    )
+
+
+def _commit_apart(tx: Transaction, rows: Rows, parts: tuple[Part, ...], error: Invalid, foreign_keys: bool) -> None:
+    for piece in apart(parts, error):
+        keys = {part.key for part in piece}
+        _commit(tx, [row for row in rows if _group_of(row) in keys], foreign_keys)
+
+
+def apart(parts: Sequence[Part], error: Invalid) -> list[list[Part]]:
+    """The parts by the PoP that they live in, where the store refused them together; else the refusal is raised."""
+    homes = error.detail.get("homes")
+    if not isinstance(homes, (list, tuple)) or len(homes) != len(parts) or len(set(homes)) < 2:
+        raise from_store(error) from None
+    pieces: dict[object, list[Part]] = {}
+    for part, home in zip(parts, homes, strict=True):
+        pieces.setdefault(home, []).append(part)
+    return list(pieces.values())
+
+
 def _parts(tx: Transaction, drafts: dict[GroupKey, _Draft]) -> tuple[Part, ...]:
     return tuple(
         Part(key, tx.seen.get(key), tuple(c for c, _ in draft.changes), tuple(g for g, _ in draft.guards))
         for key, draft in drafts.items()
+    )
+
+
+def _created(tx: Transaction, parts: tuple[Part, ...]) -> tuple[int, ...]:
+    """Which parts make a group that was not there when this transaction looked."""
+    roots = {number for number, table in tx.schema.by_number.items() if table.local and table.root}
+    if not roots:
+        return ()
+    return tuple(
+        index
+        for index, part in enumerate(parts)
+        if any(change.op is Op.INSERT and change.table in roots for change in part.changes) and tx.is_empty(part.key)
     )
 
 

@@ -138,7 +138,12 @@ class Cursor:
                 raise sqlite3.OperationalError(f'near "{sql.strip()[:40]}": not a statement that this database runs')
 
     def _read(self, sql: str, parameters: Any) -> None:
-        self._with_reloads(sql, parameters)
+        tx = self.connection.tx
+        tx.reading = True
+        try:
+            self._with_reloads(sql, parameters)
+        finally:
+            tx.reading = False
         self.connection.end_statement()
 
     def _write(self, shape: statements.Shape, sql: str, parameters: Any) -> None:

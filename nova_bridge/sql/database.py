@@ -16,7 +16,6 @@ from dht.requests import BlockingStore
 from dht.rows import group_key
 from nova_bridge.sql import shadow as shadows
 from nova_bridge.sql.catalog import Catalog
-from nova_bridge.sql.families import ROW_FAMILY
 from nova_bridge.sql.groups import Follows, GroupCache, GroupView, Hints
 from nova_bridge.sql.schema import Schema, Table, TableDef
 
@@ -47,12 +46,12 @@ class IdBlocks:
                 self._pid, self._blocks = os.getpid(), {}
             following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
             unused = end - following
-            following = max(following, above + 1)
+            following = _above(following, above, table.id_step)
             if following >= end:
                 size = max(1, size // 2) if unused > 0 else min(max(1, size * 2), ID_BLOCK_MAX)
                 following = reserve(size, above)
-                end = following + size
-            self._blocks[table.sequence] = (following + 1, end, size)
+                end = following + size * table.id_step
+            self._blocks[table.sequence] = (following + table.id_step, end, size)
             return following
 
     def skip(self, table: Table, number: int) -> None:
@@ -60,12 +59,17 @@ class IdBlocks:
         with self._lock:
             following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
             if following <= number:
-                self._blocks[table.sequence] = (number + 1, end, size)
+                self._blocks[table.sequence] = (_above(following, number, table.id_step), end, size)
 
     def clear(self) -> None:
         """Drop all blocks."""
         with self._lock:
             self._blocks.clear()
+
+
+def _above(following: int, number: int, step: int) -> int:
+    """The first of `following`, `following + step`, .. that is above the number."""
+    return following if following > number else following + ((number - following) // step + 1) * step
 
 
 class Database:
@@ -166,10 +170,14 @@ class Database:
         shadow = shadows.clone(self.shadow())
         for step in ddl:
             step(shadow)
-        reader = shadows.Introspection(shadow, before.definitions, before.next_table)
+        reader = shadows.Introspection(shadow, before.definitions, before.next_table, self._home_now)
         result = reader.definitions(renamed, columns), reader.next_table, shadow
         self._preview = (before, ddl, result)
         return result
+
+    def _home_now(self) -> str:
+        """Where the database lives, or will be created by the next statement: in the PoP of whoever asks."""
+        return self.store.homes(self.timeout_s).get(self.name, "")
 
     def publish(self, content: Schema) -> None:
         """Give an empty database the tables of another."""
@@ -226,8 +234,8 @@ class Database:
 
     def fence(self, version: int, tables: Collection[Table]) -> None:
         """Return when no transaction made under an older catalog can change a row of the tables any more."""
-        prefixes = {group_key(self.name, ROW_FAMILY, (table.number,)): None for table in tables}
-        prefixes |= {group_key(self.name, t.family, ()): None for t in tables if t.family != ROW_FAMILY}
+        prefixes = {group_key(self.name, table.row_family, (table.number,)): None for table in tables}
+        prefixes |= {group_key(self.name, t.family, ()): None for t in tables if t.family != t.row_family}
         following = 0
         while following >= 0:
             following = self.store.fence(self.name, version, tuple(prefixes), following, self.timeout_s)
@@ -237,16 +245,17 @@ class Database:
             self.store.create_database(self.name, self.timeout_s)
             self.exists = True
 
-    def read_groups(self, keys: Sequence[GroupKey], version: int) -> list[GroupView]:
+    def read_groups(self, keys: Sequence[GroupKey], version: int, near: bool = False) -> list[GroupView]:
         """The groups now, each at one ballot, in one call, or in more where one reply would be too large."""
         known = [self.groups.get(key, version) for key in keys]
+        ballots = [None if v is None else v.ballot for v in known]
         try:
-            reads = self.store.read(keys, [None if v is None else v.ballot for v in known], self.timeout_s)
+            reads = self.store.read(keys, ballots, self.timeout_s, near)
         except Invalid:
             if len(keys) < 2:
                 raise
             half = len(keys) // 2
-            return [*self.read_groups(keys[:half], version), *self.read_groups(keys[half:], version)]
+            return [*self.read_groups(keys[:half], version, near), *self.read_groups(keys[half:], version, near)]
         return [self.groups.take(read, view, version) for read, view in zip(reads, known, strict=True)]
 
     def next_id(self, table: Table, above: int) -> int:

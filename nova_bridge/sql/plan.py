@@ -249,7 +249,17 @@ class Planner:
         if LOG.isEnabledFor(logging.DEBUG):
             self._tell_scan(constraints)
         limit = _limit(plan, arguments) if len(constraints) == len(plan.terms) else None
-        return tx.find(table, constraints, plan.order, limit, whole_groups, plan)
+        scope = table.scope
+        if tx.reading and table.scan_scope is not scope and not self._pins(constraints):
+            scope = table.scan_scope
+        return tx.find(table, constraints, plan.order, limit, whole_groups, plan, scope)
+
+    def _pins(self, constraints: Sequence[Constraint]) -> bool:
+        """Whether at most some named rows can fit: such a look-up is answered for all PoPs or not at all."""
+        table = self.table
+        named = {c.column for c in constraints if c.comparison in (Comparison.EQ, Comparison.IN)}
+        keys = [table.family_key, table.primary, *(unique.columns for unique in table.uniques)]
+        return any(key and all(table.number_of(p) in named for p in key) for key in keys)
 
     def _tell_scan(self, constraints: Sequence[Constraint]) -> None:
         """Log it when no index begins with a column that the statement has a condition on: every row is looked at."""

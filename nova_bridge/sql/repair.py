@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from dht.errors import Conflict
-from dht.model import Change, FindQuery, GroupKey, Guard, GuardKind, Op, Part
+from dht.model import Change, FindQuery, GroupKey, Guard, GuardKind, Op, Part, Scope
 from dht.model import Transaction as StoreTransaction
-from dht.rows import decode_row, group_key, split_group_key
+from dht.register.catalog import sequence_group
+from dht.rows import decode_row, split_group_key
 from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW, owner_columns
 from nova_bridge.sql.commit import ENTRY_ROW
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Record, Table, Unique
 from nova_bridge.sql.transaction import Place, Transaction
 
-SEQUENCE_FAMILY = "sequence"
 SEQUENCE_JUMP_IDS = 1_000_000
 
 Taken = dict[GroupKey, list[tuple[Table, Unique, Record]]]
@@ -48,12 +48,14 @@ def check(database: Database, *, repair: bool) -> Iterator[str]:
 def _check_sequence(database: Database, table: Table, records: list[Record], repair: bool) -> Iterator[str]:
     if table.integer_key is None and not table.rowid_key:
         return
+    if table.local:
+        # Each PoP has a sequence of its own, of which this is the one here.
+        records = Transaction(database).find(table, (), scope=Scope.NEAR)
     numbers = [n for r in records if isinstance(n := r.pk[0], int)]
-    (group,) = database.store.read(
-        [group_key(database.name, SEQUENCE_FAMILY, (table.sequence,))], None, database.timeout_s
-    )
+    key = sequence_group(database.name, table.sequence)
+    (group,) = database.store.read([key], None, database.timeout_s, near=table.local)
     following: Any = next((decode_row(row).get(0) for row in (group.rows or {}).values()), 1)
-    if numbers and following <= max(numbers):
+    if numbers and following * table.id_step <= max(numbers):
         if repair:
             database.raise_sequence(table, max(numbers) + SEQUENCE_JUMP_IDS)
         yield f"the sequence of {table.name} stands at {following}, a row has id {max(numbers)}"

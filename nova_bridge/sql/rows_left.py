@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from dht.errors import Conflict
+from dht.errors import Conflict, Invalid
 from dht.model import Change, GroupKey, Op, Part
 from dht.model import Transaction as StoreTransaction
 from nova_bridge.sql.access import ENTRY_PREFIX
-from nova_bridge.sql.commit import ENTRY_ROW
+from nova_bridge.sql.commit import ENTRY_ROW, apart
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import ENTRY_TABLE, Record, Table, TableDef
 from nova_bridge.sql.transaction import Transaction
@@ -51,5 +51,8 @@ def _commit(database: Database, changes: dict[GroupKey, list[Change]]) -> None:
         return
     try:
         database.store.commit(StoreTransaction(os.urandom(16), database.name, 0, parts), 0, database.timeout_s)
+    except Invalid as error:
+        for piece in apart(parts, error):
+            _commit(database, {part.key: list(part.changes) for part in piece})
     except Conflict:
         return  # somebody else deletes or changes them; the caller looks again

@@ -14,9 +14,17 @@ from nova_bridge.sql.values import coerce
 
 
 def check_unique(
-    tx: Transaction, table: Table, record: Record, own: Collection[Place], changed: Collection[int] | None
+    tx: Transaction,
+    table: Table,
+    record: Record,
+    own: Collection[Place],
+    changed: Collection[int] | None,
+    near: bool = False,
 ) -> None:
-    """Raise for a duplicate. `own`: the row's places before and after; `changed`: positions set, None for a new row."""
+    """Raise for a duplicate. `own`: the row's places before and after; `changed`: positions set, None for a new row.
+
+    `near`: the row makes its group, so that only this PoP is asked (`Transaction.begins`).
+    """
     rules = [u for u in table.uniques if changed is None or not set(u.columns).isdisjoint(changed)]
     if not rules:
         return
@@ -42,7 +50,7 @@ def check_unique(
                 values = [record.values[p] for p in unique.columns]
                 taken = None not in values and any(
                     (r.group, r.key) not in own
-                    for r in equal(tx, table, dict(zip(unique.columns, values, strict=True)))
+                    for r in equal(tx, table, dict(zip(unique.columns, values, strict=True)), near)
                 )
         if taken:
             raise unique_failed(table.name, table.column_names(unique.columns))

@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 
-from dht.model import GroupKey, IndexSpec, Row, RowKey, TableSpec, Value
-from dht.rows import encode_values, group_key, row_key, table_prefix
-from nova_bridge.sql.families import ROW_FAMILY
+from dht.limits import IDS_APART
+from dht.model import GroupKey, IndexSpec, Reading, Row, RowKey, Scope, TableSpec, Value
+from dht.rows import LOCAL_MARK, encode_values, group_key, row_key, table_prefix
+from nova_bridge.sql.families import LOCAL, LOCAL_ROW_FAMILY, ROW_FAMILY
 
 UNIQUE_FAMILY = "unique"
 ENTRY_TABLE = 1
@@ -62,6 +63,7 @@ class TableDef(msgspec.Struct, frozen=True):
     """One table of the catalog. `index_sql`: the CREATE INDEX statements by index name, in order of creation.
 
     `dropped`: there is no such table any more, but rows of it may be left; the next schema statement looks again.
+    `home`, `root`, `read`: see `nova_bridge.sql.families.Rule`.
     """
 
     number: int
@@ -81,14 +83,20 @@ class TableDef(msgspec.Struct, frozen=True):
     trusted: tuple[tuple[str, ...], ...] = ()
     index_sql: tuple[tuple[str, str], ...] = ()
     dropped: bool = False
+    home: str = ""
+    root: bool = False
+    read: int = 0
 
     def spec(self) -> TableSpec:
         """What the replicas must know."""
         hidden = {c.number for c in self.columns if c.added_default}
         specs = [IndexSpec(i.id, i.columns) for i in self.indexes if not hidden.intersection(i.columns)]
-        family = (self.family, self.number) if self.family == ROW_FAMILY else (self.family,)
+        alone = self.family in (ROW_FAMILY, LOCAL_ROW_FAMILY)
+        family = (self.family, self.number) if alone else (self.family,)
         groups = (encode_values(family), encode_values((UNIQUE_FAMILY, self.number)))
-        return TableSpec(self.number, self.primary or (HIDDEN_ROWID,), tuple(specs), groups=groups)
+        return TableSpec(
+            self.number, self.primary or (HIDDEN_ROWID,), tuple(specs), self.home, self.read, groups
+        )
 
 
 class Unique(msgspec.Struct, frozen=True):
@@ -171,7 +179,12 @@ class Table:
             for f in definition.foreign
         ]
         self.prefix = table_prefix(self.number)
-        self.sequence = str(self.number)
+        self.local, self.root = definition.home == LOCAL, definition.root
+        self.row_family = LOCAL_ROW_FAMILY if self.local else ROW_FAMILY
+        self.sequence = (LOCAL_MARK if self.local else "") + str(self.number)
+        self.id_step = IDS_APART if self.local else 1
+        self.scope = Scope.POPS if self.local else Scope.HOME
+        self.scan_scope = Scope.REACHABLE if self.local and definition.read & Reading.PARTIAL_OK else self.scope
         self._whole_key = group_key(database, self.family, ()) if self.whole else b""
 
     def _unique(self, index: IndexDef) -> Unique:
@@ -216,7 +229,7 @@ class Table:
 
     def row_group(self, pk: tuple[Value, ...]) -> GroupKey:
         """The group of a row that has one of its own."""
-        return group_key(self.database, ROW_FAMILY, (self.number, *pk))
+        return group_key(self.database, self.row_family, (self.number, *pk))
 
     def entry_key(self, unique: Unique, values: tuple[Any, ...]) -> GroupKey | None:
         """The group that reserves the row's values, or None if the rule does not bind this row."""

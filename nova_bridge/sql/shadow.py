@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import apsw
 
-from nova_bridge.sql.families import ROW_FAMILY, Rule, rule_of
+from nova_bridge.sql.families import LOCAL, Rule, rule_of
 from nova_bridge.sql.schema import ColumnDef, ForeignDef, IndexDef, TableDef
 from nova_bridge.sql.values import affinity_of
 
@@ -52,10 +52,13 @@ def rows(shadow: apsw.Connection, sql: str, *arguments: Any) -> list[Any]:
 
 
 class Introspection:
-    """Reads the definitions of the tables whose DDL text changed since `before`."""
+    """Reads the definitions of the tables whose DDL text changed since `before`. `home` tells the database's."""
 
-    def __init__(self, shadow: apsw.Connection, before: dict[str, TableDef], next_table: int) -> None:
+    def __init__(
+        self, shadow: apsw.Connection, before: dict[str, TableDef], next_table: int, home: Callable[[], str]
+    ) -> None:
         self.shadow, self.before, self.next_table = shadow, before, next_table
+        self._home = home
         self._index_sql: dict[str, list[tuple[str, str]]] = {}
         for table, name, sql in rows(shadow, INDEXES_SQL):
             self._index_sql.setdefault(table.lower(), []).append((name, sql))
@@ -87,7 +90,7 @@ class Introspection:
         integer = len(primary) == 1 and any(r[5] and r[2].upper() == "INTEGER" for r in info)
         if old is None:
             number, self.next_table = self.next_table, self.next_table + 1
-            rule = rule_of(name, set(number_of))
+            rule = rule_of(name, set(number_of), self._home())
         else:
             number = old.number
             by_number = {c.number: c.name.lower() for c in columns}
@@ -97,6 +100,9 @@ class Introspection:
                 old.whole,
                 tuple(by_number[n] for n in old.merge if n in by_number),
                 old.trusted,
+                old.home,
+                old.root,
+                old.read,
             )
         foreign = self._foreign(name, number_of)
         family_columns = tuple(number_of[c] for c in rule.key)
@@ -118,6 +124,9 @@ class Introspection:
             merge=tuple(number_of[c] for c in rule.merge_last),
             trusted=rule.trusted,
             index_sql=index_sql,
+            home=rule.home,
+            root=rule.root,
+            read=rule.read,
         )
 
     def _columns(
@@ -177,8 +186,10 @@ class Introspection:
             if unique and partial:
                 raise sqlite3.NotSupportedError(f"unique index {index} is partial; leave out its WHERE")
             kind = "plain"
-            if unique and (rule.family != ROW_FAMILY or not set(primary) <= set(columns)):
+            if unique and (rule.key or rule.whole or not set(primary) <= set(columns)):
                 kind = self._kind(columns, primary, rule, family_columns, trusted)
+                if kind == "entry" and rule.home == LOCAL:
+                    raise _spans_pops(name, [c.lower() for c in names])
             wanted.setdefault((columns, kind), bool(partial))
         for key in foreign:
             if not any(columns[: len(key.columns)] == key.columns for columns, _ in wanted):
@@ -205,3 +216,11 @@ class Introspection:
         if rule.whole or (family_columns and set(family_columns) <= set(columns)):
             return "plain" if columns == primary else "group"
         return "trusted" if columns in trusted else "entry"
+
+
+def _spans_pops(table: str, columns: list[str]) -> sqlite3.NotSupportedError:
+    return sqlite3.NotSupportedError(
+        f"the rows of {table} live in the PoPs that made them, and no PoP that is cut off could keep a unique key over "
+        f"all of them ({', '.join(columns)}): name it under `local` in families.yaml if its values are random, make it "
+        "contain the family's key, or give the table's family the home `global`"
+    )

@@ -19,6 +19,7 @@ from dht.model import (
     GroupKey,
     Order,
     RowKey,
+    Scope,
     Value,
 )
 from dht.rows import decode_row
@@ -79,7 +80,9 @@ class Transaction:
         self._asked: dict[GroupKey, tuple[Hashable, int]] = {}
         self._siblings: dict[GroupKey, tuple[int, list[GroupKey]]] = {}
         self._missed = 0
+        self._near: set[GroupKey] = set()
         self.statement = 0
+        self.reading = False
 
     @property
     def schema(self) -> Schema:
@@ -107,6 +110,11 @@ class Transaction:
             self._keep_reads(None)
         self._schema = schema
         return True
+
+    def is_empty(self, key: GroupKey) -> bool:
+        """Whether the group was read, and had no rows."""
+        view = self._views.get(key)
+        return view is not None and not view.size_bytes
 
     @property
     def written(self) -> bool:
@@ -136,14 +144,29 @@ class Transaction:
         missing = [k for k in siblings if k not in self._views and k != key]
         return [key, *missing[: SIBLINGS_PER_READ_MAX - 1]]
 
-    def ensure(self, keys: Iterable[GroupKey]) -> None:
-        """Read those of the groups that were not read yet, in one call."""
+    def ensure(self, keys: Iterable[GroupKey], near: bool = False) -> None:
+        """Read those of the groups that were not read yet, in one call. `near`: see `dht.requests.ReadGroups`."""
         missing = [k for k in dict.fromkeys(keys) if k not in self._views]
         if missing:
             if self._asked:
                 self._learn(missing)
-            for view in self.database.read_groups(missing, self.schema.version):
+            for view in self.database.read_groups(missing, self.schema.version, near):
                 self._admit(view)
+            if near:
+                self._near.update(missing)
+
+    def begins(self, table: Table, group: GroupKey) -> bool:
+        """Whether a new row of the table makes its group, which nobody has as far as this process ever saw.
+
+        Only the own PoP is asked of it then: its key is new, or the transaction met it and knows. So a PoP that is cut
+        off makes new groups.
+        """
+        if not (table.local and table.root):
+            return False
+        if group in self._ballots:
+            return group in self._near and self.is_empty(group)
+        known = self.database.groups.get(group, self.schema.version)
+        return known is None or not known.size_bytes
 
     def _learn(self, missing: list[GroupKey]) -> None:
         """These groups were found and are read now. Many that are at hand already are better read by their ballots."""
@@ -323,20 +346,23 @@ class Transaction:
         limit: int | None = None,
         whole: bool = False,
         plan: Hashable = None,
+        scope: Scope | None = None,
     ) -> list[Record]:
         """Rows of the table in whatever group that fit the constraints, own changes included.
 
         `whole`: bring their groups too; so does a `plan` of which this process learned that their groups are read next.
+        `scope`: of a local table, if not all PoPs.
         """
         own = self.overlay.get(table.number)
         if own:
             limit = None
-        question = (table.number, constraints, order, limit)
+        scope = table.scope if scope is None else scope
+        question = (table.number, constraints, order, limit, scope)
         base = self._finds.get(question)
         if base is None:
             follows = self.database.follows if plan is not None and table.family_key and not whole else None
             whole = whole or (follows is not None and follows.expected((table.number, plan)))
-            base = self._ask(table, constraints, order, limit, whole)
+            base = self._ask(table, constraints, order, limit, whole, scope)
             if follows is not None and not whole:
                 self._asked.update(dict.fromkeys([r.group for r in base], ((table.number, plan), len(base))))
             if len(self._finds) < FINDS_KEPT_MAX:
@@ -351,30 +377,38 @@ class Transaction:
         return result
 
     def _ask(
-        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, whole: bool
+        self,
+        table: Table,
+        constraints: tuple[Constraint, ...],
+        order: Order | None,
+        limit: int | None,
+        whole: bool,
+        scope: Scope,
     ) -> list[Record]:
         """The store's answer; one that is too large for a frame is asked for with less, then in pages."""
         try:
-            records = self._ask_once(table, constraints, order, limit, whole)
+            records = self._ask_once(table, constraints, order, limit, whole, scope)
         except Invalid:
             if whole:
-                return self._ask(table, constraints, order, limit, False)
+                return self._ask(table, constraints, order, limit, False, scope)
             if table.integer_key is None or limit is not None:
                 raise
-            records = self._ask_pages(table, constraints, order)
+            records = self._ask_pages(table, constraints, order, scope)
         if len(records) > 1 and table.family_key:
             groups = list(dict.fromkeys([r.group for r in records]))
             self._siblings.update(dict.fromkeys(groups, (self.statement, groups)))
             self._missed = 0
         return records
 
-    def _ask_pages(self, table: Table, constraints: tuple[Constraint, ...], order: Order | None) -> list[Record]:
+    def _ask_pages(
+        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, scope: Scope
+    ) -> list[Record]:
         column = table.number_of(table.primary[0])
         found: list[Record] = []
         page: list[Record] = []
         while not found or len(page) == PAGE_ROWS:
             after = (Constraint(column, Comparison.GT, (found[-1].pk[0],)),) if found else ()
-            page = self._ask_once(table, (*constraints, *after), Order((column,)), PAGE_ROWS, False)
+            page = self._ask_once(table, (*constraints, *after), Order((column,)), PAGE_ROWS, False, scope)
             found += page
             if not page:
                 break
@@ -383,17 +417,23 @@ class Transaction:
         return found
 
     def _ask_once(
-        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, whole: bool
+        self,
+        table: Table,
+        constraints: tuple[Constraint, ...],
+        order: Order | None,
+        limit: int | None,
+        whole: bool,
+        scope: Scope,
     ) -> list[Record]:
         database, schema = self.database, self.schema
-        query = FindQuery(database.name, table.number, schema.version, constraints, order, limit, whole)
+        query = FindQuery(database.name, table.number, schema.version, constraints, order, limit, whole, scope)
         try:
             result = database.store.find(query, database.timeout_s)
         except SchemaChanged:
             newer = database.reload()
             if not newer.same_table(schema, table.number) or not self.adopt(newer):
                 raise
-            return self._ask_once(table, constraints, order, limit, whole)
+            return self._ask_once(table, constraints, order, limit, whole, scope)
         for read in result.groups:
             if read.key not in self._views:
                 known = database.groups.get(read.key, schema.version)

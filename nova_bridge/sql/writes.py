@@ -43,9 +43,12 @@ class Writer:
         _check_not_null(table, values)
         record = table.record(tuple(values))
         place = (record.group, record.key)
+        near = tx.begins(table, record.group)
+        if near:
+            tx.ensure([record.group], near=True)
         if given and self._exists(table, record):
             raise unique_failed(table.name, table.column_names(table.primary))
-        rules.check_unique(tx, table, record, (place,), None)
+        rules.check_unique(tx, table, record, (place,), None, near)
         before = tx.pending(table, record)
         stored = before.base if before.base is not record else None
         columns = frozenset(range(len(values))) if stored is not None else frozenset[int]()
@@ -82,6 +85,8 @@ class Writer:
         if None in key:
             return 0
         group = table.family_group(key)
+        if self.tx.begins(table, group):
+            self.tx.ensure([group], near=True)
         entries = [
             k for u in table.uniques if u.kind == "entry" and (k := table.entry_key(u, tuple(values))) is not None
         ]
