@@ -94,9 +94,7 @@ class TableDef(msgspec.Struct, frozen=True):
         alone = self.family in (ROW_FAMILY, LOCAL_ROW_FAMILY)
         family = (self.family, self.number) if alone else (self.family,)
         groups = (encode_values(family), encode_values((UNIQUE_FAMILY, self.number)))
-        return TableSpec(
-            self.number, self.primary or (HIDDEN_ROWID,), tuple(specs), self.home, self.read, groups
-        )
+        return TableSpec(self.number, self.primary or (HIDDEN_ROWID,), tuple(specs), self.home, self.read, groups)
 
 
 class Unique(msgspec.Struct, frozen=True):
