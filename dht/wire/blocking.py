@@ -46,8 +46,6 @@ DYING_S = 0.5
 death, not a second one."""
 RECEIVE_BYTES = 64 * 1024
 OUTCOME_PAUSE_S = 0.05
-CUT_OFF_WAIT_S = 0.25
-"""How long an outcome is asked for again of a daemon that says that it is cut off."""
 
 R = TypeVar("R", bound=Message)
 
@@ -262,15 +260,13 @@ class SocketStore:
             attempt += 1
 
     def _settled(self, transaction: Transaction, deadline: float) -> str:
-        """What became of the transaction; "unknown" too if nobody could say before the deadline."""
+        """What became of the transaction; "unknown" too if nobody can say, at once if the daemon is cut off."""
         first = transaction.parts[0]
-        give_up = 0.0
         while (left_s := deadline - time.monotonic()) > 0:
             try:
                 return self.outcome(transaction.id, first.key, first.seen, left_s)
             except Unavailable as error:
-                give_up = give_up or (time.monotonic() + CUT_OFF_WAIT_S if error.detail.get("cut_off") else 0.0)
-                if give_up and time.monotonic() > give_up:
+                if error.detail.get("cut_off"):
                     break
                 time.sleep(min(OUTCOME_PAUSE_S, left_s))
         return "unknown"

@@ -4,7 +4,8 @@ Frames that are queued in the same turn of the loop leave as one WebSocket messa
 sent when nothing else was for a while, more often while a request of the peer is being served: so silence towards
 somebody who waits means more than silence towards one who does not. Who hears nothing himself says so in place of the
 sign of life, for a link that carries one way only is of no use to either side. A peer whose process is slow, stopped or
-busy still has a kernel that acknowledges what arrives: where nothing is acknowledged, the network is cut.
+busy still has a kernel that acknowledges what arrives: where nothing is acknowledged, the network is cut. That can be
+told much sooner than that a process hangs, so such a peer is passed by early, and a little later given up.
 """
 
 from __future__ import annotations
@@ -60,8 +61,12 @@ SUSPECT_S = 0.2
 GIVE_UP_S = 0.6
 """Short requests to who was not heard for so long, and a round trip, or does not hear this node, fail then; to whom
 there is no way, at once."""
+MUTE_S = 0.1
+"""Nor does he to whom something is on its way for so long, and two round trips with their jitter, while not even his
+host acknowledges anything: longer than a kernel puts that off, and time for a second message, if one was lost."""
 PARTED_S = 0.2
-"""To whom something is on its way for so long, and a round trip, without any acknowledgement, there is no way."""
+"""To whom that goes on for so long, and a round trip with its jitter, there is no way. Longer than to be passed
+by, because who has no way to a majority refuses."""
 ROUND_TRIP_MAX_S = 0.5
 DEAF = b"\0"
 """The message of a peer that does not hear this node."""
@@ -92,8 +97,10 @@ class Link:
         self.closed = False
         self.parted = False
         """Whether the network between is cut, or the peer's host down, as far as the kernel can tell."""
-        self._unacknowledged_s: float | None = None
-        """Since when something was seen on its way, and nothing has come back."""
+        self.mute = False
+        """Whether it looks like that."""
+        self._owed_s: float | None = None
+        """When the first message left since the peer was heard, if one did and is not acknowledged."""
         self.deaf = False
         """Whether the peer says that it hears nothing."""
         self._deaf_s = 0.0
@@ -115,8 +122,8 @@ class Link:
 
     @property
     def alive(self) -> bool:
-        """Whether the peer was heard within ALIVE_S, hears this node, and leaves no request in silence."""
-        unheard = self.closed or self.deaf or self._suspected or self.parted
+        """Whether the peer was heard within ALIVE_S, hears this node, and leaves nothing in silence."""
+        unheard = self.closed or self.deaf or self._suspected or self.mute
         return not unheard and self._loop.time() - self.heard_s < ALIVE_S
 
     @property
@@ -161,8 +168,8 @@ class Link:
                         self._counters["garbage"] += 1
                     break
                 self.heard_s = self._loop.time()
-                self._suspected = self.parted = False
-                self._unacknowledged_s = None
+                self._suspected = self.mute = self.parted = False
+                self._owed_s = None
                 deaf = message.data == DEAF
                 if deaf and not self.deaf:
                     self._deaf_s = self.heard_s
@@ -194,8 +201,7 @@ class Link:
         if silent_s > SILENCE_MAX_S:
             self.close()
             return
-        if silent_s > SIGN_WHILE_SERVING_S:
-            self._look_for_cut(now_s)
+        overdue = silent_s > SIGN_WHILE_SERVING_S and self._echo_is_overdue(now_s)
         waited_s = min(silent_s, now_s - self._asked_s) if self._waiting else 0.0
         if waited_s > SUSPECT_S and not self._suspected and waited_s > SUSPECT_S + self._round_trip_s():
             self._suspected = True
@@ -203,8 +209,10 @@ class Link:
         unanswered_s = max(waited_s, deaf_s)
         if self.parted or (unanswered_s > GIVE_UP_S and unanswered_s > GIVE_UP_S + self._round_trip_s()):
             self._give_up()
-        hears = silent_s < ALIVE_S
-        pause_s = SIGN_OF_LIFE_S if hears and not self._serving else SIGN_WHILE_SERVING_S
+        hears = silent_s < ALIVE_S and not self.mute
+        # A further message, should the first be lost: its acknowledgement comes at once, and tells a loss from a cut.
+        often = self._serving or not hears or overdue
+        pause_s = SIGN_WHILE_SERVING_S if often else SIGN_OF_LIFE_S
         if now_s - self._sent_s > pause_s and not self._queue:
             self._queue.append(b"" if hears else DEAF)
             self._wake()
@@ -217,17 +225,29 @@ class Link:
                 text = f"node {self.peer.node_id.hex()} fell silent before its reply: the request may have been served"
                 waiter.set_exception(Indeterminate(text))
 
-    def _look_for_cut(self, now_s: float) -> None:
-        """Both clocks must say it: after a pause of this host, or of this process, one of the two is wrong."""
+    def _echo_is_overdue(self, now_s: float) -> bool:
+        """Whether the peer's host should have acknowledged something by now; sets `mute` and `parted`.
+
+        Both clocks must say it: after a pause of this host, or of this process, one of the two is wrong.
+        """
         known = tcp.read(self._socket.get_extra_info("socket"))
         if not known.unacknowledged:
-            self._unacknowledged_s = None
-            self.parted = False
-            return
-        if self._unacknowledged_s is None:
-            self._unacknowledged_s = now_s
-        limit_s = PARTED_S + min(ROUND_TRIP_MAX_S, known.round_trip_s)
-        self.parted = min(known.last_ack_s, now_s - self._unacknowledged_s) > limit_s
+            self._owed_s = None
+            self.mute = self.parted = False
+            return False
+        # What left before the peer was last heard, and is not acknowledged, has been without an echo since then.
+        owed_s = self.heard_s if self._owed_s is None else self._owed_s
+        echoless_s = min(known.last_ack_s, now_s - owed_s)
+        echo_s = min(ROUND_TRIP_MAX_S, known.echo_max_s)
+        self.mute = echoless_s > MUTE_S + 2 * echo_s
+        self.parted = self.mute and echoless_s > PARTED_S + echo_s
+        return echoless_s > echo_s
+
+    def pardon(self, own_pause_s: float) -> None:
+        """This process stood still for so long, so it could not hear anybody."""
+        self.heard_s += own_pause_s
+        if self._owed_s is not None:
+            self._owed_s += own_pause_s
 
     def _round_trip_s(self) -> float:
         """As the kernel measured it, so that a far peer is not suspected for its distance."""
@@ -282,6 +302,8 @@ class Link:
                     await self._wakeup
                     continue
                 data = self._take_message()
+                if self._owed_s is None:
+                    self._owed_s = self._loop.time()
                 await self._socket.send_bytes(data)
                 # Counted until it left, so that the limit holds for what the transport has taken but not sent.
                 self._queue_bytes -= len(data)

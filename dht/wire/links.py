@@ -498,8 +498,7 @@ class LinkNetwork:
         for peer in self._peers.values():
             if peer.link is not None:
                 if own_pause_s > TICK_S:
-                    # This process stood still, so it could not hear anybody.
-                    peer.link.heard_s += own_pause_s
+                    peer.link.pardon(own_pause_s)
                 peer.link.tick(now_s)
             if own_pause_s > TICK_S:
                 peer.alive_s += own_pause_s

@@ -10,17 +10,27 @@ _BYTES = 104
 _UNACKED_AT = 24
 _LAST_ACK_AT = 56
 _RTT_AT = 68
+_RTT_DEVIATION_AT = 72
 
 
 class Tcp(NamedTuple):
-    """`round_trip_s`: smoothed. `unacknowledged`: segments on their way. `last_ack_s`: since anything came back."""
+    """`round_trip_s`: smoothed; `deviation_s`: its mean deviation. `unacknowledged`: segments on their way.
+
+    `last_ack_s`: since anything came back.
+    """
 
     round_trip_s: float
     unacknowledged: int
     last_ack_s: float
+    deviation_s: float
+
+    @property
+    def echo_max_s(self) -> float:
+        """Within what an acknowledgement that the other kernel does not put off is to be expected, jitter included."""
+        return self.round_trip_s + 2 * self.deviation_s
 
 
-NOTHING_KNOWN = Tcp(0.0, 0, 0.0)
+NOTHING_KNOWN = Tcp(0.0, 0, 0.0, 0.0)
 
 
 def read(connection: Any) -> Tcp:
@@ -33,5 +43,6 @@ def read(connection: Any) -> Tcp:
         return NOTHING_KNOWN
     if len(info) < _BYTES:
         return NOTHING_KNOWN
-    unacked, last_ack_ms, rtt_us = (struct.unpack_from("I", info, at)[0] for at in (_UNACKED_AT, _LAST_ACK_AT, _RTT_AT))
-    return Tcp(rtt_us / 1e6, unacked, last_ack_ms / 1e3)
+    places = (_UNACKED_AT, _LAST_ACK_AT, _RTT_AT, _RTT_DEVIATION_AT)
+    unacked, last_ack_ms, rtt_us, deviation_us = (struct.unpack_from("I", info, at)[0] for at in places)
+    return Tcp(rtt_us / 1e6, unacked, last_ack_ms / 1e3, deviation_us / 1e6)

@@ -51,7 +51,10 @@ class Daemon:
                 self.committed += 1
                 return requests.CommitReply(Applied((BALLOT, BALLOT)))
             case requests.AskOutcome():
-                return requests.AskOutcomeReply(self.outcomes.pop(0))
+                outcome = self.outcomes.pop(0)
+                if isinstance(outcome, Unavailable):
+                    raise outcome
+                return requests.AskOutcomeReply(outcome)
             case requests.ReserveIds():
                 return requests.ReserveIdsReply(7)
             case requests.ListDatabases():
@@ -142,6 +145,18 @@ def test_lost_commit_that_nobody_remembers_is_indeterminate(store, daemon):
         store.commit(TRANSACTION)
     assert caught.value.detail["id"] == TRANSACTION.id
     assert daemon.committed == 1
+
+
+def test_lost_commit_is_asked_for_again_but_not_of_a_daemon_that_is_cut_off(store, daemon):
+    daemon.lose = 1
+    daemon.outcomes = [Unavailable("busy"), "not_applied"]
+    assert store.commit(TRANSACTION) == Applied((BALLOT, BALLOT))
+    daemon.asked.clear()
+    daemon.lose = 1
+    daemon.outcomes = [Unavailable("hears nobody", cut_off=True), "not_applied"]
+    with pytest.raises(Indeterminate):
+        store.commit(TRANSACTION)
+    assert [type(m).__name__ for m in daemon.asked] == ["Commit", "AskOutcome"]
 
 
 def test_slow_reply_ends_at_the_deadline(store, daemon):

@@ -206,14 +206,17 @@ class Kernel:
 
     def getsockopt(self, *_):
         info = bytearray(104)
-        for at, value in zip((24, 56, 68), self.known, strict=True):
+        for at, value in zip((24, 56, 68, 72), self.known, strict=True):
             struct.pack_into("I", info, at, value)
         return bytes(info)
 
 
 @contextlib.asynccontextmanager
 async def silenced(monkeypatch, known):
-    """Two nodes and a link of the first whose peer says nothing; the kernel says `known`: segments, ms, us."""
+    """Two nodes and a link of the first whose peer says nothing.
+
+    The kernel says `known`: segments on their way, ms since anything came back, us of a round trip, of its deviation.
+    """
     for name in ("ALIVE_S", "SUSPECT_S", "GIVE_UP_S", "SILENCE_MAX_S"):
         monkeypatch.setattr(link, name, 60.0)
     async with nodes(2) as (a, b):
@@ -225,8 +228,23 @@ async def silenced(monkeypatch, known):
         yield a, b
 
 
+@contextlib.asynccontextmanager
+async def unheard(monkeypatch, known):
+    """The same, without ticks but those of the test: (the link, when a request was about to leave on it)."""
+    async with silenced(monkeypatch, known) as (a, b):
+        a.network._ticking.cancel()
+        ours = a.network._peers[b.id].link
+        left_s = asyncio.get_running_loop().time()
+        call = asyncio.ensure_future(ours.call(Ask("slow", 5.0), 10.0))
+        try:
+            await until(lambda: len(b.served) > 1)
+            yield ours, left_s
+        finally:
+            call.cancel()
+
+
 async def test_peer_whose_host_acknowledges_nothing_is_parted_and_its_short_requests_fail(monkeypatch):
-    async with silenced(monkeypatch, (1, 900, 1000)) as (a, b):
+    async with silenced(monkeypatch, (1, 900, 1000, 0)) as (a, b):
         call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 2.0), PEER_TIMEOUT_S))
         await until(lambda: a.network.parted(b.id), 1.0)
         assert not a.network.alive(b.id)
@@ -240,23 +258,77 @@ async def test_peer_whose_host_acknowledges_nothing_is_parted_and_its_short_requ
 @pytest.mark.parametrize(
     ("known", "why"),
     [
-        ((0, 900, 1000), "nothing is on its way"),
-        ((1, 100, 1000), "acknowledged a moment ago"),
-        ((1, 450, 300_000), "far away"),
+        ((0, 900, 1000, 0), "nothing is on its way"),
+        ((1, 50, 1000, 0), "acknowledged a moment ago"),
+        ((1, 450, 300_000, 0), "far away"),
+        ((1, 450, 50_000, 70_000), "round trips of very different length"),
     ],
 )
-async def test_silent_peer_whose_host_acknowledges_is_not_parted(monkeypatch, known, why):
+async def test_silent_peer_whose_host_acknowledges_is_alive(monkeypatch, known, why):
     async with silenced(monkeypatch, known) as (a, b):
         await asyncio.sleep(3 * link.PARTED_S)
+        assert a.network.alive(b.id), why
         assert not a.network.parted(b.id), why
 
 
-async def test_peer_is_not_parted_for_a_pause_of_this_host(monkeypatch):
-    """The kernel's clock went on while nothing ran: what was sent only now has had no time to be acknowledged."""
-    async with silenced(monkeypatch, (1, 60_000, 1000)) as (a, b):
-        ours = a.network._peers[b.id].link
+async def test_peer_whose_host_has_just_fallen_silent_is_passed_by_but_not_given_up(monkeypatch):
+    async with unheard(monkeypatch, (1, 150, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert not ours.alive
+        assert not ours.parted
+
+
+async def test_silence_of_a_host_is_counted_from_the_message_that_it_does_not_acknowledge(monkeypatch):
+    """Not from before it: an idle peer has nothing to say. And not from the first look at it."""
+    async with unheard(monkeypatch, (1, 5_000, 1000, 0)) as (ours, left_s):
         ours.heard_s -= 5.0
-        ours.tick(asyncio.get_running_loop().time())
+        ours.tick(left_s + 0.9 * link.MUTE_S)
+        assert ours.alive
+    async with unheard(monkeypatch, (1, 5_000, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert not ours.alive
+        assert ours.parted
+
+
+async def test_silence_of_a_host_is_counted_from_what_came_after_the_message_was_sent(monkeypatch):
+    """It had left already, and what was heard then did not acknowledge it."""
+    async with unheard(monkeypatch, (1, 5_000, 1000, 0)) as (ours, left_s):
+        ours.heard_s, ours._owed_s = left_s, None
+        ours.tick(left_s + 0.9 * link.MUTE_S)
+        assert ours.alive
+        ours.tick(left_s + 1.1 * link.MUTE_S)
+        assert not ours.alive
+
+
+async def test_host_that_owes_an_acknowledgement_is_sent_more_to_acknowledge(monkeypatch):
+    """The first message may have been lost, and its repetition comes late."""
+    monkeypatch.setattr(link, "SIGN_OF_LIFE_S", 60.0)
+    async with unheard(monkeypatch, (1, 60, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert ours._queue == [b""]
+    for known in ((0, 60, 1000, 0), (1, 60, 80_000, 0)):
+        async with unheard(monkeypatch, known) as (ours, left_s):
+            ours.tick(left_s + 50.0)
+            assert ours._queue == [], "it is acknowledged, or the peer is far away"
+
+
+async def test_peer_whose_host_is_not_heard_is_told_so(monkeypatch):
+    """It may hear this node; the sooner it knows, the likelier that the message still gets through."""
+    async with unheard(monkeypatch, (1, 150, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert ours._queue == [link.DEAF]
+
+
+async def test_peer_is_not_parted_for_a_pause_of_this_host(monkeypatch):
+    """The kernel's clock went on while nothing ran: what was sent before has had no time to be acknowledged."""
+    async with silenced(monkeypatch, (1, 60_000, 1000, 0)) as (a, b):
+        a.network._ticking.cancel()
+        ours = a.network._peers[b.id].link
+        now_s = asyncio.get_running_loop().time()
+        ours.heard_s = now_s - 5.1
+        ours._owed_s = a.network._ticked_s = now_s - 5.05
+        a.network._tick()
+        assert ours.alive
         assert not ours.parted
 
 
