@@ -17,14 +17,17 @@ from dht.domain.asking import ask_each
 from dht.domain.chain import Chain
 from dht.domain.collection import Collection
 from dht.domain.decree import DecreeAcceptor, DecreeProposer
+from dht.domain.followed import Followed
 from dht.domain.generations import Generations
 from dht.domain.health import health
 from dht.domain.membership import Membership
 from dht.domain.messages import (
+    AskChanges,
     AskHeaders,
     AskJoin,
     AskLeave,
     AskLinks,
+    AskMarks,
     AskRecovery,
     AskRegisters,
     AskSeal,
@@ -178,6 +181,8 @@ class Domain:
         self.collection = Collection(
             node, self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, collect_every_s, rules
         )
+        instance = local.incarnation + local.boot.to_bytes(8, "big")
+        self._followed = Followed(instance, self.chain, self.tablets, registers, disk, self.admit, rules)
         self._news = News(name, clock, self.ask, self.status, self._others_near)
         self._changed()
 
@@ -457,6 +462,10 @@ class Domain:
                 return self._source.headers(message)
             case AskRegisters():
                 return self._source.registers(message)
+            case AskChanges():
+                return await self._followed.changes(message)
+            case AskMarks():
+                return await self._followed.marks(message)
             case AskRecovery():
                 return await self.generations.grant(sender, message)
             case AskTombstones():

@@ -270,3 +270,57 @@ class RecoveryVote(Message, frozen=True, tag=85):
 
     granted: bool
     why: str = ""
+
+
+@message
+class AskChanges(DomainMessage, frozen=True, tag=90):
+    """A follower's question: which registers changed behind `after`, by the count that began as `instance`?
+
+    Not more than `limit`. Of another count only where it stands now is told.
+    """
+
+    instance: bytes
+    after: int
+    limit: int
+
+
+class Served(Struct, frozen=True):
+    """A tablet that the replica serves at that epoch. `floor`: one that all its replicas have (`Tablets.agree`)."""
+
+    tablet: int
+    epoch: int
+    floor: Ballot
+
+
+@message
+class Changes(Message, frozen=True, tag=91):
+    """What changed at one replica, durable there.
+
+    `kept`: whether the count asked for is this one, and reaches back so far. `upto`: where to go on. `more`: there is
+    more to ask for. `served`: of the moment of the answer, told when there is no more. `epoch`: of the newest link.
+    """
+
+    instance: bytes
+    kept: bool
+    upto: int
+    more: bool
+    marks: tuple[RegisterMark, ...]
+    served: tuple[Served, ...]
+    epoch: int
+    generation: int
+
+
+@message
+class AskMarks(DomainMessage, frozen=True, tag=92):
+    """Where do these registers of the tablet stand, at a replica that serves it at `epoch`?"""
+
+    tablet: int
+    epoch: int
+    keys: tuple[GroupKey, ...]
+
+
+@message
+class Marks(Message, frozen=True, tag=93):
+    """In the order of the question, durable; of a register without a value all ballots are ZERO."""
+
+    marks: tuple[RegisterMark, ...]

@@ -21,7 +21,8 @@ class DomainRules(Struct, frozen=True):
     collect_needs_all: rule 7, a tombstone goes only when every replica has it. floor_keeps_promise: rule 7, the floor
     is above what was promised for the collected register, not only above its tombstone. floor_raised: rule 7, there is
     a floor at all. epoch_checked: a frame of another tablet epoch is refused. versions_carried,
-    promises_carried: what fences rely on goes over to new replicas (dht.register.fence).
+    promises_carried: what fences rely on goes over to new replicas (dht.register.fence). followed_served_only: a
+    replica tells followers that it serves a tablet only where it does. followed_durable: what it tells is on its disk.
     """
 
     seal: bool = True
@@ -43,6 +44,32 @@ class DomainRules(Struct, frozen=True):
     epoch_checked: bool = True
     versions_carried: bool = True
     promises_carried: bool = True
+    followed_served_only: bool = True
+    followed_durable: bool = True
 
 
 RULES = DomainRules()
+
+
+class FollowRules(Struct, frozen=True):
+    """The rules of followers (`dht.domain.follower`), as `DomainRules`.
+
+    follow_chosen_only: a follower applies nothing that may not be chosen. cover_by_quorum: a tablet is covered by an
+    answer of a quorum of its replicas. cover_from_begin: up to the begin of the round. open_is_older: a register of
+    which more was heard is covered as far as its tablet was then. intents_stay_open: so is one with an intent.
+    overflow_surveyed: a node whose changes were forgotten, or that began to count anew, is compared with as a whole.
+    gone_is_erased: what was collected at the replicas goes from the copy. generation_begins_again: so does everything,
+    when the domain was recovered.
+    """
+
+    follow_chosen_only: bool = True
+    cover_by_quorum: bool = True
+    cover_from_begin: bool = True
+    open_is_older: bool = True
+    intents_stay_open: bool = True
+    overflow_surveyed: bool = True
+    gone_is_erased: bool = True
+    generation_begins_again: bool = True
+
+
+FOLLOW_RULES = FollowRules()

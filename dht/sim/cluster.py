@@ -8,10 +8,11 @@ import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from dht.errors import DhtError, Indeterminate, Unavailable
 from dht.model import NodeId
+from dht.register.following import FollowedReads
 from dht.requests import Store
 from dht.sim.clock import SimClock
 from dht.sim.disk import Content, SimDisk
@@ -38,6 +39,8 @@ class Boot:
     chance: random.Random
     network: SimNetwork
     disk: SimDisk
+    copy_disk: SimDisk
+    """For the copy of a follower."""
     founds: bool
     peers: tuple[NodeId, ...]
     """Where to ask for admission: the other machines, nearest first."""
@@ -87,6 +90,14 @@ class Node(Protocol):
     async def stop(self) -> None: ...
 
 
+@runtime_checkable
+class FollowingNode(Protocol):
+    """A node that follows its own domain, too."""
+
+    @property
+    def followed(self) -> FollowedReads | None: ...
+
+
 Build = Callable[[Boot], Node]
 
 
@@ -98,6 +109,7 @@ class Machine:
     node_id: NodeId
     pop: str
     disk: SimDisk
+    copy_disk: SimDisk
     clock: SimClock
     incarnation: bytes
     founds: bool = False
@@ -146,9 +158,9 @@ class Cluster:
         name = f"n{number}"
         pop = self.pops[number % len(self.pops)]
         node_id = hashlib.sha1(pop.encode()).digest()[:4] + hashlib.sha1(f"{self.seed}/{name}".encode()).digest()[:16]
-        disk = SimDisk(self.chance(f"disk {name}"))
+        disk, copy_disk = SimDisk(self.chance(f"disk {name}")), SimDisk(self.chance(f"copy {name}"))
         incarnation = hashlib.md5(f"{self.seed}/{name}/0".encode()).digest()
-        self.machines.append(Machine(name, node_id, pop, disk, SimClock(), incarnation, founds))
+        self.machines.append(Machine(name, node_id, pop, disk, copy_disk, SimClock(), incarnation, founds))
         return number
 
     def adopt(self, node_id: NodeId, incarnation: bytes, boots: int, disk: Content) -> int:
@@ -180,6 +192,7 @@ class Cluster:
             chance=self.chance(f"{process.name} {machine.wipes}"),
             network=network,
             disk=machine.disk,
+            copy_disk=machine.copy_disk,
             founds=machine.founds and machine.wipes == 0,
             peers=tuple(m.node_id for m in self.machines if m is not machine),
         )
@@ -197,6 +210,7 @@ class Cluster:
         machine.process.frozen = True
         machine.node = None
         lost = machine.disk.crash()
+        machine.copy_disk.crash()
         self.fabric.detach(machine.node_id)
         self.say(f"{machine.name} crashes, {lost} batches lost")
         asked, machine.asked = machine.asked, {}
@@ -207,6 +221,7 @@ class Cluster:
     def shut(self, number: int) -> None:
         """As `crash`, but the disk has everything that the node wrote."""
         self.machines[number].disk.flush()
+        self.machines[number].copy_disk.flush()
         self.crash(number)
 
     def roll_back(self, number: int, disk: Content, boots: int) -> None:
@@ -224,6 +239,7 @@ class Cluster:
         self.crash(number)
         machine = self.machines[number]
         machine.disk.wipe()
+        machine.copy_disk.wipe()
         machine.wipes += 1
         machine.boots = 0
         machine.incarnation = hashlib.md5(f"{self.seed}/{machine.name}/{machine.wipes}".encode()).digest()

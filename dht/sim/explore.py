@@ -335,6 +335,7 @@ class World:
             random.Random(number),
             network,  # type: ignore[arg-type]
             self.disks[number],
+            SimDisk(random.Random(number)),
             False,
             (),
         )

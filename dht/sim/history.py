@@ -5,6 +5,9 @@ Moments are numbers of a counter, not seconds: two events of one virtual instant
 
 from __future__ import annotations
 
+import asyncio
+import bisect
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +89,8 @@ class History:
     """Everything that the clients of one run did."""
 
     moment: int = 0
+    times_s: list[float] = field(default_factory=list)
+    """When each moment was, in virtual time; none where there is no loop."""
     reads: list[Read] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
     finds: list[Find] = field(default_factory=list)
@@ -94,7 +99,13 @@ class History:
 
     def tick(self) -> int:
         self.moment += 1
+        with contextlib.suppress(RuntimeError):
+            self.times_s.append(asyncio.get_running_loop().time())
         return self.moment
+
+    def moment_of(self, time_s: float) -> int:
+        """The first moment that was not before this time: what had returned by then had an earlier one."""
+        return bisect.bisect_left(self.times_s, time_s) + 1
 
     def counts(self) -> dict[str, int]:
         """How much a run exercised, for its report."""

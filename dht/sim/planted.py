@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from dht.domain.rules import DomainRules
+from dht.domain.rules import DomainRules, FollowRules
 from dht.register.rules import Rules
 from dht.sim.scenario import Scenario, run
 from dht.sim.scenarios import scenario
@@ -18,7 +18,12 @@ WORLD: Final[dict[str, dict[str, bool]]] = {
 }
 """Rules of what the protocol stands on, as fields of a scenario: peers refuse a directory that was copied or rolled
 back (`dht.wire.boots`); what a disk calls durable is flushed; a recovery ends with a repair of the data."""
-RULES: Final = (*Rules.__struct_fields__, *DomainRules.__struct_fields__, *WORLD)
+RULES: Final = (
+    *Rules.__struct_fields__,
+    *DomainRules.__struct_fields__,
+    *FollowRules.__struct_fields__,
+    *WORLD,
+)
 
 
 def switched_off(of: Scenario, off: Sequence[str]) -> Scenario:
@@ -32,6 +37,7 @@ def switched_off(of: Scenario, off: Sequence[str]) -> Scenario:
         **plain,
         rules=of.rules + tuple(rule for rule in off if rule in Rules.__struct_fields__),
         domain_rules=of.domain_rules + tuple(rule for rule in off if rule in DomainRules.__struct_fields__),
+        follow_rules=of.follow_rules + tuple(rule for rule in off if rule in FollowRules.__struct_fields__),
     )
 
 
@@ -99,6 +105,7 @@ _FLOORS = "tests.sim.test_rare_rules_collection"
 _FENCE = "tests.sim.test_rare_rules_fence"
 _COLLECTION = "tests.dht.domain.test_collection"
 _TRANSFER = "tests.dht.domain.test_transfer"
+_FOLLOWER = "tests.dht.domain.test_follower"
 DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     "promise_durable": (_REGISTER, "test_promise_durable_forgotten_promise_loses_an_acknowledged_write"),
     "boot_in_ballot": (_REGISTER, "test_boot_in_ballot_two_values_at_one_ballot_read_differently"),
@@ -165,5 +172,21 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     "fence_ends_intents": (_FENCE, "test_fence_ends_intents_transaction_prepared_before_it_commits_after_it"),
     "versions_carried": (_FENCE, "test_versions_carried_new_replica_tells_what_the_old_ones_told"),
     "promises_carried": (_FENCE, "test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replica"),
+    "followed_served_only": (_FOLLOWER, "test_followed_served_only_sealed_replica_covers_nothing"),
+    "followed_durable": (_FOLLOWER, "test_followed_durable_value_that_its_replica_forgets_is_not_told"),
+    "follow_chosen_only": (_FOLLOWER, "test_follow_chosen_only_value_of_a_minority_is_not_applied"),
+    "cover_by_quorum": (_FOLLOWER, "test_cover_by_quorum_one_replica_that_missed_a_write_covers_nothing"),
+    "cover_from_begin": (_FOLLOWER, "test_cover_from_begin_write_during_the_round_is_not_promised"),
+    "open_is_older": (_FOLLOWER, "test_open_is_older_register_of_which_more_was_heard_is_not_promised"),
+    "intents_stay_open": (_FOLLOWER, "test_intents_stay_open_transaction_that_may_be_decided_is_not_promised"),
+    "overflow_surveyed": (_FOLLOWER, "test_overflow_surveyed_changes_that_were_forgotten_are_found_by_comparing"),
+    "gone_is_erased": (
+        _FOLLOWER,
+        "test_gone_is_erased_group_that_was_deleted_and_collected_unseen_leaves_the_copy",
+    ),
+    "generation_begins_again": (
+        _FOLLOWER,
+        "test_generation_begins_again_write_that_the_recovery_lost_leaves_the_copy",
+    ),
 }
 """rule: (module, tests of a hand-made schedule: with the rule and without)."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import msgspec
 
 from dht.domain.domain import Domain, LocalNode
+from dht.domain.follower import Follower
 from dht.domain.roster import REPLICAS
+from dht.domain.rules import FOLLOW_RULES, DomainRules, FollowRules
 from dht.domain.rules import RULES as DOMAIN_RULES
-from dht.domain.rules import DomainRules
 from dht.model import NodeId
+from dht.register.following import FollowedReads
 from dht.register.messages import Coordinate
 from dht.register.node import StoreNode
 from dht.register.rules import RULES, Rules
@@ -18,6 +21,8 @@ from dht.requests import Store
 from dht.sim.cluster import Boot, Build, Node
 from dht.storage.registers import RegisterFile
 from dht.wire.boots import BootBook
+
+FOLLOW_INTERVAL_S: Final = 0.05
 
 
 class ProductionNode:
@@ -32,6 +37,7 @@ class ProductionNode:
         remove_after_s: float,
         collect_every_s: float,
         boots_checked: bool = True,
+        follow_rules: FollowRules | None = None,
     ) -> None:
         # A forward that is refused at its first delivery is not recorded: a link must not deliver it again.
         boot.network.fabric.once = (Coordinate,)
@@ -57,6 +63,31 @@ class ProductionNode:
         self.registers = registers
         self._store = StoreNode(local, boot.clock, boot.chance, boot.network, boot.disk, self.domain, registers, rules)
         self.domain.repair.settle = self._store.settle
+        self._follower: Follower | None = None
+        self._followed: FollowedReads | None = None
+        if follow_rules is not None:
+            self._follow(boot, follow_rules)
+
+    def _follow(self, boot: Boot, rules: FollowRules) -> None:
+        async def contacts() -> Sequence[NodeId]:
+            return boot.peers
+
+        follower = self._follower = Follower(
+            boot.pop,
+            boot.clock,
+            boot.chance,
+            boot.network,
+            boot.copy_disk,
+            contacts,
+            self._tablets,
+            rules,
+            FOLLOW_INTERVAL_S,
+        )
+        self._followed = FollowedReads(follower.copy, boot.copy_disk)
+
+    @property
+    def followed(self) -> FollowedReads | None:
+        return self._followed
 
     @property
     def store(self) -> Store:
@@ -64,7 +95,10 @@ class ProductionNode:
 
     @property
     def counters(self) -> Mapping[str, int]:
-        return {**self._store.counters, "collected": self.domain.collection.collected}
+        own = {**self._store.counters, "collected": self.domain.collection.collected}
+        if self._follower is None:
+            return own
+        return {**own, **self._follower.counters, **self._follower.copy.counters}
 
     @property
     def settled(self) -> bool:
@@ -107,8 +141,12 @@ class ProductionNode:
         if self._boot.founds and self.domain.chain.newest is None:
             await self.domain.found(self._tablets)
         await self._store.start()
+        if self._follower is not None:
+            await self._follower.start()
 
     async def stop(self) -> None:
+        if self._follower is not None:
+            await self._follower.stop()
         await self._store.stop()
 
 
@@ -119,12 +157,19 @@ def builder(
     remove_after_s: float,
     collect_every_s: float,
     boots_checked: bool = True,
+    follow_off: Sequence[str] | None = None,
 ) -> Build:
-    """Builds nodes with these rules switched off."""
+    """Builds nodes with these rules switched off. `follow_off`: nodes that follow their own domain, too."""
     rules = msgspec.structs.replace(RULES, **dict.fromkeys(off, False))
     domain_rules = msgspec.structs.replace(DOMAIN_RULES, **dict.fromkeys(domain_off, False))
 
+    follow_rules = None
+    if follow_off is not None:
+        follow_rules = msgspec.structs.replace(FOLLOW_RULES, **dict.fromkeys(follow_off, False))
+
     def build(boot: Boot) -> Node:
-        return ProductionNode(boot, rules, domain_rules, tablets, remove_after_s, collect_every_s, boots_checked)
+        return ProductionNode(
+            boot, rules, domain_rules, tablets, remove_after_s, collect_every_s, boots_checked, follow_rules
+        )
 
     return build

@@ -58,7 +58,8 @@ class Scenario:
     """`machines` start before the load does; `duplication`, `loss` hold all the time. Durations in virtual seconds.
 
     `operations`: the run ends after so many, if that is sooner. `variant`: begin with a cluster that stands already.
-    `rules`, `domain_rules`: switches to turn off (planted bugs). `tablets`: of the domain; few make runs short.
+    `rules`, `domain_rules`, `follow_rules`: switches to turn off (planted bugs). `follows`: each machine follows the
+    domain, too. `tablets`: of the domain; few make runs short.
     """
 
     name: str
@@ -77,6 +78,8 @@ class Scenario:
     collect_every_s: float = 3600.0
     rules: tuple[str, ...] = ()
     domain_rules: tuple[str, ...] = ()
+    follows: bool = False
+    follow_rules: tuple[str, ...] = ()
     lying_disks: bool = False
     boots_checked: bool = True
     salvaged: bool = True
@@ -150,6 +153,7 @@ def run(scenario: Scenario, seed: int, build: Build | None = None) -> Verdict:
             scenario.remove_after_s,
             scenario.collect_every_s,
             scenario.boots_checked,
+            scenario.follow_rules if scenario.follows else None,
         )
     cluster = Cluster(f"{scenario.name}/{seed}", build)
     bench = Bench(cluster, scenario.mix, timeout_s=scenario.timeout_s, operations_max=scenario.operations)

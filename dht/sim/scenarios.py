@@ -10,6 +10,7 @@ from dht.sim.swarm import SWARM, swarm
 from dht.sim.workload import Mix
 
 _ONE_LIST: Final = Mix(append=5, read=3, cell=0, bag=0, find=0, transact=0, owner=0, draw=0, lists=1)
+_FOLLOWED: Final = Mix(follow=12, read=1, find=0, transact=2, owner=1.5, draw=0, bag=4, owners=3, bags=2)
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     s.name: s
@@ -103,6 +104,23 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             machines=4,
             duration_s=12.0,
             faults=Faults(drain=2, crash=1, loss=1, pause=1, drains=1, every_s=0.7),
+        ),
+        Scenario(
+            "follow",
+            follows=True,
+            straggler=0.05,
+            collect_every_s=0.5,
+            mix=_FOLLOWED,
+            faults=Faults(crash=3, partition=2, one_way=1, pause=1, loss=2, stragglers=2),
+        ),
+        Scenario(
+            "follow-moves",
+            machines=4,
+            duration_s=12.0,
+            follows=True,
+            collect_every_s=0.5,
+            mix=_FOLLOWED,
+            faults=Faults(drain=2, join=2, wipe=1, crash=2, loss=1, joins=2, drains=1, wipes=1, every_s=0.6),
         ),
         Scenario("sizes", machines=1, duration_s=30.0, tablets=4, mix=Mix(pace_s=0.05), script=sizes),
         Scenario("rolled-back", tablets=4, duration_s=5.0, script=rolled_back),

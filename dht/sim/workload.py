@@ -15,10 +15,12 @@ from typing import Final
 
 import msgspec
 
+from dht.domain.copy import NEVER_S
 from dht.errors import Conflict, DhtError, Indeterminate, Unavailable
 from dht.model import (
     CATALOG_FAMILY,
     CATALOG_TABLE,
+    ZERO,
     Ballot,
     Change,
     Comparison,
@@ -37,7 +39,7 @@ from dht.model import (
 )
 from dht.requests import Store
 from dht.rows import group_key
-from dht.sim.cluster import Cluster
+from dht.sim.cluster import Cluster, FollowingNode
 from dht.sim.history import (
     APPLIED,
     EMPTY,
@@ -83,6 +85,7 @@ class Mix:
     transact: float = 1
     owner: float = 1
     draw: float = 0.3
+    follow: float = 0
     lists: int = 3
     cells: int = 2
     bags: int = 3
@@ -104,6 +107,8 @@ class Bench:
     timeout_s: float = 3.0
     operations_max: int | None = None
     """After so many operations the clients stop by themselves."""
+    followed: dict[tuple[FollowingNode, GroupKey], Ballot] = field(default_factory=dict)
+    """Where groups stood in the copies of followers when they were read there last."""
     operations: int = 0
     stopping: bool = False
 
@@ -165,6 +170,7 @@ class Client:
             (mix.transact, self.transact),
             (mix.owner, self.owner),
             (mix.draw, self.draw),
+            (mix.follow, self.follow),
         ]
         weights = [weight for weight, _ in kinds]
         clock = self.bench.cluster.machines[0].clock
@@ -405,6 +411,30 @@ class Client:
             history.reads.append(
                 Read(f"{self.name} find", group.key, record.call, record.ret, content_of(group.rows or {}))
             )
+
+    async def follow(self) -> None:
+        """Read a group, or find rows, out of the machine's copy: as old as it says, and never older than before."""
+        history, node = self.bench.history, self.bench.cluster.machines[self.machine].node
+        if not isinstance(node, FollowingNode) or (followed := node.followed) is None:
+            return
+        if self.chance.random() < 0.3:
+            constraints = self.chance.choice(((), (Constraint(0, Comparison.EQ, (self.chance.choice(COLOURS),)),)))
+            query = FindQuery(DATABASE, BAG, CATALOG_VERSION, constraints)
+            result, covered_s = followed.find(query)
+            if result is not None:
+                call = history.moment_of(covered_s)
+                history.finds.append(Find(f"{self.name} copy", query, call, history.tick(), result))
+            return
+        key = self.chance.choice(all_groups(self.bench.mix))
+        (group,), covered_s = followed.read([key], None)
+        if covered_s == NEVER_S:
+            return
+        before = self.bench.followed.get((node, key), ZERO)
+        if group.ballot < before:
+            self.bench.errors.append(f"{self.name} read {group_name(key)} in a copy that stood at a higher ballot")
+        self.bench.followed[node, key] = group.ballot
+        call = history.moment_of(covered_s)
+        history.reads.append(Read(f"{self.name} copy", key, call, history.tick(), content_of(group.rows or {})))
 
     async def draw(self) -> None:
         """Take ids, or raise the sequence above an explicit one."""

@@ -16,6 +16,7 @@ import msgspec
 from dht.errors import StorageError
 from dht.model import SYSTEM_INTENT, ZERO, Ballot, FindQuery, GroupKey, RowKey, Struct, TableSpec
 from dht.rows import encode_value, table_prefix, tablet_of
+from dht.storage.changes import ChangeLog
 from dht.storage.indexes import PREFIX_END, TABLE_PREFIX_BYTES, Indexes, database_prefix, row_place, scan
 from dht.storage.search import Match, search
 from dht.world import Batch, Disk, Space
@@ -71,6 +72,7 @@ class RegisterFile:
         self._disk = disk
         self._tablets = tablets
         self._indexes = Indexes(disk)
+        self.changes = ChangeLog()
         # database -> group -> the tables that were written since the group was last settled; None: any table.
         self._unsettled: dict[bytes, dict[GroupKey, set[bytes] | None]] = {}
         # What is chosen and not yet written down as such: it costs nothing with the register's next change.
@@ -99,6 +101,7 @@ class RegisterFile:
         if header.accepted != ballot or header.chosen == ballot:
             return False
         self._marks[key] = ballot
+        self.changes.note(key)
         if not header.intents:
             self._settle(key)
         return True
@@ -147,6 +150,7 @@ class RegisterFile:
         )
         batch.put(Space.REGISTER, place, _encode_header(header))
         self._marks.pop(key, None)
+        self.changes.note(key)
         self._note(key, header, delta)
         return header
 
@@ -233,6 +237,10 @@ class RegisterFile:
             for group, touched in groups.items()
             if (touched is None or wanted in touched) and (asked is None or tablet_of(group, self._tablets) in asked)
         )
+
+    def all_unsettled(self) -> list[GroupKey]:
+        """The same of all databases, tables and tablets."""
+        return sorted(group for groups in self._unsettled.values() for group in groups)
 
     def _place(self, key: GroupKey) -> bytes:
         return tablet_of(key, self._tablets).to_bytes(_TABLET_BYTES, "big") + key
