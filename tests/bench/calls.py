@@ -56,6 +56,7 @@ class World:
 
     db: Any
     context: Any
+    host: str = HOST
     instances: list[str] = field(default_factory=list)
     bdms: list[int] = field(default_factory=list)
     compute_id: int = 0
@@ -65,14 +66,14 @@ class World:
         return self.instances[next(self.counter) % len(self.instances)]
 
 
-def instance_values(number: int) -> dict[str, Any]:
+def instance_values(number: int, host: str = HOST) -> dict[str, Any]:
     """What nova-conductor passes to instance_create, in size and shape."""
     return {
         "uuid": str(uuid.uuid4()),
         "project_id": PROJECT,
         "user_id": USER,
-        "host": HOST,
-        "node": HOST,
+        "host": host,
+        "node": host,
         "hostname": f"vm-{number}",
         "display_name": f"vm-{number}",
         "vm_state": "building",
@@ -90,16 +91,16 @@ def instance_values(number: int) -> dict[str, Any]:
     }
 
 
-def fill(db: Any, context: Any, instances: int) -> World:
+def fill(db: Any, context: Any, instances: int, host: str = HOST) -> World:
     """A service, a compute node and `instances` instances on one host."""
-    world = World(db, context)
-    db.service_create(context, {"host": HOST, "binary": "nova-compute", "topic": "compute", "report_count": 0})
-    node = {"host": HOST, "hypervisor_hostname": HOST, "uuid": str(uuid.uuid4()), "vcpus": 64, "memory_mb": 1 << 18}
+    world = World(db, context, host)
+    db.service_create(context, {"host": host, "binary": "nova-compute", "topic": "compute", "report_count": 0})
+    node = {"host": host, "hypervisor_hostname": host, "uuid": str(uuid.uuid4()), "vcpus": 64, "memory_mb": 1 << 18}
     node |= {"local_gb": 1 << 12, "vcpus_used": 0, "memory_mb_used": 0, "local_gb_used": 0, "hypervisor_type": "fake"}
     node |= {"hypervisor_version": 1, "cpu_info": "{}", "mapped": 0}
     world.compute_id = db.compute_node_create(context, node)["id"]
     for number in range(instances):
-        world.instances.append(db.instance_create(context, instance_values(number))["uuid"])
+        world.instances.append(db.instance_create(context, instance_values(number, host))["uuid"])
         bdm = {
             "instance_uuid": world.instances[-1],
             "source_type": "image",
@@ -107,16 +108,18 @@ def fill(db: Any, context: Any, instances: int) -> World:
             "boot_index": 0,
         }
         world.bdms.append(db.block_device_mapping_create(context, bdm, legacy=False)["id"])
-        db.action_start(context, _action(world.instances[-1]))
+        db.action_start(context, action(world.instances[-1]))
     return world
 
 
-def _action(instance: str) -> dict[str, Any]:
+def action(instance: str) -> dict[str, Any]:
+    """What is passed to action_start."""
     values = {"action": "create", "instance_uuid": instance, "request_id": f"req-{instance}", "user_id": USER}
-    return values | {"project_id": PROJECT, "start_time": _now()}
+    return values | {"project_id": PROJECT, "start_time": now()}
 
 
-def _now() -> Any:
+def now() -> Any:
+    """As Nova writes it."""
     from oslo_utils import timeutils
 
     return timeutils.utcnow()
@@ -135,7 +138,7 @@ def _extra(world: World) -> None:
 
 
 def _create(world: World) -> None:
-    world.db.instance_create(world.context, instance_values(next(world.counter)))
+    world.db.instance_create(world.context, instance_values(next(world.counter), world.host))
 
 
 def _bdm(world: World) -> None:
@@ -153,11 +156,11 @@ def _event(instance: str) -> dict[str, Any]:
 
 
 def _event_start(world: World) -> None:
-    world.db.action_event_start(world.context, _event(world.next_instance()) | {"start_time": _now()})
+    world.db.action_event_start(world.context, _event(world.next_instance()) | {"start_time": now()})
 
 
 def _event_finish(world: World) -> None:
-    done = {"finish_time": _now(), "result": "Success"}
+    done = {"finish_time": now(), "result": "Success"}
     world.db.action_event_finish(world.context, _event(world.instances[0]) | done)
 
 
@@ -170,12 +173,12 @@ CALLS: dict[str, tuple[int, Callable[[World], object]]] = {
     ),
     "instance_create": (1, _create),
     "instance_get_by_uuid": (1, lambda w: w.db.instance_get_by_uuid(w.context, w.next_instance())),
-    "action_start": (1, lambda w: w.db.action_start(w.context, _action(w.next_instance()))),
+    "action_start": (1, lambda w: w.db.action_start(w.context, action(w.next_instance()))),
     "action_event_start": (1, _event_start),
     "action_event_finish": (1, _event_finish),
     "block_device_mapping_update": (1, _bdm),
     "compute_node_update": (1, _compute),
-    "instance_get_all_by_host": (1, lambda w: w.db.instance_get_all_by_host(w.context, HOST)),
+    "instance_get_all_by_host": (1, lambda w: w.db.instance_get_all_by_host(w.context, w.host)),
     "service_get_all": (1, lambda w: w.db.service_get_all(w.context)),
 }
 
@@ -183,4 +186,4 @@ CALLS: dict[str, tuple[int, Callable[[World], object]]] = {
 def prepare(name: str, world: World) -> None:
     """What a call needs once before its repetitions."""
     if name == "action_event_finish":
-        world.db.action_event_start(world.context, _event(world.instances[0]) | {"start_time": _now()})
+        world.db.action_event_start(world.context, _event(world.instances[0]) | {"start_time": now()})

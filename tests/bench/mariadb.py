@@ -6,13 +6,29 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+START_WAIT_S = 30.0
 
 
 class MariaDB:
-    """One mariadbd on a Unix socket below `directory`; no network, nothing of the system's own server touched."""
+    """One mariadbd on a Unix socket below `directory`; nothing of the system's own server touched.
 
-    def __init__(self, directory: Path) -> None:
+    `launcher`: what its command line begins with, if it is not started as it is. `options`: of mariadbd; as they are by
+    default it has no network. `user`: whom it runs as (default: whoever this is); `directory` must be that user's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        launcher: Sequence[str] = (),
+        options: Sequence[str] = ("--skip-networking",),
+        user: str = "",
+    ) -> None:
+        self._launcher = list(launcher)
+        self._options = list(options)
+        self._user = f"--user={user or os.environ.get('USER', 'root')}"
         self.data = directory / "mariadb"
         self.socket = directory / "mariadb.sock"
         self.process: subprocess.Popen[bytes] | None = None
@@ -28,51 +44,54 @@ class MariaDB:
         subprocess.run(["apt-get", "update", "-qq"], check=True, env=environment)
         subprocess.run(["apt-get", "install", "-y", "-qq", "mariadb-server"], check=True, env=environment)
 
+    @property
+    def _log(self) -> Path:
+        return self.data.parent / "mariadb.log"
+
     def start(self) -> None:
-        """Raises SystemExit with the server's log when it does not come up within 30 s."""
-        user = f"--user={os.environ.get('USER', 'root')}"
-        with (self.data.parent / "mariadb.log").open("wb") as log:
-            subprocess.run(
-                [
-                    "mariadb-install-db",
-                    "--no-defaults",
-                    f"--datadir={self.data}",
-                    user,
-                    "--auth-root-authentication-method=normal",
-                ],
-                check=True,
-                stdout=log,
-                stderr=log,
-            )
+        """Raises SystemExit with the server's log when it does not come up in time."""
+        self.make_data()
+        self.run()
+
+    def make_data(self) -> None:
+        """An empty data directory."""
+        command = ["mariadb-install-db", "--no-defaults", f"--datadir={self.data}", self._user]
+        command.append("--auth-root-authentication-method=normal")
+        with self._log.open("wb") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+
+    def run(self) -> None:
+        """On the data directory that is there; see `start`."""
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
+                    *self._launcher,
                     "mariadbd",
                     "--no-defaults",
                     f"--datadir={self.data}",
                     f"--socket={self.socket}",
-                    user,
-                    "--skip-networking",
+                    self._user,
+                    *self._options,
                     "--innodb-flush-log-at-trx-commit=1",
                     f"--pid-file={self.data}/pid",
                 ],
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + 30
-        while self._sql("SELECT 1").returncode:
+        deadline = time.monotonic() + START_WAIT_S
+        while self.sql("SELECT 1").returncode:
             if time.monotonic() > deadline or self.process.poll() is not None:
-                raise SystemExit(
-                    f"bench: mariadbd did not start: {(self.data.parent / 'mariadb.log').read_text()[-2000:]}"
-                )
+                raise SystemExit(f"bench: mariadbd did not start: {self._log.read_text()[-2000:]}")
             time.sleep(0.1)
 
-    def _sql(self, statement: str) -> subprocess.CompletedProcess[bytes]:
-        command = ["mariadb", "--no-defaults", f"--socket={self.socket}", "-uroot", "-e", statement]
+    def sql(self, statement: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a statement as root on the server's own socket."""
+        command = ["mariadb", "--no-defaults", f"--socket={self.socket}", "-uroot", "-N", "-e", statement]
         return subprocess.run(command, capture_output=True, check=False)
 
     def create(self, name: str) -> str:
         """Create a database; returns its SQLAlchemy URL."""
-        done = self._sql(f"CREATE DATABASE {name} CHARACTER SET utf8mb3")
+        done = self.sql(f"CREATE DATABASE {name} CHARACTER SET utf8mb3")
         if done.returncode:
             raise SystemExit(f"bench: {done.stderr.decode()}")
         return self.url(name)
