@@ -93,6 +93,11 @@ class Database:
         schema = self._schema
         return schema if schema is not None else self.reload()
 
+    @property
+    def known(self) -> bool:
+        """Whether this process has read the catalog."""
+        return self._schema is not None
+
     def reload(self) -> Schema:
         """Read the catalog again."""
         with self._lock:

@@ -22,7 +22,7 @@ from typing import Any
 
 import apsw
 
-from dht.errors import DhtError
+from dht.errors import DhtError, Unavailable
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.register.memory import MemoryStore
 from dht.requests import BlockingStore
@@ -97,8 +97,13 @@ def forget_memory(database: str) -> None:
 
 
 def _open(database: Database, isolation_level: str | None, foreign_keys: bool) -> Connection:
+    """Raises UnavailableError where nothing is known of the catalog and nobody can be asked."""
     try:
         database.reload()
+    except Unavailable as error:
+        # Whoever commits or searches says which catalog it knows, so one that is known does until it is refused.
+        if not database.known:
+            raise from_store(error) from None
     except DhtError as error:
         raise from_store(error) from None
     return Connection(database, isolation_level, foreign_keys)
