@@ -215,24 +215,28 @@ class Reader:
             for node in replicas.nodes:
                 (frames if node in first else rest).setdefault(node, []).append(want)
         gathering = _Gathering(len(wants), len(frames), rest)
+        gathering.unheard.update(dict.fromkeys(frames))
         for node, asked in frames.items():
             context.spawn(self._ask(node, asked, gathering))
         if rest:
-            await asyncio.wait((gathering.done,), timeout=MAJORITY_WAIT_S)
-            self._ask_rest(gathering)
-            # Where the first two do not agree it hangs on a third, who may be silent.
             while not (await asyncio.wait((gathering.done,), timeout=MAJORITY_WAIT_S))[0]:
-                if not any(map(context.network.alive, gathering.unheard)):
-                    context.count("reads_given_up")
-                    gathering.end()
+                self._ask_rest(gathering)
         return await gathering.done
 
     def _ask_rest(self, gathering: _Gathering) -> None:
-        """Ask the replicas that were not asked at first of the groups that are not read yet."""
+        """Ask the replicas that were not asked at first of the groups that are not read yet.
+
+        Where the first two do not agree it hangs on a third. If he is silent the round ends: what keeps them apart may
+        be gone the next time, or is settled.
+        """
         rest, gathering.rest = gathering.rest, {}
         for node, asked in rest.items():
             if not gathering.done.done() and (wants := [want for want in asked if not want.finished]):
+                gathering.unheard[node] = None
                 self._context.spawn(self._ask(node, wants, gathering))
+        if not gathering.done.done() and not any(map(self._context.network.alive, gathering.unheard)):
+            self._context.count("reads_given_up")
+            gathering.end()
 
     def _source(self, nodes: tuple[NodeId, ...]) -> NodeId:
         if self._context.node in nodes:
@@ -257,7 +261,6 @@ class Reader:
             )
             for want in wants
         )
-        gathering.unheard[node] = None
         request = ReadReplica(items)
         states: Sequence[ReplicaState | None] = [None] * len(wants)
         try:

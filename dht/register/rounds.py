@@ -37,7 +37,7 @@ T = TypeVar("T", bound=Struct)
 MARKS_DELAY_S = 0.1
 """Marks are hints, and finds count ballots where they are late: one message and one commit for all of a while."""
 MARKS_GROUPS_MAX = 1_000
-SILENCE_CHECK_S = 0.03
+SILENCE_CHECK_S = 0.02
 
 
 class Tally:

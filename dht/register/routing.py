@@ -31,7 +31,7 @@ from dht.register.reach import Reach
 from dht.register.rounds import expect
 
 FORWARD_TIMEOUT_S = 3.0
-FORWARD_CHECK_S = 0.03
+FORWARD_CHECK_S = 0.02
 """How often a waiting forward looks whether its coordinator still answers anything at all."""
 FORWARD_TO_SILENT_S = 0.25
 """How long a coordinator that is silent already is given to prove that it is not."""

@@ -86,7 +86,6 @@ CAUGHT: Final[dict[str, tuple[str, int]]] = {
     "read_exact_data": ("swarm", 300),
     "read_writes_back": ("swarm", 120),
     "find_intents": ("finds", 60),
-    "find_indexed": ("swarm", 400),
     "reads_resolve_intents": ("swarm", 100),
     "prepare_before_commit": ("swarm", 40),
     "seal": ("grow", 60),
@@ -115,6 +114,7 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "window_floor": (_REGISTER, "test_window_floor_transaction_that_was_forgotten_is_applied_again"),
     "find_majority": (_REGISTER, "test_find_majority_replica_that_missed_the_write_answers_alone"),
+    "find_indexed": (_REGISTER, "test_find_indexed_row_from_before_the_index_is_missed"),
     "find_lists_unsettled": (
         _REGISTER,
         "test_find_lists_unsettled_write_that_is_not_durable_yet_is_told_and_lost",

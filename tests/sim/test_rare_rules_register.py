@@ -173,6 +173,19 @@ def test_find_majority_replica_that_missed_the_write_answers_alone(on: bool) -> 
 
 
 @BOTH
+def test_find_indexed_row_from_before_the_index_is_missed(on: bool) -> None:
+    """A row is written and told chosen; then its table gets the index that the find uses."""
+
+    async def story(bench: Bench) -> object:
+        await bench.propose(0, insert(bench.key(0), {0: "row", 1: 5}))
+        await asyncio.sleep(1.0)
+        await bench.define()
+        return [await bench.found(number, 5) for number in range(3)]
+
+    assert play(story, Rules(find_indexed=on)) == [["row"] if on else []] * 3
+
+
+@BOTH
 def test_find_lists_unsettled_write_that_is_not_durable_yet_is_told_and_lost(on: bool) -> None:
     """A find between an accept and its flush, which the machine does not live to see.
 

@@ -117,6 +117,19 @@ async def test_read_whose_two_live_replicas_differ_does_not_wait_for_the_silent_
     assert read.ballot >= applied.ballots[0]
 
 
+async def test_read_whose_two_live_replicas_differ_asks_again_at_once(cluster, monkeypatch):
+    monkeypatch.setattr("dht.register.reader.MAJORITY_WAIT_S", 30.0)
+    for module in ("reader", "rounds"):
+        monkeypatch.setattr(f"dht.register.{module}.PEER_TIMEOUT_S", 30.0)
+    cluster.wire.drop = lambda sender, to, message: isinstance(message, Accept) and to == cluster.ids[1]
+    applied = await cluster[0].commit(write())
+    cluster.wire.drop = lambda sender, to, message: False
+    cluster.wire.hung.add(cluster.ids[2])
+    async with asyncio.timeout(10.0):
+        (read,) = await cluster[0].read([KEY], None, 20.0)
+    assert read.ballot >= applied.ballots[0]
+
+
 async def test_read_between_two_replicas_that_do_not_hear_each_other_is_answered_by_both(cluster):
     """What one of them coordinates never reaches the other, so the two that it hears differ at every write."""
     apart = cluster.ids[1:]
