@@ -244,6 +244,22 @@ class TableSpec(Struct, frozen=True):
     groups: tuple[bytes, ...] = ()
 
 
+GLOBAL = "global"
+"""The domain over all PoPs, and the home of what it keeps."""
+LOCAL = "local"
+"""The home of what lives in the PoP where it was made. No PoP may have either for its name."""
+POPS_MAX = 255
+"""As many indexes are given out, from 0 on; ids of tables that span PoPs are k * 256 + index."""
+
+
+class PopClaim(Struct, frozen=True):
+    """Who may found a PoP, the first that asked, and the PoP's index: given once, never reused."""
+
+    node: NodeId
+    incarnation: bytes
+    index: int
+
+
 CATALOG_FAMILY = "catalog"
 CATALOG_TABLE = 0
 """Rows of table 0 in the group (database, "catalog") are the catalog: pk (0,) is the database's own row, its column 0

@@ -18,6 +18,7 @@ from dht.model import (
     GroupKey,
     GroupRead,
     NodeId,
+    PopClaim,
     Transaction,
     TransactionId,
 )
@@ -99,7 +100,10 @@ class ListDatabasesReply(Message, frozen=True, tag=110):
 
 @message
 class CreateDatabase(Message, frozen=True, tag=111):
-    """Create the database if it does not exist; `changed` in the reply tells which. `home`: its PoP; empty: here."""
+    """Create the database if it does not exist; `changed` in the reply tells which.
+
+    `home`: the PoP that it lives in, or "global"; empty: the PoP, or the domain, that is asked.
+    """
 
     name: str
     home: str = ""
@@ -162,14 +166,14 @@ class ListHomes(Message, frozen=True, tag=118):
 
 @message
 class ListHomesReply(Message, frozen=True, tag=119):
-    """Database -> the PoP that it lives in; empty: the one that was asked."""
+    """Database -> the PoP that it lives in, or "global"."""
 
     homes: dict[str, str]
 
 
 @message
 class ClaimPop(Message, frozen=True, tag=120):
-    """May this incarnation of the node found the PoP's domain? Asked of the PoP that founded the cluster."""
+    """May this incarnation of the node found the PoP's domain? Asked of domain `global`."""
 
     pop: str
     node: NodeId
@@ -180,20 +184,19 @@ class ClaimPop(Message, frozen=True, tag=120):
 class ClaimPopReply(Message, frozen=True, tag=121):
     """Who may, now and for ever: the first that asked."""
 
-    node: NodeId
-    incarnation: bytes
+    claim: PopClaim
 
 
 @message
-class AskFoundingPop(Message, frozen=True, tag=122):
+class ListPops(Message, frozen=True, tag=124):
     pass
 
 
 @message
-class AskFoundingPopReply(Message, frozen=True, tag=123):
-    """The PoP that founded the cluster and keeps the list of PoPs and homes; empty if that is not known here."""
+class ListPopsReply(Message, frozen=True, tag=125):
+    """In the order of their indexes."""
 
-    pop: str
+    pops: dict[str, PopClaim]
 
 
 class Store(Protocol):
@@ -228,6 +231,8 @@ class Store(Protocol):
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
 
     async def homes(self, timeout_s: float | None = None) -> dict[str, str]: ...
+
+    async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]: ...
 
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool: ...
 

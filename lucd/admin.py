@@ -34,6 +34,8 @@ class StatusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
+        shared = status.global_domain
+        unavailable = shared.tablets.get("unavailable", 0) if shared.joined else 0
         info = {
             "version": status.version,
             "node_id": status.node_id,
@@ -53,6 +55,11 @@ class StatusCollector(Collector):
             ("tablets_degraded", "Tablets with a majority of replicas working", status.tablets.get("degraded", 0)),
             ("tablets_unavailable", "Tablets without a majority", status.tablets.get("unavailable", 0)),
             ("copying", "Groups that this node still copies", status.to_copy),
+            ("global_joined", "1 when the node is a member of domain global", shared.joined),
+            ("global_members", "Members of domain global", shared.members),
+            ("global_members_reachable", "Members of domain global that answer this one", shared.reachable),
+            ("global_epoch", "Newest roster epoch of domain global held", shared.roster_epoch),
+            ("global_tablets_unavailable", "Tablets of domain global without a majority", unavailable),
             ("warnings", "Conditions that a human should look at", len(status.warnings)),
         ):
             yield GaugeMetricFamily(f"lucd_{name}", text, value=float(value))

@@ -11,39 +11,41 @@ import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
-from dht.codec import Message
-from dht.domain.domain import Domain, LocalNode
-from dht.errors import DhtError, StorageError
+from dht.domain.envelope import DomainNetwork, InDomain
+from dht.domain.roster import Member
+from dht.domain.wide import GLOBAL_TABLETS, Wide
+from dht.errors import DhtError
 from dht.limits import TABLETS_PER_DOMAIN
-from dht.model import NodeId, Struct
+from dht.model import GLOBAL, NodeId, Struct
 from dht.overlay.messages import Contact
 from dht.overlay.overlay import Overlay
-from dht.register.homes import HomedStore
+from dht.register.homes import FarStore, HomedStore, Registry
 from dht.register.node import StoreNode
-from dht.rows import tablet_of
-from dht.storage.disk import SqliteDisk
-from dht.storage.registers import RegisterFile
+from dht.storage.disk import RESERVE_BYTES, SqliteDisk
 from dht.wire.boots import BootBook
 from dht.wire.handshake import PeerIdentity
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.links import LinkNetwork, format_address, parse_address
 from dht.wire.local import LocalDoor
-from dht.world import Batch, Space
 from lucd.admin import AdminDoor, port_error
 from lucd.conf.settings import Settings
+from lucd.counters import Counters, counters_of
 from lucd.directory import OpenDirectory
+from lucd.domain_node import DomainNode, note_boot, open_file
 from lucd.door import Door
 from lucd.pops import Pops
-from lucd.report import Counters, Parts, Report, counters_of
+from lucd.report import Parts, Report
 from lucd.workers import WorkerSupervisor
 from lucd.world import LoopClock
 from nova_bridge.rpc import worker
 from nova_bridge.rpc.bus import Bus
 
 log = logging.getLogger(__name__)
-_OWNER_KEY = b"node"
-_BOOT_KEY = b"boot"
+GLOBAL_RESERVE_BYTES = 4 * 1024 * 1024
+GLOBAL_WAIT_S = 1.0
+"""How long a new node waits for the roster of `global` before it says that it cannot ask it."""
 READY_POLL_S = 0.05
 
 
@@ -59,36 +61,24 @@ class Daemon:
         self._steps = contextlib.AsyncExitStack()
         self._met: dict[NodeId, None] = {}
         clock, chance = LoopClock(), random.SystemRandom()
-        self.disk = SqliteDisk(opened.store_file)
-        self._steps.callback(self.disk.close)
-        _refuse_foreign_file(self.disk, self.identity)
-        _refuse_older_file(self.disk, opened)
-        registers = RegisterFile(self.disk, TABLETS_PER_DOMAIN)
+        disk = self._open(opened.store_file, opened.stored_boot)
+        global_disk = self._open(
+            opened.global_file, opened.stored_boot if opened.global_stored else 0, GLOBAL_RESERVE_BYTES
+        )
         cluster = Cluster(opened.cluster.cluster_id, opened.cluster.secret)
-        self.network = LinkNetwork(self.identity, cluster, BootBook(self.disk).accept)
-        local = LocalNode(
-            self.node_id,
-            self.identity.incarnation,
-            self.identity.boot,
-            settings.pop,
-            settings.failure_domain,
-            str(settings.advertise),
+        self.network = LinkNetwork(self.identity, cluster, BootBook(disk).accept)
+        world = self.identity, settings, clock, chance
+        self.own = DomainNode(settings.pop, TABLETS_PER_DOMAIN, disk, *world, self.network, self._contacts)
+        self._global_network = DomainNetwork(GLOBAL, self.network)
+        self.wide = DomainNode(
+            GLOBAL,
+            GLOBAL_TABLETS,
+            global_disk,
+            *world,
+            self._global_network,
+            self._global_contacts,
+            Wide(lambda: self.own.domain.joined, self.own.domain.word),
         )
-        self.domain = Domain(
-            settings.pop,
-            local,
-            clock,
-            chance,
-            self.network,
-            self.disk,
-            registers,
-            contacts=self._contacts,
-            remove_after_s=settings.remove_after_s,
-            copy_bytes_per_s=settings.copy_bytes_per_s,
-            repair_bytes_per_s=settings.repair_bytes_per_s,
-        )
-        self.store = StoreNode(self.identity, clock, chance, self.network, self.disk, self.domain, registers)
-        self.domain.repair.settle = self.store.settle
         self.overlay = Overlay(
             self.node_id,
             self.identity.private_key,
@@ -99,11 +89,17 @@ class Daemon:
             state_path=opened.path / "overlay.state",
             on_contact=self._heard_of,
         )
-        self.pops = Pops(settings.pop, opened.founder, clock, self.disk, self.network, self.overlay)
-        self.homed = HomedStore(settings.pop, clock, self.store, self.pops.store, self.pops.founding)
+        self.pops = Pops(
+            settings.pop, clock, chance, disk, self.network, self.overlay, self._registry, self._members, self._needed
+        )
+        self._far_global = FarStore(GLOBAL, clock, self._global_network, self.pops.gateways)
+        self.homed = HomedStore(settings.pop, clock, self.own.store, self.pops.store, self._registry)
         self.network.serve(self._answer_peer)
+        self._global_network.serve(self.wide.answer)
         self.network.on_link.append(self._met_peer)
-        self.domain.on_change.append(self._update_addresses)
+        self.own.domain.on_change.append(self._roster_changed)
+        self._global_known = asyncio.Event()
+        self.wide.domain.on_change.append(self._global_changed)
         self._report = Report(
             Parts(
                 identity=self.identity,
@@ -111,16 +107,14 @@ class Daemon:
                 address=str(settings.advertise),
                 failure_domain=settings.failure_domain,
                 state=lambda: self._state,
-                domain=self.domain,
-                tablet_of=lambda key: tablet_of(key, TABLETS_PER_DOMAIN),
-                store=self.store,
+                own=self.own,
+                wide=self.wide,
+                store=self.homed,
                 home=self.homed.home,
                 alive=self.network.alive,
-                disk_failed=lambda: self.disk.failed,
                 contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},
                 counters=self._counters,
                 warnings=self._warnings,
-                salvage=self.store.salvage,
             )
         )
         self._bus = Bus()
@@ -131,18 +125,19 @@ class Daemon:
     async def start(self) -> None:
         """Raises a DhtError, after which `stop` is due, when this node cannot start as configured."""
         settings = self.settings
-        await self._note_boot()
+        await note_boot((self.own.disk, self.wide.disk), self._opened)
         await self._keep(AdminDoor(settings.admin, self._report.status))
         await self.network.start(settings.listen.host, settings.listen.port, str(settings.advertise))
         self._steps.push_async_callback(self.network.stop)
         await self._start_overlay()
-        if self.domain.chain.newest is None and self._opened.founder:
-            await self.domain.found()
-            log.info("founded domain %s", self.domain.name)
+        if self.wide.domain.chain.newest is None and self._opened.founder:
+            await self.wide.found()
+            log.info("founded domain %s", self.wide.name)
         self._update_addresses()
-        await self._keep(self.store)
+        await self._keep(self.wide.store)
+        await self._keep(self.own.store)
         self._spawn(self._meet_bootstrap())
-        self._spawn(self.pops.learn_founding())
+        self._spawn(self.pops.learn_index())
         self._steps.push_async_callback(self.pops.stop)
         self._steps.push_async_callback(self.homed.stop)
         await self._keep(self._local)
@@ -150,12 +145,10 @@ class Daemon:
         await self._keep(self._workers)
         self._state = ""
 
-    async def _note_boot(self) -> None:
-        """In the file, durably, then in the directory, before this node speaks to anybody."""
-        batch = Batch()
-        batch.put(Space.META, _BOOT_KEY, self._opened.boot.to_bytes(8, "big"))
-        await self.disk.durable(self.disk.submit(batch))
-        self._opened.note_stored()
+    def _open(self, path: Path, noted_boot: int, reserve_bytes: int = RESERVE_BYTES) -> SqliteDisk:
+        disk = open_file(path, self.identity, noted_boot, reserve_bytes)
+        self._steps.callback(disk.close)
+        return disk
 
     async def ready(self) -> None:
         """Return when this node serves; says in the log what it waits for."""
@@ -207,18 +200,36 @@ class Daemon:
 
     # ---- who is out there
 
-    async def _answer_peer(self, sender: NodeId, message: Struct) -> Message:
-        reply = await self.pops.answer(self.store, message)
-        return await self.store.answer(sender, message) if reply is None else reply
+    async def _answer_peer(self, sender: NodeId, message: Struct) -> Struct:
+        if isinstance(message, InDomain):
+            return await self._global_network.open(sender, message)
+        return await self.own.answer(sender, message)
+
+    def _registry(self) -> Registry:
+        """Domain `global`'s store: this node's own where it is a member, else through one that is."""
+        return self.wide.store if self.wide.domain.joined else self._far_global
+
+    def _members(self) -> Sequence[Member]:
+        newest = self.wide.domain.chain.newest
+        return () if newest is None else newest.members
 
     def _contacts(self) -> Sequence[NodeId]:
         """Nodes to ask for the domain's roster: all that were met."""
         return [node for node in self._met if self.network.alive(node)]
 
+    def _global_contacts(self) -> Sequence[NodeId]:
+        """The same for `global`, which nodes of any PoP know; its members first."""
+        known = [*self.pops.global_gateways(), *(peer.node_id for peer in self.network.peers())]
+        return [node for node in dict.fromkeys(known) if self.network.alive(node)]
+
+    def _needed(self, node: NodeId) -> bool:
+        return node in self.wide.domain.acquaintances() or node in self.own.domain.acquaintances()
+
     def _met_peer(self, peer: PeerIdentity) -> None:
+        self.wide.domain.met(peer.node_id)
         if peer.pop == self.settings.pop:
             self._met[peer.node_id] = None
-            self.domain.met(peer.node_id)
+            self.own.domain.met(peer.node_id)
 
     def _heard_of(self, contact: Contact) -> None:
         """A node answered in the overlay: dial it if it is of this PoP without a link. The handshake proves it."""
@@ -226,10 +237,19 @@ class Daemon:
         if contact.pop == self.settings.pop and not self.network.alive(contact.id):
             self.network.set_address(contact.id, contact.host, contact.port)
 
+    def _global_changed(self) -> None:
+        self._global_known.set()
+        self._update_addresses()
+
+    def _roster_changed(self) -> None:
+        self._update_addresses()
+        self.wide.domain.look()
+
     def _update_addresses(self) -> None:
-        """The address book follows the roster."""
+        """The address book follows the rosters: of the PoP, and of `global` where this node is a member."""
         known = self.network.addresses()
-        for node, address in self.domain.acquaintances().items():
+        wanted = self.wide.domain.acquaintances() if self.wide.domain.joined else {}
+        for node, address in {**wanted, **self.own.domain.acquaintances()}.items():
             host, port = parse_address(address)
             if known.get(node) != (host, port):
                 self.network.set_address(node, host, port)
@@ -237,16 +257,18 @@ class Daemon:
     async def _meet_bootstrap(self) -> None:
         """Dial the bootstrap nodes until this node is a member; tell the log when what is the case changes."""
         said = ""
-        while not self.domain.joined:
+        domain = self.own.domain
+        while not domain.joined:
             problems = [await self._greet(where.host, where.port) for where in self.settings.bootstrap]
-            if self.domain.chain.newest is None and not all(problems):
+            somebody = not all(problems) or self.wide.domain.joined
+            if domain.chain.newest is None and somebody:
                 why = await self._found_pop()
                 if not why:
                     return
                 if not self._met:
                     problems.append(why)
             text = "; ".join(p for p in problems if p)
-            if not self.settings.bootstrap and self.domain.chain.newest is None:
+            if not self.settings.bootstrap and domain.chain.newest is None and not somebody:
                 text = "this node is new and no bootstrap is configured: set bootstrap = HOST:PORT of a member"
             if text and text != said:
                 log.warning("cannot join yet, trying again every %.1f s: %s", self.settings.bootstrap_retry_s, text)
@@ -268,10 +290,13 @@ class Daemon:
 
         Asked also where others of the PoP were met: they may be as new as this one.
         """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GLOBAL_WAIT_S):
+                await self._global_known.wait()
         why = await self.pops.may_found(self.node_id, self.identity.incarnation)
         if not why:
-            await self.domain.found()
-            log.info("founded domain %s, the first of PoP %s", self.domain.name, self.settings.pop)
+            await self.own.found()
+            log.info("founded domain %s, the first of PoP %s", self.own.name, self.settings.pop)
         return why
 
     def _warnings(self) -> list[str]:
@@ -282,11 +307,8 @@ class Daemon:
 
     def _counters(self) -> dict[str, Counters]:
         parts: dict[str, Callable[[], Counters]] = {
-            "disk": lambda: counters_of(self.disk),
             "overlay": lambda: counters_of(self.overlay),
             "links": lambda: counters_of(self.network),
-            "store": lambda: counters_of(self.store),
-            "domain": lambda: counters_of(self.domain),
             "door": lambda: counters_of(self._door),
             "bus": lambda: counters_of(self._bus),
             "workers": lambda: counters_of(self._workers),
@@ -294,29 +316,5 @@ class Daemon:
             "turnstile": lambda: counters_of(self._door.turnstile),
             "homes": lambda: counters_of(self.homed),
         }
-        return {name: counters() for name, counters in parts.items()}
-
-
-def _refuse_foreign_file(disk: SqliteDisk, identity: NodeIdentity) -> None:
-    """The file notes whose promises it holds; another node's file must not be answered from."""
-    owner = identity.node_id + identity.incarnation
-    noted = disk.get(Space.META, _OWNER_KEY)
-    if noted is None:
-        batch = Batch()
-        batch.put(Space.META, _OWNER_KEY, owner)
-        disk.submit(batch)
-    elif noted != owner:
-        raise StorageError(
-            "store.sqlite in the data directory belongs to another node or incarnation; put the right file back, or "
-            "wipe the directory and join again"
-        )
-
-
-def _refuse_older_file(disk: SqliteDisk, opened: OpenDirectory) -> None:
-    """Peers see a rolled-back directory by its boot counter; a file put back alone is seen here."""
-    noted = int.from_bytes(disk.get(Space.META, _BOOT_KEY) or b"", "big")
-    if noted < opened.stored_boot:
-        raise StorageError(
-            f"{opened.store_file} is an older copy: its last start is number {noted}, but number {opened.stored_boot} "
-            "was noted in it already, and what it promised since is gone; wipe the directory and join again"
-        )
+        counted = {name: counters() for name, counters in parts.items()}
+        return {**self.own.counters(), **counted, **self.wide.counters("global_")}

@@ -5,7 +5,8 @@
     cluster.key   the cluster's id and key on one line, mode 0600; `lucd join --key-file` takes a copy of it
     boot          how often the node was started; raised durably before it speaks to anybody
     lock          held by the running process
-    store.sqlite  the node's file (dht.storage)
+    store.sqlite  the node's file of its PoP's domain (dht.storage)
+    global.sqlite  its file of domain `global`
 
 Wiping the directory makes a new node: a new incarnation with a new key. Copying it does not make a second node: peers
 refuse an incarnation whose boot counter did not grow (DESIGN section 3).
@@ -27,6 +28,8 @@ import msgspec
 from dht.errors import Conflict, Invalid, NotFound, StorageError, Unavailable
 
 FORMAT = 1
+STORE_FILE = "store.sqlite"
+GLOBAL_FILE = "global.sqlite"
 _KEY_WORD = "lucd-cluster-key"
 
 
@@ -68,6 +71,7 @@ class _NodeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pop: str | None = None
     stored: bool = False
     stored_boot: int = 0
+    global_stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +89,23 @@ class OpenDirectory:
     boot: int
     lock: int
     stored_boot: int = 0
-    """The newest start that the node's file is known to have noted: an older file was put back from somewhere."""
+    """The newest start that the node's files are known to have noted: an older file was put back from somewhere."""
+    global_stored: bool = False
+    """Whether the file of domain `global` is one of them."""
 
     @property
     def store_file(self) -> Path:
-        return self.path / "store.sqlite"
+        return self.path / STORE_FILE
+
+    @property
+    def global_file(self) -> Path:
+        return self.path / GLOBAL_FILE
 
     def note_stored(self) -> None:
-        """From now on a start without the node's file, or with one that does not note this start, is refused."""
+        """From now on a start without the node's files, or with one that does not note this start, is refused."""
         with _file_errors(self.path):
-            node = msgspec.structs.replace(_node_file(self.path), stored=True, stored_boot=self.boot)
+            node = _node_file(self.path)
+            node = msgspec.structs.replace(node, stored=True, stored_boot=self.boot, global_stored=True)
             _write(self.path / "node.json", _json(node), 0o600)
 
     def close(self) -> None:
@@ -176,11 +187,12 @@ def start(path: Path, pop: str) -> OpenDirectory:
                     f"{path} belongs to a node of PoP {node.pop}, but pop = {pop} is configured; a node cannot move: "
                     "correct pop, or join again with an empty data_dir"
                 )
-            if node.stored and not (path / "store.sqlite").exists():
-                raise StorageError(
-                    f"{path}/store.sqlite is gone, and with it what this node promised to others; "
-                    "wipe the directory and join again"
-                )
+            for file, stored in ((STORE_FILE, node.stored), (GLOBAL_FILE, node.global_stored)):
+                if stored and not (path / file).exists():
+                    raise StorageError(
+                        f"{path}/{file} is gone, and with it what this node promised to others; "
+                        "wipe the directory and join again"
+                    )
             key = _node_key(path)
             boot = _read_boot(path) + 1
             _write(path / "boot", f"{boot}\n", 0o600)
@@ -190,7 +202,9 @@ def start(path: Path, pop: str) -> OpenDirectory:
             os.close(lock)
             raise
     incarnation = uuid.UUID(node.incarnation)
-    return OpenDirectory(path, cluster, key, incarnation, node.founder, boot, lock, node.stored_boot)
+    return OpenDirectory(
+        path, cluster, key, incarnation, node.founder, boot, lock, node.stored_boot, node.global_stored
+    )
 
 
 def _node_file(path: Path) -> _NodeFile:

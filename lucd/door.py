@@ -83,6 +83,8 @@ async def ask_registry(store: Store, message: Message, timeout_s: float) -> Mess
             return requests.ListDatabasesReply(await store.list_databases(timeout_s))
         case requests.ListHomes():
             return requests.ListHomesReply(await store.homes(timeout_s))
+        case requests.ListPops():
+            return requests.ListPopsReply(await store.pops(timeout_s))
         case requests.CreateDatabase():
             return requests.Done(await store.create_database(message.name, timeout_s, message.home))
         case requests.DropDatabase():

@@ -18,6 +18,18 @@ class AskStatus(Message, frozen=True, tag=200):
     """How is this node?"""
 
 
+class DomainFigures(Struct, frozen=True):
+    """Domain `global` as this node sees it; figures as in `StatusReply`. `joined`: whether it is a member there."""
+
+    joined: bool = False
+    members: int = 0
+    reachable: int = 0
+    roster_epoch: int = 0
+    generation: int = 0
+    tablets: dict[str, int] = {}
+    to_copy: int = 0
+
+
 @message
 class StatusReply(Message, frozen=True, tag=201):
     """`warnings`: what a human should know or do, one sentence each; empty when all is well.
@@ -46,6 +58,7 @@ class StatusReply(Message, frozen=True, tag=201):
     survivable: tuple[str, ...]
     warnings: tuple[str, ...]
     counters: dict[str, dict[str, int | float]]
+    global_domain: DomainFigures = DomainFigures()
 
 
 @message
@@ -161,7 +174,7 @@ class DrainNode(Message, frozen=True, tag=208):
 
 @message
 class RecoverDomain(Message, frozen=True, tag=209):
-    """Begin a new generation of this PoP's domain with the survivors (empty: all that answer), a majority being lost.
+    """Begin a new generation of a domain with the survivors (empty: all that answer), a majority being lost.
 
     Without `accept_data_loss` it is refused with what it would mean. `timeout_s`: for the tablets to be served again.
     """
@@ -169,6 +182,7 @@ class RecoverDomain(Message, frozen=True, tag=209):
     survivors: tuple[str, ...]
     accept_data_loss: bool
     timeout_s: float
+    name: str = ""
 
 
 @message

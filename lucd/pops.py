@@ -1,52 +1,35 @@
-"""The other PoPs as this node sees them: who to ask there, which of them founded the cluster, and founding one's own.
+"""The other PoPs as this node sees them: who to ask there, whom to ask for `global`, and founding one's own.
 
-A PoP is founded by its first node, once: the node claims the PoP where the cluster was founded, and only the claim that
-came first may found the domain; later ones are told who that was. So two nodes that start at the same time in a new
-PoP, or in one whose members are all away, cannot make two domains of one name.
+A PoP is founded by its first node, once: the node claims the PoP in `global`, and only the claim that came first may
+found the domain; later ones are told who that was. So two nodes that start at the same time in a new PoP, or in one
+whose members are all away, cannot make two domains of one name. The claim also gives the PoP its index.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from dht import requests
-from dht.codec import Message
-from dht.errors import DhtError, Invalid, Unavailable
-from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
-from dht.model import NodeId, Struct
+from dht.domain.roster import Member
+from dht.errors import DhtError, Unavailable
+from dht.limits import REQUEST_TIMEOUT_S
+from dht.model import GLOBAL, NodeId
 from dht.overlay.messages import Contact
-from dht.register.homes import FarStore
-from dht.register.node import StoreNode
-from dht.register.rounds import expect
-from dht.wire.frames import time_left_s
+from dht.register.homes import FarStore, Registry
 from dht.wire.handshake import PeerIdentity
-from dht.world import Batch, Clock, Disk, Network, Space
-from lucd.door import ask_store
+from dht.wire.links import parse_address
+from dht.world import Batch, Chance, Clock, Disk, Network, Space
 
 log = logging.getLogger(__name__)
 GATEWAYS_MAX: Final = 3
-"""Nodes of another PoP that this node keeps links to, once it had cause to ask that PoP."""
+"""Nodes of another PoP that this node keeps links to, once it had cause to ask that PoP; and members of `global`."""
 LOOK_AGAIN_S: Final = 30.0
 LOOK_SOON_S: Final = 1.0
 """How often a PoP's nodes are looked up at most, while one of its gateways is heard, and while none is."""
-ASK_PAUSE_S: Final = 0.2
-_FOUNDING_KEY: Final = b"founding_pop"
-_FAR_REQUESTS: Final = (
-    requests.ReadGroups,
-    requests.Find,
-    requests.Commit,
-    requests.ReserveIds,
-    requests.RaiseSequence,
-    requests.AskOutcome,
-    requests.RaiseFence,
-    requests.ListDatabases,
-    requests.ListHomes,
-    requests.CreateDatabase,
-    requests.DropDatabase,
-)
+ASK_PAUSE_S: Final = 1.0
+_INDEX_KEY: Final = b"pop_index"
 
 
 class Lookups(Protocol):
@@ -68,24 +51,36 @@ class Links(Network, Protocol):
 
 
 class Pops:
-    """`founder`: whether this node founded the cluster, so that its own PoP is the one that keeps the list."""
+    """`registry`: the store of domain `global` as it is reached from here now; `members`: of that domain.
 
-    def __init__(self, pop: str, founder: bool, clock: Clock, disk: Disk, network: Links, overlay: Lookups) -> None:
+    `needed`: whether this node wants a link to that one anyway, whatever is done here.
+    """
+
+    def __init__(
+        self,
+        pop: str,
+        clock: Clock,
+        chance: Chance,
+        disk: Disk,
+        network: Links,
+        overlay: Lookups,
+        registry: Callable[[], Registry],
+        members: Callable[[], Sequence[Member]],
+        needed: Callable[[NodeId], bool],
+    ) -> None:
         self._pop = pop
         self._clock = clock
+        self._chance = chance
         self._disk = disk
         self._network = network
         self._overlay = overlay
+        self._registry = registry
+        self._members = members
+        self._needed = needed
         self._stores: dict[str, FarStore] = {}
         self._gateways: dict[str, list[NodeId]] = {}
         self._looked_s: dict[str, float] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
-        self._known = asyncio.Event()
-        self._founding = (disk.get(Space.META, _FOUNDING_KEY) or b"").decode()
-        if founder and not self._founding:
-            self._note_founding(pop)
-        if self._founding:
-            self._known.set()
 
     async def stop(self) -> None:
         """End the look-ups that are under way."""
@@ -93,40 +88,32 @@ class Pops:
             looking.cancel()
         await asyncio.gather(*self._looking.values(), return_exceptions=True)
 
-    # ---- the PoP that founded the cluster
+    # ---- this PoP's index
 
-    def _note_founding(self, pop: str) -> None:
-        batch = Batch()
-        batch.put(Space.META, _FOUNDING_KEY, pop.encode())
-        self._disk.submit(batch)
-        self._founding = pop
-        self._known.set()
-
-    async def founding(self) -> str:
-        """Its name. Raises Unavailable while no node that knows it was met."""
-        try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S / 2):
-                await self._known.wait()
-        except TimeoutError:
+    def index(self) -> int:
+        """This PoP's index, as it was given once. Raises Unavailable while it is not known here."""
+        noted = self._disk.get(Space.META, _INDEX_KEY)
+        if noted is None:
             raise Unavailable(
-                "no node was met yet that knows which PoP founded this cluster, so it cannot be said where a database "
-                "lives that is not known here; see whether the nodes of bootstrap run"
-            ) from None
-        return self._founding
+                f"the index of PoP {self._pop} is not known here yet, which domain global gives; see whether a "
+                "majority of its members is reachable (`lucd domain show global`)"
+            )
+        return int.from_bytes(noted, "big")
 
-    async def learn_founding(self) -> None:
-        """Ask the nodes that were met, until one knows."""
-        while not self._known.is_set():
-            for peer in self._network.peers():
-                try:
-                    asked = await self._network.call(peer.node_id, requests.AskFoundingPop(), PEER_TIMEOUT_S)
-                    pop = expect(asked, requests.AskFoundingPopReply).pop
-                except DhtError:
-                    continue
-                if pop and not self._known.is_set():
-                    self._note_founding(pop)
-            if not self._known.is_set():
-                await asyncio.sleep(ASK_PAUSE_S)
+    async def learn_index(self) -> None:
+        """Ask `global` for it until it is known; it is kept in the node's file then."""
+        while self._disk.get(Space.META, _INDEX_KEY) is None:
+            try:
+                claim = (await self._registry().pops(REQUEST_TIMEOUT_S)).get(self._pop)
+            except DhtError as error:
+                log.debug("the index of PoP %s is not known yet: %s", self._pop, error.message)
+                claim = None
+            if claim is not None:
+                batch = Batch()
+                batch.put(Space.META, _INDEX_KEY, claim.index.to_bytes(2, "big"))
+                self._disk.submit(batch)
+                return
+            await self._clock.sleep(ASK_PAUSE_S * self._chance.uniform(0.8, 1.2))
 
     # ---- asking other PoPs
 
@@ -139,6 +126,8 @@ class Pops:
 
     async def gateways(self, pop: str) -> Sequence[NodeId]:
         """Nodes of the PoP to ask, those that are heard first. Looks for some where none is."""
+        if pop == GLOBAL:
+            return self.global_gateways()
         nodes = self._gateways.get(pop, [])
         heard = any(self._network.alive(node) for node in nodes)
         if not heard or len(nodes) < GATEWAYS_MAX:
@@ -162,7 +151,7 @@ class Pops:
             if contact.id in nodes:
                 self._network.set_address(contact.id, contact.host, contact.port)
         for node in before:
-            if node not in nodes:
+            if node not in nodes and not self._needed(node):
                 self._network.forget(node)
         self._gateways[pop] = nodes
 
@@ -171,36 +160,36 @@ class Pops:
         if contact.id in self._gateways.get(contact.pop, []) and not self._network.alive(contact.id):
             self._network.set_address(contact.id, contact.host, contact.port)
 
-    # ---- being asked, and founding a PoP
+    # ---- asking domain `global`
 
-    async def answer(self, store: StoreNode, message: Struct) -> Message | None:
-        """The reply to what nodes of other PoPs ask; None if the message is nothing of that kind."""
-        if isinstance(message, _FAR_REQUESTS):
-            return await ask_store(store, message, time_left_s())
-        match message:
-            case requests.AskFoundingPop():
-                return requests.AskFoundingPopReply(self._founding)
-            case requests.ClaimPop():
-                if self._founding != self._pop or message.pop == self._pop:
-                    raise Invalid(f"PoP {message.pop} is not for PoP {self._pop} to give away")
-                claimed = await store.claim_pop(message.pop, message.node, message.incarnation, time_left_s())
-                return requests.ClaimPopReply(*claimed)
-            case _:
-                return None
+    def global_gateways(self) -> Sequence[NodeId]:
+        """Members of `global` to ask, those of this PoP and those that are heard first; links to them are begun."""
+        members = {m.node_id: m for m in self._members()}
+        near = [n for n, m in members.items() if m.pop == self._pop]
+        chosen = [n for n in self._gateways.get(GLOBAL, []) if n in members and not self._network.parted(n)]
+        if not any(self._network.alive(n) for n in (*near, *chosen)):
+            rest = [n for n in members if n not in near and n not in chosen]
+            heard = [n for n in rest if self._network.alive(n)]
+            others = sorted((n for n in rest if n not in heard), key=lambda n: self._chance.random())
+            chosen = [*chosen[-1:], *heard, *others][:GATEWAYS_MAX]
+            self._gateways[GLOBAL] = chosen
+        for node in (*near, *chosen):
+            if not self._network.alive(node):
+                self._network.set_address(node, *parse_address(members[node].address))
+        unparted = [n for n in (*near, *chosen) if not self._network.parted(n)]
+        return sorted(unparted, key=lambda node: not self._network.alive(node))
+
+    # ---- founding a PoP
 
     async def may_found(self, node: NodeId, incarnation: bytes) -> str:
         """Claim this node's PoP: empty if this node may found it now, else why not."""
-        if not self._known.is_set():
-            return "no node that was met knows which PoP founded the cluster"
-        if self._founding == self._pop:
-            return f"none of the nodes of PoP {self._pop}, which founded the cluster, is known here: start one"
         try:
-            first = await self.store(self._founding).claim_pop(self._pop, node, incarnation, REQUEST_TIMEOUT_S)
+            first = await self._registry().claim_pop(self._pop, node, incarnation, REQUEST_TIMEOUT_S)
         except DhtError as error:
             return error.message
-        if first != (node, incarnation):
+        if (first.node, first.incarnation) != (node, incarnation):
             return (
-                f"PoP {self._pop} was founded by node {first[0].hex()}, and no node of it is known here: start one, "
+                f"PoP {self._pop} was founded by node {first.node.hex()}, and no node of it is known here: start one, "
                 "or join with an empty data_dir and the right pop"
             )
         return ""

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from dht.codec import Message
-from dht.domain.domain import Domain
 from dht.domain.roster import Member, Roster, TabletReplicas
 from dht.errors import DhtError, Invalid, NotFound
-from dht.model import GroupKey, NodeId, Struct
+from dht.model import GLOBAL, GroupKey, NodeId, Struct
 from dht.requests import Done, Store
-from dht.rows import split_group_key
+from dht.rows import split_group_key, tablet_of
 from dht.wire.identity import NodeIdentity
 from lucd import messages, version
+from lucd.counters import Counters
+from lucd.domain_node import DomainNode
 from lucd.messages import NodeLine, TabletLine
-from lucd.recovery import Recoverer, Salvage
-
-Counters = Mapping[str, int | float]
+from lucd.recovery import Recoverer
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Where a report reads.
 
-    `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `home`: the PoP of a
-    database; raises NotFound. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters
-    now. `warnings`: of the daemon's own parts.
+    `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `own`, `wide`: the domain
+    of the PoP, and `global`. `store`: any group, wherever it lives; `home`: of a database, a PoP or "global"; raises
+    NotFound. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters now. `warnings`: of
+    the daemon's own parts.
     """
 
     identity: NodeIdentity
@@ -40,16 +39,14 @@ class Parts:
     address: str
     failure_domain: str
     state: Callable[[], str]
-    domain: Domain
-    tablet_of: Callable[[GroupKey], int]
+    own: DomainNode
+    wide: DomainNode
     store: Store
     home: Callable[[str], Awaitable[str]]
     alive: Callable[[NodeId], bool]
-    disk_failed: Callable[[], str | None]
     contacts: Callable[[], dict[NodeId, tuple[str, str]]]
     counters: Callable[[], dict[str, Counters]]
     warnings: Callable[[], list[str]]
-    salvage: Salvage
 
 
 class Report:
@@ -58,7 +55,8 @@ class Report:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._started_s = time.monotonic()
-        self._recovery = Recoverer(parts.domain, parts.salvage)
+        self._nodes = {node.name: node for node in (parts.own, parts.wide)}
+        self._recoveries = {name: Recoverer(n.domain, n.store.salvage) for name, n in self._nodes.items()}
 
     async def answer(self, message: Message) -> Struct:
         """Serve one of `lucd.messages`."""
@@ -72,7 +70,7 @@ class Report:
             case messages.AskWhere():
                 return await self.where(message.key)
             case messages.RecoverDomain():
-                return await self._recovery.order(message)
+                return await self._recoveries[self._node(message.name).name].order(message)
             case messages.DrainNode():
                 return await self.drain(message.node_id, lost=message.lost)
             case _:
@@ -80,13 +78,14 @@ class Report:
 
     def status(self) -> messages.StatusReply:
         parts = self._parts
-        health: dict[str, Any] = parts.domain.health()
+        health: dict[str, Any] = parts.own.domain.health()
         members = health.get("members", [])
         tablets = health.get("tablets", {})
         state = self._state(tablets)
         silent = [f"node {m['node_id']} at {m['address']} does not answer" for m in members if not m["reachable"]]
-        warnings = [*health.get("warnings", ()), *silent, *parts.warnings()]
-        failed = parts.disk_failed()
+        shared = self._figures(parts.wide)
+        warnings = [*health.get("warnings", ()), *silent, *self._warnings(shared), *parts.warnings()]
+        failed = parts.own.disk.failed
         return messages.StatusReply(
             version=version(),
             node_id=parts.identity.node_id.hex(),
@@ -107,28 +106,60 @@ class Report:
             survivable=tuple(health.get("survivable", ())),
             warnings=tuple([failed, *warnings] if failed else warnings),
             counters={name: dict(values) for name, values in parts.counters().items()},
+            global_domain=shared,
         )
+
+    @staticmethod
+    def _figures(node: DomainNode) -> messages.DomainFigures:
+        health: dict[str, Any] = node.domain.health()
+        members = health.get("members", [])
+        return messages.DomainFigures(
+            node.domain.joined,
+            len(members),
+            sum(m["reachable"] for m in members),
+            health.get("epoch", 0),
+            health.get("generation", 0),
+            dict(health.get("tablets", {})),
+            health.get("to_copy", 0),
+        )
+
+    def _warnings(self, shared: messages.DomainFigures) -> list[str]:
+        """Of domain `global`, where this node is a member; that of the PoP tells what is the matter with its nodes."""
+        wide = self._parts.wide
+        found = [why for why in (wide.disk.failed, wide.domain.generations.stopped) if why]
+        if shared.joined and shared.tablets.get("unavailable", 0):
+            found.append(
+                f"domain {wide.name}: {shared.tablets['unavailable']} of its tablets have no working majority within "
+                "reach: no database or PoP can be added, and what lives there can neither be read nor written"
+            )
+        if wide.domain.removed:
+            found.append(
+                f"this node was removed from domain {wide.name} and asks its members instead; to be one again, it has "
+                "to be drained, its data directory wiped, and joined again"
+            )
+        return found
 
     def _state(self, tablets: dict[str, int]) -> str:
         """Why this node does not serve; empty when it does."""
         parts = self._parts
-        if (failed := parts.disk_failed()) is not None:
+        domain = parts.own.domain
+        if (failed := parts.own.disk.failed) is not None:
             return failed
         if state := parts.state():
             return state
-        if stopped := parts.domain.generations.stopped:
+        if stopped := domain.generations.stopped:
             return stopped
-        if parts.domain.removed:
-            return f"removed from domain {parts.domain.name}: wipe the data directory, then join again"
-        if not parts.domain.joined:
-            return f"joining domain {parts.domain.name}"
+        if domain.removed:
+            return f"removed from domain {domain.name}: wipe the data directory, then join again"
+        if not domain.joined:
+            return f"joining domain {domain.name}"
         if tablets.get("unavailable", 0):
             return f"{tablets['unavailable']} tablets have no majority: waiting for other members"
         return ""
 
     def nodes(self) -> messages.NodesReply:
         parts = self._parts
-        roster = parts.domain.chain.newest
+        roster = parts.own.domain.chain.newest
         lines = {m.node_id: self._member_line(roster, m) for m in roster.members} if roster is not None else {}
         for node_id, (pop, address) in parts.contacts().items():
             if node_id not in lines:
@@ -139,16 +170,17 @@ class Report:
         return messages.NodesReply(tuple(lines[node_id] for node_id in sorted(lines)))
 
     def domain(self, name: str) -> messages.DomainReply:
-        roster = self._roster(name)
-        health: dict[str, Any] = self._parts.domain.health()
+        node = self._node(name)
+        roster = node.domain.roster
+        health: dict[str, Any] = node.domain.health()
         return messages.DomainReply(
             roster.domain,
             roster.generation,
             roster.epoch,
             tuple(self._copying(self._member_line(roster, m), health) for m in roster.members),
-            tuple(self._tablet_line(tablet, roster.replicas(tablet)) for tablet in range(len(roster.tablets))),
+            tuple(_tablet_line(node, tablet, roster.replicas(tablet)) for tablet in range(len(roster.tablets))),
             tuple(health.get("survivable", ())),
-            self._recovery.all(),
+            self._recoveries[node.name].all(),
             health.get("state", ""),
             dict(health.get("tablets", {})),
             health.get("unchecked", 0),
@@ -165,13 +197,14 @@ class Report:
 
     async def where(self, key: GroupKey) -> messages.WhereReply:
         """Raises Invalid for a group of another PoP: its roster is known there."""
-        roster = self._roster("")
-        tablet = self._parts.tablet_of(key)
+        home = self._parts.own.name
         database = split_group_key(key)[0]
         with contextlib.suppress(NotFound):
-            home = await self._parts.home(database) if database else roster.domain
-            if home != roster.domain:
-                raise Invalid(f"database {database} lives in PoP {home}; ask a node there where its groups are")
+            home = await self._parts.home(database) if database else home
+        node = self._nodes.get(home)
+        if node is None:
+            raise Invalid(f"database {database} lives in PoP {home}; ask a node there where its groups are")
+        roster, tablet = node.domain.roster, tablet_of(key, node.tablets)
         replicas = roster.replicas(tablet)
         (found,) = await self._parts.store.read([key])
         lines = [self._member_line(roster, m) for n in replicas.nodes if (m := roster.member(n)) is not None]
@@ -193,14 +226,20 @@ class Report:
             node = bytes.fromhex(node_id)
         except ValueError:
             raise Invalid(f"{node_id!r} is no node id; `lucd node list` shows them") from None
-        await self._parts.domain.leave(node, drain=not lost)
+        own, wide = self._parts.own.domain, self._parts.wide.domain
+        if not own.chain.knows(node) and wide.chain.knows(node):
+            # Of another PoP. Its own members see to it while they are there; for a PoP that is gone a human says so.
+            await wide.leave(node, drain=not lost)
+        else:
+            await own.leave(node, drain=not lost)
         return Done()
 
-    def _roster(self, name: str) -> Roster:
-        domain = self._parts.domain
-        if name not in ("", domain.name):
-            raise NotFound(f"this node knows no domain {name}; it belongs to {domain.name}")
-        return domain.roster
+    def _node(self, name: str) -> DomainNode:
+        own = self._parts.own
+        found = self._nodes.get(name or own.name)
+        if found is None:
+            raise NotFound(f"this node knows no domain {name}; it belongs to {own.name}, and knows {GLOBAL}")
+        return found
 
     def _reachable(self, node: NodeId) -> bool:
         return node == self._parts.identity.node_id or self._parts.alive(node)
@@ -214,20 +253,12 @@ class Report:
         own = node == self._parts.identity.node_id
         return NodeLine(node.hex(), pop, failure_domain, address, role, self._reachable(node), own)
 
-    def _tablet_line(self, tablet: int, replicas: TabletReplicas) -> TabletLine:
-        try:
-            self._parts.domain.admit(tablet, replicas.epoch)
-        except DhtError:
-            serving = False
-        else:
-            serving = True
-        return TabletLine(tablet, replicas.epoch, tuple(n.hex() for n in replicas.nodes), serving)
 
-
-def counters_of(part: Any) -> Counters:
-    """The counters of a part, whether it keeps them in a dict or a dataclass."""
-    found = part.counters
-    if dataclasses.is_dataclass(found) and not isinstance(found, type):
-        return dataclasses.asdict(found)
-    result: Counters = dict(found)
-    return result
+def _tablet_line(node: DomainNode, tablet: int, replicas: TabletReplicas) -> TabletLine:
+    try:
+        node.domain.admit(tablet, replicas.epoch)
+    except DhtError:
+        serving = False
+    else:
+        serving = True
+    return TabletLine(tablet, replicas.epoch, tuple(n.hex() for n in replicas.nodes), serving)

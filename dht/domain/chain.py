@@ -34,6 +34,8 @@ class Chain:
         pairs = disk.range(Space.ROSTER, self._prefix, self._prefix + b"\xff" * 9)
         self._links = [decode_link(value) for _, value in pairs]
         self._submitted = 0
+        self._listed = {m.node_id: None for link in self._links for m in link.members}
+        self._incarnations = {(m.node_id, m.incarnation): None for link in self._links for m in link.members}
         self._recoveries = [b for a, b in itertools.pairwise(self._links) if b.generation > a.generation]
 
     @property
@@ -82,6 +84,8 @@ class Chain:
         if self._links and link.generation > self._links[-1].generation:
             self._recoveries.append(link)
         self._links.append(link)
+        self._listed.update((m.node_id, None) for m in link.members)
+        self._incarnations.update(((m.node_id, m.incarnation), None) for m in link.members)
         return True
 
     async def durable(self) -> None:
@@ -125,4 +129,8 @@ class Chain:
 
     def was_member(self, node: NodeId, incarnation: bytes) -> bool:
         """Whether any link lists this incarnation of the node."""
-        return any(link.lists(node, incarnation) for link in self._links)
+        return (node, incarnation) in self._incarnations
+
+    def knows(self, node: NodeId) -> bool:
+        """Whether any link lists the node."""
+        return node in self._listed

@@ -53,6 +53,7 @@ from dht.domain.tablets import Tablets
 from dht.domain.takeover import Takeover
 from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
+from dht.domain.wide import Wide, Word, has_room, word_of_pop
 from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
 from dht.limits import (
     COLLECT_INTERVAL_S,
@@ -69,6 +70,11 @@ from dht.world import Batch, Chance, Clock, Disk, Network
 log = logging.getLogger(__name__)
 STATUS_INTERVAL_S: Final = 1.0
 RETURN_AFTER_S: Final = 2.5 * STATUS_INTERVAL_S
+LOOK_ON_INTERVAL_S: Final = 5.0
+LOOK_ON_NODES_MAX: Final = 3
+JOIN_DELAY_S_MAX: Final = 0.1
+"""Of a domain over all PoPs: how often, and of how many nodes in turn, who is no member asks for newer links; and how
+long it waits at most before it asks to join."""
 LEFT_OUT_ROUNDS: Final = 5
 """Every so many status rounds those are asked, too, that a recovery left out: they may have begun another one."""
 JOIN_TIMEOUT_S: Final = 15.0
@@ -94,7 +100,8 @@ class LocalNode(Struct, frozen=True):
 class Domain:
     """`contacts`: nodes to ask while this one has no roster yet. `remove_after_s`, `collect_every_s`: see `limits`.
 
-    `on_change` callbacks run whenever the roster, or what this node serves, has changed.
+    `on_change` callbacks run whenever the roster, or what this node serves, has changed. `wide`: of a domain over all
+    PoPs, of which this node need not be a member.
     """
 
     def __init__(
@@ -112,9 +119,13 @@ class Domain:
         collect_every_s: float = COLLECT_INTERVAL_S,
         copy_bytes_per_s: int = COPY_BYTES_PER_S,
         repair_bytes_per_s: int = REPAIR_BYTES_PER_S,
+        wide: Wide | None = None,
     ) -> None:
         self.name = name
         self.local = local
+        self._wide = wide
+        self._remove_after_s = remove_after_s
+        self._look_on_s = float("-inf")
         self.on_change: list[Callable[[], None]] = []
         self.chain = Chain(name, disk)
         self.tablets = Tablets(disk, rules)
@@ -171,6 +182,7 @@ class Domain:
             self.learn,
             remove_after_s,
             rules,
+            wide is not None,
         )
         self.repair = Repair(
             self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, node, repair_bytes_per_s
@@ -335,12 +347,32 @@ class Domain:
         newest = self.chain.newest
         if newest is not None and newest.member(node) is not None:
             self.repair.returned(node)
+        self.look()
+
+    def look(self) -> None:
+        """What this node was waiting for to join may be the case now."""
         if not self.joined and not self.removed:
             self._look_now.set()
 
+    def word(self, nodes: Sequence[NodeId]) -> Word:
+        """What this domain of one PoP, as far as this node can tell, says of these nodes of it."""
+        if not self.joined:
+            return Word()
+        now_s = self._clock.monotonic()
+        silent = {n: s for n, s in self.watch.reported_silence.items() if n in self.watch.reachable(now_s)}
+        silent[self.local.node_id] = self.watch.silent_s(now_s)
+        return word_of_pop(self.roster, self.chain.knows, nodes, silent, self._remove_after_s)
+
     async def leave(self, node: NodeId, *, drain: bool) -> int:
         """Take a member out: `drain` moves its tablets first, else it is treated as lost. Returns the link's epoch."""
-        return (await self._membership.leave(AskLeave(self.name, node, drain))).epoch
+        request = AskLeave(self.name, node, drain)
+        if self._wide is None or self.joined:
+            return (await self._membership.leave(request)).epoch
+        for member in (n for n in self._contacts() if self.roster.member(n) is not None):
+            reply = await self.ask(member, request)
+            if isinstance(reply, Newest):
+                return reply.epoch
+        raise Unavailable(f"no member of domain {self.name} is in reach of this node; nothing was changed")
 
     def acquaintances(self) -> dict[NodeId, str]:
         """Addresses of all that this node may have to speak to: members, and those that a recovery left out."""
@@ -507,16 +539,34 @@ class Domain:
             current = state.current if self.tablets.confirmed(tablet) else 0
             groups, size_bytes = self.transfer.remaining.get(tablet) or self.repair.remaining.get(tablet, (0, 0))
             marks.append(TabletMark(tablet, current, state.sealed, groups, state.agreed, size_bytes))
-        silent = tuple((n, s) for n, s in self.watch.silent_s(self._clock.monotonic()).items())
+        silences = self.watch.silent_s(self._clock.monotonic())
+        silent = tuple((n, s) for n, s in silences.items() if s > RETURN_AFTER_S)
         return Status(
-            self.chain.epoch, self.local.incarnation, tuple(marks), silent, self.generation, self.chain.branch
+            self.chain.epoch,
+            self.local.incarnation,
+            tuple(marks),
+            silent,
+            self.generation,
+            self.chain.branch,
+            self._word(),
         )
+
+    def _word(self) -> Word:
+        newest = self.chain.newest
+        if self._wide is None or newest is None or not self.joined:
+            return Word()
+        return self._wide.word([m.node_id for m in newest.members if m.pop == self.local.pop])
 
     # ---- background
 
     async def _watch_loop(self) -> None:
         while True:
             try:
+                if self._wide is not None and not self.joined and not self._keeps_tablets():
+                    await self._look_on(self._wide)
+                    if not self.joined:
+                        await self._next_look()
+                    continue
                 await self._ask_statuses(only_alive=False)
                 if not self.joined and not self.removed:
                     await self._join()
@@ -576,10 +626,42 @@ class Domain:
                     log.info("domain %s: %s", self.name, error)
         self._changed(announce=False)
 
+    async def _look_on(self, wide: Wide) -> None:
+        """No member: learn newer links from one node at a time, and ask to join where this node's PoP needs it."""
+        if self._clock.monotonic() >= self._look_on_s:
+            for node in self._contacts()[:LOOK_ON_NODES_MAX]:
+                if await self._links_from(node):
+                    self._look_on_s = self._clock.monotonic() + LOOK_ON_INTERVAL_S * self._chance.uniform(0.8, 1.2)
+                    break
+        if self._may_join(wide):
+            # Many of one PoP may see the need at once.
+            await self._clock.sleep(self._chance.uniform(0.0, JOIN_DELAY_S_MAX))
+            if self._may_join(wide):
+                await self._join()
+
+    def _keeps_tablets(self) -> bool:
+        """Whether there is something here to hand over, or to let go of, as a member or after having been one."""
+        return any(self.tablets.state(tablet).initialised for tablet in self.tablets.known())
+
+    def _may_join(self, wide: Wide) -> bool:
+        newest = self.chain.newest
+        return newest is not None and has_room(newest, self.local.pop) and wide.may_join() and not self.removed
+
+    async def _links_from(self, node: NodeId) -> bool:
+        """Take the links that the node has; whether it has any."""
+        try:
+            reply = await self.ask(node, AskLinks(self.name, self.chain.epoch, LINKS_PER_PAGE))
+            if isinstance(reply, Links) and reply.newest > self.chain.epoch:
+                await self._catch_up(reply.newest, node)
+        except DhtError as error:
+            log.info("domain %s: %s has no links for this node: %s", self.name, node.hex()[:12], error)
+            return False
+        return isinstance(reply, Links) and reply.newest > 0
+
     async def _join(self) -> None:
         """Fetch the chain from whoever has it, then ask its members for admission, one after another."""
         newest = self.chain.newest
-        known = [] if newest is None else [m.node_id for m in newest.members]
+        known = [] if newest is None or self._wide is not None else [m.node_id for m in newest.members]
         for node in dict.fromkeys([*known, *self._contacts()]):
             if node == self.local.node_id:
                 continue

@@ -19,6 +19,7 @@ from dht.domain.plan import Readiness, joined, left, lost, next_link, readiness
 from dht.domain.roster import Member, Roster
 from dht.domain.rules import DomainRules
 from dht.domain.watch import REACHABLE_S, VOTER_SILENT_S, Watch
+from dht.domain.wide import check_room, leaving, said
 from dht.errors import Invalid, NotFound, Unavailable
 from dht.model import NodeId
 from dht.world import Clock
@@ -41,6 +42,7 @@ class Membership:
         learn: Callable[[Roster, NodeId], Awaitable[None]],
         remove_after_s: float,
         rules: DomainRules,
+        wide: bool = False,
     ) -> None:
         self._node = node
         self._chain = chain
@@ -52,14 +54,15 @@ class Membership:
         self._learn = learn
         self._remove_after_s = remove_after_s
         self._rules = rules
+        self._wide = wide
         self._changing = asyncio.Lock()
         self._unchanged = (0, 0.0)
 
     async def join(self, sender: NodeId, request: AskJoin) -> Newest:
         """Make the sender a member as it describes itself.
 
-        Raises Invalid for a member that was removed and kept its disk (rule 6), Unavailable while the change has to
-        wait.
+        Raises Invalid for a member that was removed and kept its disk (rule 6), or where its PoP has enough of them,
+        Unavailable while the change has to wait.
         """
         member = request.member
         if sender != member.node_id:
@@ -84,6 +87,8 @@ class Membership:
                         f"this node was removed from domain {roster.domain}; wipe its data directory, then it may join "
                         "again"
                     )
+                if self._wide and old is None:
+                    check_room(roster, member)
                 await self._change(roster, joined(roster, member), newcomer=member.node_id)
         raise Unavailable(f"domain {self._chain.domain} changes too fast; the join is tried again")
 
@@ -118,14 +123,32 @@ class Membership:
         reachable = self._watch.reachable(now_s)
         if not self._my_turn(roster, reachable, now_s):
             return
-        silent = {n: s for n, s in self._watch.reported_silence.items() if n in reachable}
-        silent[self._node] = self._watch.silent_s(now_s)
-        gone = lost(roster, self._node, silent, self._remove_after_s)
+        gone = self._gone(roster, reachable, now_s)
         members = left(roster, gone) if gone else roster.members
+        if not self._due(roster, members, now_s):
+            return
         async with self._changing:
             await self._change(roster, members)
         for node in gone:
             log.warning("member %s of domain %s is lost and is being replaced", node.hex()[:12], roster.domain)
+
+    def _gone(self, roster: Roster, reachable: Collection[NodeId], now_s: float) -> tuple[NodeId, ...]:
+        """Members to be replaced."""
+        silent = {n: s for n, s in self._watch.reported_silence.items() if n in reachable}
+        silent[self._node] = self._watch.silent_s(now_s)
+        if not self._wide:
+            return lost(roster, self._node, silent, self._remove_after_s)
+        words = {n: word for n, word in self._watch.words.items() if n in reachable}
+        word = said(roster, {**words, self._node: self._status().word})
+        unreached = lost(roster, self._node, silent, self._remove_after_s, word.unreached)
+        return leaving(roster, {*unreached, *word.let_go})
+
+    def _due(self, roster: Roster, members: Sequence[Member], now_s: float) -> bool:
+        """Whether a step is due by what was heard last; only then is everybody asked anew."""
+        marks = {n: self._watch.marks.get(n, {}) for n in self._watch.reachable(now_s) if roster.member(n)}
+        marks[self._node] = {m.tablet: m for m in self._status().tablets}
+        ready = readiness(roster, marks) if self._rules.gate_on_majority else Readiness(frozenset(), frozenset())
+        return self._step(roster, members, now_s, frozenset(), ready) is not None
 
     def _my_turn(self, roster: Roster, reachable: Collection[NodeId], now_s: float) -> bool:
         """The first reachable voter acts at once, the next ones when that had time and left the roster as it is.
@@ -142,15 +165,8 @@ class Membership:
     async def _change(self, roster: Roster, members: Sequence[Member], newcomer: NodeId | None = None) -> None:
         """Propose one step, and tell everybody what was decided."""
         ready = await self._readiness(roster)
-        now_s = self._clock.monotonic()
         extra = frozenset() if newcomer is None else frozenset([newcomer])
-        link = next_link(
-            roster,
-            members,
-            self._watch.reachable(now_s) | extra,
-            ready,
-            self._watch.reachable(now_s, VOTER_SILENT_S) | extra,
-        )
+        link = self._step(roster, members, self._clock.monotonic(), extra, ready)
         if link is None or self._chain.epoch != roster.epoch:
             return
         decided = await self._proposer.propose(link)
@@ -167,6 +183,17 @@ class Membership:
         near = self._watch.reachable(self._clock.monotonic()) | extra
         told = [n for n in both if n in near]
         await ask_each(self._ask, told, TellLink(decided.domain, decided), Newest)
+
+    def _step(
+        self,
+        roster: Roster,
+        members: Sequence[Member],
+        now_s: float,
+        extra: frozenset[NodeId],
+        ready: Readiness,
+    ) -> Roster | None:
+        near, voting = self._watch.reachable(now_s), self._watch.reachable(now_s, VOTER_SILENT_S)
+        return next_link(roster, members, near | extra, ready, voting | extra)
 
     async def _readiness(self, roster: Roster) -> Readiness:
         """Rule 5: asked anew, because the marks of the last round may be older than the roster."""

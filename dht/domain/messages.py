@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dht.codec import Message, message
 from dht.domain.roster import Member, Roster
+from dht.domain.wide import Word
 from dht.model import ZERO, Ballot, GroupKey, NodeId, RowKey, Struct
 from dht.storage.registers import Header
 
@@ -186,7 +187,10 @@ class TabletMark(Struct, frozen=True):
 
 @message
 class Status(Message, frozen=True, tag=67):
-    """`silent`: members that the sender has not reached lately, with the seconds since it did."""
+    """`silent`: members that the sender has not reached lately, with the seconds since it did.
+
+    `word`: what the sender says of others of its PoP, in a domain over all PoPs.
+    """
 
     epoch: int
     incarnation: bytes
@@ -194,6 +198,7 @@ class Status(Message, frozen=True, tag=67):
     silent: tuple[tuple[NodeId, float], ...]
     generation: int = 0
     branch: bytes = b""
+    word: Word = Word()
 
 
 @message

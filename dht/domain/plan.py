@@ -117,9 +117,15 @@ def choose_voters(
 
 
 def lost(
-    roster: Roster, me: NodeId, silent_s: Mapping[NodeId, Mapping[NodeId, float]], remove_after_s: float
+    roster: Roster,
+    me: NodeId,
+    silent_s: Mapping[NodeId, Mapping[NodeId, float]],
+    remove_after_s: float,
+    unreached: Collection[NodeId] | None = None,
 ) -> tuple[NodeId, ...]:
     """Members that a majority of their own PoP has not reached for so long, counting the one that asks.
+
+    `unreached`: which those are, in a domain where few of each PoP are members (`dht.domain.wide`).
 
     They are replaced, never merely removed: without a spare node a removal gains nothing, and one that comes back with
     its disk would have to be wiped. A whole PoP is never lost: nobody of it is left to say so.
@@ -133,7 +139,8 @@ def lost(
             continue
         pop = [m.node_id for m in roster.members if m.pop == member.pop]
         agree = sum(1 for n in pop if silent_s.get(n, {}).get(member.node_id, 0.0) >= remove_after_s)
-        if agree > len(pop) // 2 and len(present) >= REPLICAS:
+        agreed = agree > len(pop) // 2 if unreached is None else member.node_id in unreached
+        if agreed and len(present) >= REPLICAS:
             out.append(member.node_id)
     return tuple(out)
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from dht.domain.messages import Status, TabletMark
 from dht.domain.roster import Roster, TabletReplicas
+from dht.domain.wide import Word
 from dht.model import NodeId
 
 REACHABLE_S: Final = 5.0
@@ -24,6 +25,7 @@ class Watch:
         self._since_s: dict[NodeId, float] = {}
         self.marks: dict[NodeId, dict[int, TabletMark]] = {}
         self.reported_silence: dict[NodeId, dict[NodeId, float]] = {}
+        self.words: dict[NodeId, Word] = {}
         self._sealed: dict[int, int] = {}
         self._initialised: dict[int, int] = {}
 
@@ -36,11 +38,13 @@ class Watch:
             self._heard_s.pop(node, None)
             self.marks.pop(node, None)
             self.reported_silence.pop(node, None)
+            self.words.pop(node, None)
 
     def heard(self, node: NodeId, status: Status, now_s: float) -> None:
         self._heard_s[node] = now_s
         self.marks[node] = {m.tablet: m for m in status.tablets}
         self.reported_silence[node] = dict(status.silent)
+        self.words[node] = status.word
         for mark in status.tablets:
             self.saw(mark)
 

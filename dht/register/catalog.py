@@ -12,13 +12,29 @@ import msgspec
 
 from dht.errors import Invalid, NotFound, SchemaChanged
 from dht.limits import SEQUENCE_BLOCK_IDS
-from dht.model import CATALOG_FAMILY, CATALOG_TABLE, Change, GroupKey, Op, Part, RowKey, TableSpec, Value
+from dht.model import (
+    CATALOG_FAMILY,
+    CATALOG_TABLE,
+    GLOBAL,
+    LOCAL,
+    POPS_MAX,
+    Change,
+    GroupKey,
+    Op,
+    Part,
+    PopClaim,
+    RowKey,
+    TableSpec,
+    Value,
+)
 from dht.rows import LOCAL_MARK, decode_row, encode_row, group_key, row_key, split_group_key, split_row_key
 
 REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
 POPS_GROUP: GroupKey = group_key("", "pops", ())
 DATABASE_NAME_CHARACTERS_MAX = 64
 SEQUENCE_IDS_MAX = 100_000
+_HERE = (None, "", GLOBAL, LOCAL)
+"""Homes in a registry's rows of what lives in the registry's own domain; others are names of PoPs."""
 SEQUENCE_FAMILY = "sequence"
 _SEQUENCE_ROW = row_key(0, ())
 _spec_decoder = msgspec.msgpack.Decoder(TableSpec)
@@ -45,13 +61,13 @@ def schema_changed(database: str, have: int, current: int) -> SchemaChanged:
 
 
 def databases_of(rows: Mapping[RowKey, bytes]) -> dict[str, Value]:
-    """The names in the registry's rows of what lives in its PoP, sorted, each with the mark of its creation."""
+    """The names in the registry's rows of what lives in its domain, sorted, each with the mark of its creation."""
     named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
-    return dict(sorted((name, row.get(0)) for name, row in named if not row.get(1)))
+    return dict(sorted((name, row.get(0)) for name, row in named if row.get(1) in _HERE))
 
 
 def homes_of(rows: Mapping[RowKey, bytes]) -> dict[str, str]:
-    """All names in the registry's rows, sorted, each with its PoP; empty: the registry's own."""
+    """All names in the registry's rows, sorted, each with its home; empty: the registry's own domain."""
     named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
     return dict(sorted((name, str(row.get(1) or "")) for name, row in named))
 
@@ -67,18 +83,30 @@ def database_added(name: str, mark: bytes, home: str = "") -> Part:
     return Part(REGISTRY_GROUP, changes=(Change(Op.INSERT, 0, (name,), columns),))
 
 
-def pop_claimed(pop: str, node: bytes, incarnation: bytes) -> Part:
-    """The first claim to found a PoP's domain; every later one meets Duplicate."""
-    return Part(POPS_GROUP, changes=(Change(Op.INSERT, 0, (pop,), {0: node, 1: incarnation}),))
+def pop_claimed(pop: str, claim: PopClaim) -> Part:
+    """The first claim of a PoP, and of an index: a row each, so that whoever comes second meets Duplicate."""
+    named = Change(Op.INSERT, 0, (pop,), {0: claim.node, 1: claim.incarnation, 2: claim.index})
+    return Part(POPS_GROUP, changes=(named, Change(Op.INSERT, 0, (claim.index,), {0: pop})))
 
 
-def pops_of(rows: Mapping[RowKey, bytes]) -> dict[str, tuple[bytes, bytes]]:
-    """PoP -> (node, incarnation) of its founder."""
+def pops_of(rows: Mapping[RowKey, bytes]) -> dict[str, PopClaim]:
+    """All PoPs, by index."""
     out = {}
     for key, data in rows.items():
-        row = decode_row(data)
-        out[str(split_row_key(key)[1][0])] = (_bytes(row.get(0)), _bytes(row.get(1)))
-    return out
+        name, row = split_row_key(key)[1][0], decode_row(data)
+        if isinstance(name, str):
+            index = row.get(2)
+            out[name] = PopClaim(_bytes(row.get(0)), _bytes(row.get(1)), index if isinstance(index, int) else 0)
+    return dict(sorted(out.items(), key=lambda item: item[1].index))
+
+
+def next_pop_index(rows: Mapping[RowKey, bytes]) -> int:
+    """The lowest that was never given. Raises Invalid when all were."""
+    given = {split_row_key(key)[1][0] for key in rows}
+    index = next((index for index in range(POPS_MAX) if index not in given), None)
+    if index is None:
+        raise Invalid(f"this cluster has had {POPS_MAX} PoPs, which is as many as there may ever be; none can be added")
+    return index
 
 
 def _bytes(value: Value) -> bytes:

@@ -12,7 +12,7 @@ import contextlib
 
 from dht.errors import Conflict, DhtError, Duplicate, Unavailable
 from dht.limits import PEER_TIMEOUT_S
-from dht.model import GroupKey, NodeId, Part, Transaction, Value
+from dht.model import GroupKey, NodeId, Part, PopClaim, Transaction, Value
 from dht.register import catalog
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
@@ -55,19 +55,31 @@ class Databases:
         return tuple(self._names)
 
     async def homes(self, deadline: float) -> dict[str, str]:
-        """All databases that this PoP's registry lists, each with the PoP that it lives in; empty: this one."""
+        """All databases that this domain's registry lists, each with its home; empty: this domain."""
         (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
         return catalog.homes_of(group.rows or {})
 
-    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, deadline: float) -> tuple[NodeId, bytes]:
-        """(node, incarnation) of who may found the PoP's domain: the first that asked, which this one may be."""
-        claim = catalog.pop_claimed(pop, node, incarnation)
-        with contextlib.suppress(Duplicate):
-            await self._transactions.commit(
-                Transaction(self._context.chance.randbytes(16), "", 0, (claim,)), 0, deadline
-            )
+    async def pops(self, deadline: float) -> dict[str, PopClaim]:
+        """All PoPs, by index; listed in domain `global` alone."""
         (group,) = await self._reader.read([catalog.POPS_GROUP], None, deadline)
-        return catalog.pops_of(group.rows or {})[pop]
+        return catalog.pops_of(group.rows or {})
+
+    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, deadline: float) -> PopClaim:
+        """Who may found the PoP's domain: the first that asked, which this one may be.
+
+        Raises Invalid when there are as many PoPs as there may be.
+        """
+        while True:
+            (group,) = await self._reader.read([catalog.POPS_GROUP], None, deadline)
+            rows = group.rows or {}
+            if pop in (pops := catalog.pops_of(rows)):
+                return pops[pop]
+            part = catalog.pop_claimed(pop, PopClaim(node, incarnation, catalog.next_pop_index(rows)))
+            with contextlib.suppress(Conflict):
+                # Somebody else may have taken the name, or only the index: both are seen at the next look.
+                await self._transactions.commit(
+                    Transaction(self._context.chance.randbytes(16), "", 0, (part,)), 0, deadline
+                )
 
     def mark(self, database: str) -> Value:
         """What tells a database, as last read of the registry, from one of the same name that was dropped."""
@@ -98,7 +110,7 @@ class Databases:
             raise catalog.schema_changed(database, version, current)
 
     async def create(self, name: str, deadline: float, home: str = "") -> bool:
-        """False if it exists. With a `home`, only the name is taken: the database itself lives in that PoP."""
+        """False if it exists. With a PoP for its `home` only the name is taken: the database itself lives there."""
         catalog.check_database_name(name)
         added = catalog.database_added(name, self._context.chance.randbytes(8), home)
         return await self._register(added, name, deadline)

@@ -1,29 +1,41 @@
 """Any node serves any database: where a database lives, and how what is asked of it gets there (DESIGN section 8).
 
-A database lives in one PoP, its home, whose domain keeps its groups. The PoP that founded the cluster keeps the list:
-name -> home; a name is taken there first and created at its home then, so no two PoPs have a database of one name, and
-a creation that broke off is finished by the next one. A home never changes while the database exists, so it is cached,
-and believed on for as long as the list is out of reach. Where a database was dropped and created again in another PoP,
-a node may read the old one, which is empty, for some seconds more.
+A database lives in one domain, its home: that of a PoP, or `global`. Domain `global` keeps the list: name -> home; a
+name is taken there first and created at its home then, so no two PoPs have a database of one name, and a creation that
+broke off is finished by the next one. A home never changes while the database exists, so it is cached, and believed on
+for as long as the list is out of reach; what lives in the own PoP is known there without it. Where a database was
+dropped and created again in another PoP, a node may read the old one, which is empty, for some seconds more.
 
-A request for a database at home is served by this node's own store. Any other is passed on, whole, to one node of its
-home, which serves it with its own rosters: one round trip between the PoPs, whatever it costs there. Reads are asked of
-another node of the home when one is lost; a commit never is, once it may have been served: it is Indeterminate, and
-whoever asked learns what became of it by its id. What is out of reach is Unavailable, never "not found": absence is
-answered by the home alone.
+A request for a database at home is served by this node's own store of that domain. Any other is passed on, whole, to
+one member of its home, which serves it with its own rosters: one round trip between the PoPs, whatever it costs there.
+Reads are asked of another node of the home when one is lost; a commit never is, once it may have been served: it is
+Indeterminate, and whoever asked learns what became of it by its id. What is out of reach is Unavailable, never "not
+found": absence is answered by the home alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from dht import requests
 from dht.codec import Message
 from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotFound, Unavailable
 from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
-from dht.model import Applied, Ballot, FindQuery, FindResult, GroupKey, GroupRead, NodeId, Transaction, TransactionId
+from dht.model import (
+    GLOBAL,
+    Applied,
+    Ballot,
+    FindQuery,
+    FindResult,
+    GroupKey,
+    GroupRead,
+    NodeId,
+    PopClaim,
+    Transaction,
+    TransactionId,
+)
 from dht.register import catalog
 from dht.register.rounds import expect
 from dht.rows import split_group_key
@@ -40,10 +52,11 @@ Gateways = Callable[[str], Awaitable[Sequence[NodeId]]]
 
 
 class FarStore:
-    """`dht.requests.Store` of another PoP, through any of its nodes."""
+    """`dht.requests.Store` of another PoP, or of a domain that this node is no member of, through any of its nodes."""
 
     def __init__(self, pop: str, clock: Clock, network: Network, gateways: Gateways) -> None:
         self.pop = pop
+        self._name = "domain global" if pop == GLOBAL else f"PoP {pop}"
         self._clock = clock
         self._network = network
         self._gateways = gateways
@@ -66,7 +79,7 @@ class FarStore:
                 if not repeatable:
                     raise
                 why = error.message
-        raise Unavailable(f"PoP {self.pop} cannot be asked: {why}", pop=self.pop)
+        raise Unavailable(f"{self._name} cannot be asked: {why}", pop=self.pop)
 
     async def read(
         self,
@@ -120,14 +133,24 @@ class FarStore:
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
         return (await self.ask(requests.DropDatabase(name), requests.Done, timeout_s, repeatable=False)).changed
 
-    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float) -> tuple[NodeId, bytes]:
+    async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
+        return (await self.ask(requests.ListPops(), requests.ListPopsReply, timeout_s)).pops
+
+    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None) -> PopClaim:
         """See `Databases.claim_pop`; asked again without harm, for the first claim stays the first."""
-        reply = await self.ask(requests.ClaimPop(pop, node, incarnation), requests.ClaimPopReply, timeout_s)
-        return reply.node, reply.incarnation
+        return (await self.ask(requests.ClaimPop(pop, node, incarnation), requests.ClaimPopReply, timeout_s)).claim
+
+
+class Registry(requests.Store, Protocol):
+    """The store of domain `global`, which keeps the lists of databases and of PoPs."""
+
+    async def claim_pop(
+        self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None
+    ) -> PopClaim: ...
 
 
 class HomedStore:
-    """`dht.requests.Store` of all PoPs. `founding`: awaits the name of the PoP that founded the cluster.
+    """`dht.requests.Store` of all PoPs and of `global`. `registry`: how that is reached from here now.
 
     `counters`: requests passed on, and homes looked up, since the start.
     """
@@ -138,20 +161,23 @@ class HomedStore:
         clock: Clock,
         own: requests.Store,
         far: Callable[[str], FarStore],
-        founding: Callable[[], Awaitable[str]],
+        registry: Callable[[], Registry],
     ) -> None:
         self.counters = {"passed_on": 0, "homes_looked_up": 0}
         self._pop = pop
         self._clock = clock
         self._own = own
         self._far = far
-        self._founding = founding
+        self._registry = registry
         self._homes: dict[str, tuple[str, float]] = {}
         self._names: dict[bytes, str] = {}
         self._looking: dict[asyncio.Task[None], None] = {}
 
     async def home(self, database: str) -> str:
-        """The PoP that the database lives in. Raises NotFound if the list has no such name, Unavailable without it."""
+        """The PoP that the database lives in, or "global".
+
+        Raises NotFound if the list has no such name, Unavailable without it.
+        """
         known = self._homes.get(database)
         if known is None:
             return await self._look_up(database)
@@ -192,14 +218,18 @@ class HomedStore:
         await asyncio.gather(*self._looking, return_exceptions=True)
 
     async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
-        """Every database with its PoP, as the founding PoP says now."""
-        founding = await self._founding()
-        store = self._own if founding == self._pop else self._far(founding)
-        return {name: home or founding for name, home in (await store.homes(timeout_s)).items()}
+        """Every database with its home, as `global` says now."""
+        return await self._registry().homes(timeout_s)
+
+    async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
+        """Every PoP, as `global` says now."""
+        return await self._registry().pops(timeout_s)
 
     def _at(self, home: str) -> requests.Store:
         if home == self._pop:
             return self._own
+        if home == GLOBAL:
+            return self._registry()
         self.counters["passed_on"] += 1
         return self._far(home)
 
@@ -264,35 +294,31 @@ class HomedStore:
         return await self._ask(database, lambda store: store.fence(database, version, prefixes, first, timeout_s))
 
     async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
-        """All, wherever they live. Raises Unavailable where the founding PoP cannot be asked."""
+        """All, wherever they live. Raises Unavailable where `global` cannot be asked."""
         return tuple(await self.homes(timeout_s))
 
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
-        """Take the name where the list is, then create it at its home. False if it exists, wherever it lives.
+        """Take the name in `global`, then create it at its home. False if it exists, wherever it lives.
 
-        Raises Conflict if another home was asked for than it has.
+        Raises Conflict if another home was asked for than it has, NotFound for a home that there is not.
         """
         catalog.check_database_name(name)
         wanted = home or self._pop
-        founding = await self._founding()
-        if wanted != founding:
-            listed = self._own if founding == self._pop else self._far(founding)
-            await listed.create_database(name, timeout_s, wanted)
-        lives = (await self.homes(timeout_s)).get(name, wanted)
+        if wanted not in (self._pop, GLOBAL) and wanted not in await self.pops(timeout_s):
+            raise NotFound(f"there is no PoP {wanted} for database {name} to live in; nothing was changed")
+        created = await self._registry().create_database(name, timeout_s, wanted)
+        lives = wanted if created else (await self.homes(timeout_s)).get(name, wanted)
         if lives != wanted and home:
-            raise Conflict(f"database {name} exists already, in PoP {lives}; nothing was changed", what="database")
+            where = f"in {'domain global' if lives == GLOBAL else f'PoP {lives}'}"
+            raise Conflict(f"database {name} exists already, {where}; nothing was changed", what="database")
         # Also where it is listed already: a creation may have broken off in between.
-        return await self._at(lives).create_database(name, timeout_s)
+        return created if lives == GLOBAL else await self._at(lives).create_database(name, timeout_s)
 
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
         """At its home first, then from the list: what broke off in between is finished by dropping it again."""
-        founding = await self._founding()
         home = (await self.homes(timeout_s)).get(name)
         self._homes.pop(name, None)
         if home is None:
             return False
-        dropped = await self._at(home).drop_database(name, timeout_s)
-        if home != founding:
-            listed = self._own if founding == self._pop else self._far(founding)
-            dropped = await listed.drop_database(name, timeout_s) or dropped
-        return dropped
+        dropped = home != GLOBAL and await self._at(home).drop_database(name, timeout_s)
+        return await self._registry().drop_database(name, timeout_s) or dropped

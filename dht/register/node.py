@@ -19,6 +19,7 @@ from dht.model import (
     GroupRead,
     NodeId,
     Part,
+    PopClaim,
     Struct,
     Transaction,
     TransactionId,
@@ -264,12 +265,14 @@ class StoreNode:
         return await self._databases.names(self._deadline(timeout_s))
 
     async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
-        """What this PoP's registry says of where databases live (`dht.register.homes`)."""
+        """What this domain's registry says of where databases live (`dht.register.homes`)."""
         return await self._databases.homes(self._deadline(timeout_s))
 
-    async def claim_pop(
-        self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None
-    ) -> tuple[NodeId, bytes]:
+    async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
+        """See `Databases.pops`."""
+        return await self._databases.pops(self._deadline(timeout_s))
+
+    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None) -> PopClaim:
         """See `Databases.claim_pop`."""
         return await self._databases.claim_pop(pop, node, incarnation, self._deadline(timeout_s))
 

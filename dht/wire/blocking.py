@@ -27,6 +27,7 @@ from dht.model import (
     FindResult,
     GroupKey,
     GroupRead,
+    PopClaim,
     Struct,
     Transaction,
     TransactionId,
@@ -293,8 +294,12 @@ class SocketStore:
         return self._ask(requests.ListDatabases(), requests.ListDatabasesReply, timeout_s).names
 
     def homes(self, timeout_s: float | None = None) -> dict[str, str]:
-        """Database -> the PoP that it lives in."""
+        """Database -> the PoP that it lives in, or "global"."""
         return self._ask(requests.ListHomes(), requests.ListHomesReply, timeout_s).homes
+
+    def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
+        """All PoPs, by index."""
+        return self._ask(requests.ListPops(), requests.ListPopsReply, timeout_s).pops
 
     def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return self._ask(requests.CreateDatabase(name, home), requests.Done, timeout_s).changed

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dht.errors import Conflict, Invalid, NotFound
+from dht.model import GLOBAL
 from lucd.cli.connection import socket_option, store
 from lucd.cli.output import format_option, show_json, show_table
 
@@ -18,32 +19,43 @@ def database() -> None:
     """The databases in the store."""
 
 
+def _shown(home: str) -> str:
+    return home if home == GLOBAL else f"{_POP}{home}"
+
+
 @database.command("list")
 @socket_option
 @format_option
 def database_list(config: Path | None, socket: Path | None, form: str) -> None:
-    """Their names, and the PoPs that they live in."""
+    """Their names, and where they live."""
     with store(config, socket) as opened:
         homes = opened.homes()
     if form == "json":
-        show_json([{"name": name, "home": f"{_POP}{home}"} for name, home in homes.items()])
+        show_json([{"name": name, "home": _shown(home)} for name, home in homes.items()])
     else:
-        show_table(("DATABASE", "HOME"), [(name, f"{_POP}{home}") for name, home in homes.items()])
+        show_table(("DATABASE", "HOME"), [(name, _shown(home)) for name, home in homes.items()])
 
 
 @database.command("create")
 @click.argument("name")
-@click.option("--home", default="", metavar="pop:NAME", help="The PoP that it lives in (default: this node's).")
+@click.option(
+    "--home", default="", metavar="pop:NAME|global", help="The PoP that it lives in (default: this node's), or all."
+)
 @socket_option
 def database_create(name: str, home: str, config: Path | None, socket: Path | None) -> None:
-    """Create the database NAME: its data lives in one PoP, and every node of every PoP serves it."""
-    if (home and not home.removeprefix(_POP)) or (home and not home.startswith(_POP)):
-        raise Invalid(f"{home!r} is not a home; write --home {_POP}NAME with the name of a PoP")
+    """Create the database NAME, which every node of every PoP serves.
+
+    Its data lives in one PoP, whose nodes keep it among themselves, or in the domain over all PoPs: there a read and a
+    write wait for the way between PoPs, and any PoP may be lost.
+    """
+    if home and home != GLOBAL and not (home.startswith(_POP) and home.removeprefix(_POP)):
+        raise Invalid(f"{home!r} is not a home; write --home {_POP}NAME with the name of a PoP, or --home {GLOBAL}")
     with store(config, socket) as opened:
         created = opened.create_database(name, home=home.removeprefix(_POP))
     if not created:
         raise Conflict(f"database {name} already exists; nothing was changed")
-    click.echo(f"Created database {name}{f' in PoP {home.removeprefix(_POP)}' if home else ''}.")
+    where = f" in domain {GLOBAL}" if home == GLOBAL else f" in PoP {home.removeprefix(_POP)}" if home else ""
+    click.echo(f"Created database {name}{where}.")
 
 
 @database.command("drop")

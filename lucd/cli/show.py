@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dht.errors import DhtError, Invalid, Unavailable
-from dht.model import GroupKey, Value
+from dht.model import GLOBAL, GroupKey, Value
 from dht.rows import group_key
 from lucd import messages
 from lucd.cli.connection import ask, client, socket_option, store
@@ -42,6 +42,14 @@ def _losses(survivable: tuple[str, ...]) -> str:
     return "the loss of any one " + " or ".join(s.replace("_", " ") for s in survivable) if survivable else "no loss"
 
 
+def _shared(figures: messages.DomainFigures) -> str:
+    """The domain over all PoPs, in one line."""
+    if not figures.joined:
+        return f"{figures.members} members, this node is none of them"
+    tablets = ", ".join(f"{number} {name}" for name, number in figures.tablets.items())
+    return f"{figures.members} members, {figures.reachable} reachable; tablets: {tablets}"
+
+
 @click.command()
 @socket_option
 @format_option
@@ -63,6 +71,7 @@ def status(config: Path | None, socket: Path | None, form: str) -> None:
             ("tablets", ", ".join(f"{number} {name}" for name, number in reply.tablets.items())),
             ("survives", _losses(reply.survivable)),
             *((("copying", f"{reply.to_copy} groups still to come"),) if reply.to_copy else ()),
+            (GLOBAL, _shared(reply.global_domain)),
             ("up", f"{reply.uptime_s:.0f} s, start number {reply.boot}"),
             ("version", reply.version),
             *(("warning", text) for text in reply.warnings),
@@ -92,21 +101,23 @@ def node_list(config: Path | None, socket: Path | None, form: str) -> None:
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for its tablets to move.")
 @socket_option
 def node_drain(node_id: str, timeout: float, config: Path | None, socket: Path | None) -> None:
-    """Move the tablets away from NODE_ID (of this PoP) and take it out of the roster; returns when it is out."""
+    """Move the tablets away from NODE_ID (of this PoP); returns when its PoP and global have let it go."""
     with client(config, socket, timeout) as daemon:
         daemon.call(messages.DrainNode(node_id))
         deadline_s = time.monotonic() + timeout
-        while isinstance(reply := daemon.call(messages.AskDomain(), repeatable=True), messages.DomainReply):
-            member = next((m for m in reply.members if m.node_id == node_id), None)
-            if member is None:
-                break
-            if time.monotonic() > deadline_s:
-                raise Unavailable(
-                    f"node {node_id} is being drained, but is not out after {timeout:.0f} s: it leaves by itself when "
-                    "the others have copied its tablets; `lucd domain show` tells what remains"
-                )
-            time.sleep(0.2)
+        for name in ("", GLOBAL):
+            while _lists(daemon.call(messages.AskDomain(name), repeatable=True), node_id):
+                if time.monotonic() > deadline_s:
+                    raise Unavailable(
+                        f"node {node_id} is being drained, but is not out after {timeout:.0f} s: it leaves by itself "
+                        f"when the others have copied its tablets; `lucd domain show {name}` tells what remains"
+                    )
+                time.sleep(0.2)
     click.echo(f"Node {node_id} left the roster; stop it.")
+
+
+def _lists(reply: object, node_id: str) -> bool:
+    return isinstance(reply, messages.DomainReply) and any(m.node_id == node_id for m in reply.members)
 
 
 @node.command("remove")
@@ -115,7 +126,8 @@ def node_drain(node_id: str, timeout: float, config: Path | None, socket: Path |
 def node_remove(node_id: str, config: Path | None, socket: Path | None) -> None:
     """Take NODE_ID (of this PoP), which is lost for good, out of the roster now, not after `remove_after_s`.
 
-    Refused while it answers: drain it then. If it comes back it has to join with an empty data directory.
+    Refused while it answers: drain it then. If it comes back it has to join with an empty data directory. Of a PoP that
+    is lost as a whole the members of domain global are taken out of that.
     """
     with client(config, socket, 60.0) as daemon:
         daemon.call(messages.DrainNode(node_id, lost=True))
@@ -134,7 +146,7 @@ def domain() -> None:
 @socket_option
 @format_option
 def domain_show(name: str, config: Path | None, socket: Path | None, form: str) -> None:
-    """The domain NAME (default: this node's PoP), its members and tablets."""
+    """The domain NAME (default: this node's PoP; else global), its members and tablets."""
     reply = ask(config, socket, messages.AskDomain(name), messages.DomainReply)
     if form == "json":
         show_json(messages.plain(reply))
@@ -177,6 +189,7 @@ def _show_recoveries(recoveries: tuple[messages.RecoveryLine, ...]) -> None:
 
 
 @domain.command("recover")
+@click.argument("name", default="")
 @click.option("--accept-data-loss", is_flag=True, help="Really do it: what only the lost members had is gone.")
 @click.option(
     "--survivor", "survivors", multiple=True, metavar="NODE_ID", help="Who survived (default: all that answer)."
@@ -184,31 +197,36 @@ def _show_recoveries(recoveries: tuple[messages.RecoveryLine, ...]) -> None:
 @click.option("--timeout", default=120.0, show_default=True, help="Seconds to wait until the tablets are served again.")
 @socket_option
 def domain_recover(
-    survivors: tuple[str, ...], accept_data_loss: bool, timeout: float, config: Path | None, socket: Path | None
+    name: str,
+    survivors: tuple[str, ...],
+    accept_data_loss: bool,
+    timeout: float,
+    config: Path | None,
+    socket: Path | None,
 ) -> None:
-    """A majority of this PoP's domain is lost for good: go on with the survivors alone.
+    """A majority of the domain NAME (default: this PoP's; else global) is lost for good: go on with the survivors.
 
     Run it on one survivor, once. Members that were not named stop when they meet the others, and have to be wiped.
     """
     with client(config, socket, 2 * timeout + 30) as daemon:
-        reply = daemon.call(messages.RecoverDomain(survivors, accept_data_loss, timeout))
+        reply = daemon.call(messages.RecoverDomain(survivors, accept_data_loss, timeout, name))
     if isinstance(reply, messages.RecoverReply):
         _show_recoveries((reply.recovery,))
-    _fit_unique_entries(config, socket)
+    _fit_unique_entries(name, config, socket)
 
 
-def _fit_unique_entries(config: Path | None, socket: Path | None) -> None:
+def _fit_unique_entries(domain: str, config: Path | None, socket: Path | None) -> None:
     """Unique entries and sequences follow the rows that survived; indexes are built from rows anyway."""
     from nova_bridge.sql.database import Database  # pulls in the SQL door, which other commands do without
     from nova_bridge.sql.repair import check
 
-    pop = ask(config, socket, messages.AskStatus(), messages.StatusReply).pop
+    recovered = domain or ask(config, socket, messages.AskStatus(), messages.StatusReply).pop
     with store(config, socket, 120.0) as opened:
         try:
-            names = [name for name, home in opened.homes().items() if home == pop]
+            names = [name for name, home in opened.homes().items() if home == recovered]
         except DhtError as error:
             names = []
-            click.echo(f"  databases: {error.message}: run `lucd database check NAME --repair` for each of this PoP")
+            click.echo(f"  databases: {error.message}: run `lucd database check NAME --repair` for each of {recovered}")
         for name in names:
             try:
                 found = list(check(Database(opened, name, 120.0), repair=True))

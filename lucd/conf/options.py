@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from oslo_config import cfg, types
 
 from dht import limits
+from dht.model import GLOBAL, LOCAL
 
 
 class Endpoint(NamedTuple):
@@ -40,8 +41,10 @@ def endpoint(value: object) -> Endpoint:
 
 
 def pop_name(value: object) -> str:
-    """A PoP's name: 1-63 letters, digits, '.', '_' or '-'."""
+    """A PoP's name: 1-63 letters, digits, '.', '_' or '-', and no home that a database has without a PoP."""
     text = str(value)
+    if text in (GLOBAL, LOCAL):
+        raise ValueError(f"{text} cannot name a PoP, for it means something else where databases live")
     if not 0 < len(text) <= 63 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text):
         raise ValueError("a name of 1 to 63 letters, digits, '.', '_' or '-' is expected")
     return text

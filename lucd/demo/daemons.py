@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dht.domain.wide import members_wanted
 from dht.errors import Unavailable
 from dht.wire.blocking import BlockingClient, SocketStore
 from lucd import directory
@@ -192,6 +193,16 @@ class LocalNode:
         return " | ".join(self.log_text().splitlines()[-4:]) or "its log is empty"
 
 
+def _whole(domain: dict[str, Any], pops: list[str]) -> bool:
+    """Whether `global` has the members that it should have of these nodes' PoPs, and misses no replica."""
+    each = members_wanted(len(set(pops)))
+    wanted = sum(min(each, pops.count(pop)) for pop in set(pops))
+    if domain["members"] < wanted:
+        return False
+    tablets = domain["tablets"]
+    return not domain["joined"] or not (tablets["degraded"] or tablets["unavailable"] or domain["to_copy"])
+
+
 class Daemons:
     """`nodes` daemons of one cluster and PoP; the first founds it, the others join through it.
 
@@ -242,6 +253,7 @@ class Daemons:
                     status.get("reachable", 0) >= sum(other.pop == node.pop for other in running)
                     and tablets
                     and not (tablets["degraded"] or tablets["unavailable"] or status["to_copy"])
+                    and _whole(status["global_domain"], [other.pop for other in running])
                 ):
                     break
                 if time.monotonic() > deadline:

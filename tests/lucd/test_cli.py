@@ -290,7 +290,7 @@ def test_database_create_list_drop(lucd: Run, socket: str) -> None:
         {"name": "nova", "home": "pop:paris"},
         {"name": "cell", "home": "pop:lyon"},
     ]
-    for wrong in ("lyon", "pop:", "global"):
+    for wrong in ("lyon", "pop:", "globally"):
         code, _, err = lucd("database", "create", "x", "--home", wrong, "--socket", socket)
         assert code == 64
         assert "write --home pop:NAME" in err

@@ -127,15 +127,17 @@ def test_start_unreadable_file_is_refused(tmp_path: Path) -> None:
         directory.start(tmp_path / "d", "p")
 
 
-def test_start_without_the_file_that_held_promises_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [directory.STORE_FILE, directory.GLOBAL_FILE])
+def test_start_without_a_file_that_held_promises_is_refused(tmp_path: Path, gone: str) -> None:
     directory.found(tmp_path / "d")
     opened = directory.start(tmp_path / "d", "p")
     opened.store_file.touch()
+    opened.global_file.touch()
     opened.note_stored()
     opened.close()
     directory.start(tmp_path / "d", "p").close()
-    opened.store_file.unlink()
-    with pytest.raises(StorageError, match="wipe the directory"):
+    (tmp_path / "d" / gone).unlink()
+    with pytest.raises(StorageError, match=f"{gone} is gone.*wipe the directory"):
         directory.start(tmp_path / "d", "p")
 
 

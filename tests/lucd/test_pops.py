@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
 
-from dht.errors import Invalid
+from dht.domain.roster import Member
+from dht.errors import Unavailable
+from dht.model import GLOBAL, PopClaim
 from dht.overlay.messages import Contact
-from dht.requests import AskFoundingPop, ClaimPop
 from dht.storage.memory import MemoryDisk
 from lucd import pops as pops_module
 from lucd.pops import Pops
@@ -29,6 +31,29 @@ class World:
         self.there: list[Contact] = []
         self.addresses: dict[bytes, int] = {}
         self.crawls = 0
+        self.members: list[Member] = []
+        self.needs: set[bytes] = set()
+        self.claims: dict[str, PopClaim] = {}
+
+    def pops_on(self, disk: MemoryDisk) -> Pops:
+        stand_in: Any = self
+        return Pops(
+            "nice",
+            stand_in,
+            random.Random(1),
+            disk,
+            stand_in,
+            stand_in,
+            lambda: stand_in,
+            lambda: self.members,
+            lambda node: node in self.needs,
+        )
+
+    async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
+        return self.claims
+
+    async def claim_pop(self, pop: str, node: bytes, incarnation: bytes, timeout_s: float | None = None) -> PopClaim:
+        return self.claims[pop]
 
     def monotonic(self) -> float:
         return self.now_s
@@ -61,8 +86,7 @@ def world() -> World:
 
 @pytest.fixture
 def pops(world: World) -> Pops:
-    stand_in: Any = world
-    return Pops("nice", False, stand_in, MemoryDisk(), stand_in, stand_in)
+    return world.pops_on(MemoryDisk())
 
 
 async def test_many_requests_at_once_look_once(world: World, pops: Pops) -> None:
@@ -100,15 +124,51 @@ async def test_gateways_that_are_gone_make_room_for_others(world: World, pops: P
     assert sorted(world.addresses.values()) == [1001, 1004, 1005]
 
 
-async def test_pop_is_given_away_by_the_founding_one_alone(world: World, pops: Pops) -> None:
-    store: Any = None
-    assert (await pops.answer(store, AskFoundingPop())).pop == ""  # type: ignore[union-attr]
-    with pytest.raises(Invalid, match="not for PoP nice to give away"):
-        await pops.answer(store, ClaimPop("lyon", b"n" * 20, b"i" * 16))
+def member(number: int, pop: str) -> Member:
+    return Member(bytes([number]) * 20, b"i" * 16, pop, "host", f"127.0.0.1:{1000 + number}")
 
 
-async def test_founder_remembers_that_it_founded(world: World) -> None:
-    stand_in: Any = world
+async def test_members_of_global_in_the_own_pop_are_asked_first_and_others_not_at_all(world: World, pops: Pops) -> None:
+    world.members = [member(1, "lyon"), member(2, "nice"), member(3, "nice")]
+    world.heard = {member(1, "lyon").node_id, member(3, "nice").node_id}
+    assert await pops.gateways(GLOBAL) == [member(3, "nice").node_id, member(2, "nice").node_id]
+
+
+async def test_few_members_of_global_elsewhere_are_asked_where_the_own_pop_has_none(world: World, pops: Pops) -> None:
+    world.members = [member(n, f"pop{n}") for n in range(1, 20)]
+    first = await pops.gateways(GLOBAL)
+    assert len(first) == pops_module.GATEWAYS_MAX == len(world.addresses)
+    world.heard = {first[0]}
+    assert await pops.gateways(GLOBAL) == first
+    world.heard, world.cut = set(), set(first)
+    second = await pops.gateways(GLOBAL)
+    assert len(second) == pops_module.GATEWAYS_MAX
+    assert not set(first).intersection(second)
+
+
+async def test_gateway_that_another_part_needs_keeps_its_link(world: World, pops: Pops) -> None:
+    world.there = [contact(1), contact(2), contact(3)]
+    await pops.gateways("lyon")
+    world.needs = {contact(3).id}
+    world.there = [contact(4), contact(5), contact(6)]
+    world.now_s += pops_module.LOOK_SOON_S + 0.1
+    await pops.gateways("lyon")
+    assert sorted(world.addresses.values()) == [1003, 1004, 1005, 1006]
+
+
+async def test_index_is_learned_once_and_kept_in_the_file(world: World) -> None:
     disk = MemoryDisk()
-    assert await Pops("nice", True, stand_in, disk, stand_in, stand_in).founding() == "nice"
-    assert await Pops("nice", False, stand_in, disk, stand_in, stand_in).founding() == "nice"
+    with pytest.raises(Unavailable, match="index of PoP nice is not known"):
+        world.pops_on(disk).index()
+    world.claims = {"lyon": PopClaim(b"n" * 20, b"i" * 16, 0), "nice": PopClaim(b"m" * 20, b"i" * 16, 7)}
+    await world.pops_on(disk).learn_index()
+    world.claims = {}
+    assert world.pops_on(disk).index() == 7
+
+
+@pytest.mark.parametrize("other", [(b"x" * 20, b"i" * 16), (b"m" * 20, b"old disk........")])
+async def test_only_who_claimed_the_pop_first_may_found_it(world: World, other: tuple[bytes, bytes]) -> None:
+    world.claims = {"nice": PopClaim(b"m" * 20, b"i" * 16, 3)}
+    pops = world.pops_on(MemoryDisk())
+    assert await pops.may_found(b"m" * 20, b"i" * 16) == ""
+    assert "PoP nice was founded by node 6d6d" in await pops.may_found(*other)

@@ -233,11 +233,17 @@ def test_other_pop_does_not_join_the_domain_and_founds_its_own(cluster: Cluster)
     cluster.nodes.remove(foreigner)
     try:
         foreigner.start()
-        assert "founded domain rome, the first of PoP rome" in foreigner.log_text()
+        eventually(lambda: "founded domain rome, the first of PoP rome" in foreigner.log_text())
         assert foreigner.status()["members"] == 1
         assert cluster.nodes[0].status()["members"] == 3
+        eventually(lambda: foreigner.status()["global_domain"]["joined"])
+        node_id = foreigner.status()["node_id"]
     finally:
         foreigner.stop()
+    # Gone for good: of a PoP that is gone nobody is left to say so but a human.
+    assert cluster.nodes[0].client(30.0).call(messages.DrainNode(node_id, lost=True)) is not None
+    eventually(lambda: cluster.nodes[0].status()["global_domain"]["members"] == 3, 40.0)
+    cluster.wait_whole()
 
 
 def test_unreachable_bootstrap_keeps_trying_says_so_once_and_joins(cluster: Cluster) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from dht.domain.domain import Domain, LocalNode
 from dht.domain.roster import quorums
 from dht.domain.rules import RULES, DomainRules
+from dht.domain.wide import Wide, Word
 from dht.errors import DhtError, NotServing, Unavailable
 from dht.model import ZERO, Ballot, GroupKey, NodeId, Struct
 from dht.rows import encode_row, group_key, row_key
@@ -21,10 +22,18 @@ ROW = row_key(1, (1,))
 
 
 class DomainNode:
-    """A node with nothing but a domain and its file."""
+    """A node with nothing but a domain and its file. `word`: what its PoP says, in a domain over all PoPs."""
 
-    def __init__(self, boot: Boot, rules: DomainRules = RULES, remove_after_s: float = 600.0, domain: str = "") -> None:
+    def __init__(
+        self,
+        boot: Boot,
+        rules: DomainRules = RULES,
+        remove_after_s: float = 600.0,
+        domain: str = "",
+        wide: bool = False,
+    ) -> None:
         self.boot = boot
+        self.word = Word()
         self.registers = RegisterFile(boot.disk, TABLETS)
         local = LocalNode(boot.node_id, boot.incarnation, boot.boot, boot.pop, f"host-{boot.address}", boot.address)
         self.domain = Domain(
@@ -38,6 +47,7 @@ class DomainNode:
             lambda: boot.peers,
             rules,
             remove_after_s,
+            wide=Wide(lambda: True, lambda nodes: self.word) if wide else None,
         )
 
     @property
@@ -200,9 +210,11 @@ def play(
     remove_after_s: float = 600.0,
     time_limit_s: float = 2000.0,
     domain: str = "",
+    wide: bool = False,
+    pops: Sequence[str] = ("one",),
 ) -> World:
     """Run the story in virtual time. `domain`: its name, if it is not that of the only PoP."""
-    cluster = Cluster(seed, lambda boot: DomainNode(boot, rules, remove_after_s, domain))
+    cluster = Cluster(seed, lambda boot: DomainNode(boot, rules, remove_after_s, domain, wide), pops)
     world = World(cluster)
     virtual.run(story(world), time_limit_s=time_limit_s)
     return world

@@ -8,7 +8,7 @@ import pytest
 
 from dht import requests
 from dht.errors import Conflict, Indeterminate, Invalid, NotFound, Unavailable
-from dht.model import Applied, FindQuery, FindResult, GroupRead, Part, Transaction
+from dht.model import GLOBAL, Applied, FindQuery, FindResult, GroupRead, Part, PopClaim, Transaction
 from dht.register import homes as homes_module
 from dht.register.catalog import no_such_database
 from dht.register.homes import FarStore, HomedStore
@@ -135,9 +135,13 @@ class Pop:
             return False
         if home:
             self.listed[name] = home
-        else:
+        if home in ("", GLOBAL):
             self.databases.append(name)
         return True
+
+    async def pops(self, timeout_s=None):
+        self._serve("pops")
+        return {pop: PopClaim(A, b"i" * 16, index) for index, pop in enumerate(("lyon", "nice"))}
 
     async def drop_database(self, name, timeout_s=None):
         self._serve("drop")
@@ -153,17 +157,15 @@ async def settled(store):
 
 
 class Pops:
-    """`first` founded the cluster; a homed store of any of them."""
+    """Two PoPs, and `global` with the list; a homed store of any PoP."""
 
     def __init__(self):
         self.world = World()
-        self.pops = {"first": Pop("founded", listed={"d": "lyon"}), "lyon": Pop("d"), "nice": Pop()}
+        shared = Pop("shared", listed={"d": "lyon", "shared": GLOBAL})
+        self.pops = {GLOBAL: shared, "lyon": Pop("d"), "nice": Pop()}
 
     def store(self, pop):
-        async def founding():
-            return "first"
-
-        return HomedStore(pop, self.world, self.pops[pop], self.pops.__getitem__, founding)
+        return HomedStore(pop, self.world, self.pops[pop], self.pops.__getitem__, lambda: self.pops[GLOBAL])
 
     def asked(self):
         return {name: pop.asked for name, pop in self.pops.items() if pop.asked}
@@ -186,7 +188,7 @@ async def test_database_of_another_pop_is_looked_up_once_and_passed_on(pops):
     store = pops.store("nice")
     for _ in range(3):
         await store.find(FindQuery("d", 1, 0))
-    assert pops.asked() == {"nice": ["list"], "first": ["homes"], "lyon": ["find"] * 3}
+    assert pops.asked() == {"nice": ["list"], GLOBAL: ["homes"], "lyon": ["find"] * 3}
     assert store.counters["passed_on"] == 3 + 0
 
 
@@ -194,7 +196,7 @@ async def test_home_is_believed_on_while_the_list_is_out_of_reach(pops):
     store = pops.store("nice")
     await store.commit(WRITE)
     pops.world.now_s += 10 * homes_module.HOMES_KEPT_S
-    pops.pops["first"].away = Unavailable("cut off")
+    pops.pops[GLOBAL].away = Unavailable("cut off")
     await store.commit(WRITE)
     await settled(store)
     await store.commit(WRITE)
@@ -217,7 +219,7 @@ async def test_home_that_moved_is_learned_even_if_nobody_refuses(pops):
     await store.read([KEY])
     pops.pops["lyon"].databases.remove("d")
     pops.pops["nice"].databases.append("d")
-    pops.pops["first"].listed["d"] = "nice"
+    pops.pops[GLOBAL].listed["d"] = "nice"
     pops.world.now_s += homes_module.HOMES_KEPT_S
     await store.read([KEY])
     await settled(store)
@@ -226,7 +228,7 @@ async def test_home_that_moved_is_learned_even_if_nobody_refuses(pops):
 
 
 async def test_database_unknown_here_is_unavailable_not_missing_while_the_list_is_out_of_reach(pops):
-    pops.pops["first"].away = Unavailable("cut off")
+    pops.pops[GLOBAL].away = Unavailable("cut off")
     store = pops.store("nice")
     for ask in (store.commit(WRITE), store.read([KEY]), store.find(FindQuery("d", 1, 0))):
         with pytest.raises(Unavailable):
@@ -242,10 +244,10 @@ async def test_database_that_moved_is_found_at_its_new_home(pops):
     store = pops.store("nice")
     await store.commit(WRITE)
     pops.pops["lyon"].databases.remove("d")
-    pops.pops["first"].databases.append("d")
-    pops.pops["first"].listed.clear()
+    pops.pops[GLOBAL].databases.append("d")
+    pops.pops[GLOBAL].listed["d"] = GLOBAL
     await store.commit(WRITE)
-    assert pops.pops["first"].asked[-1] == "commit"
+    assert pops.pops[GLOBAL].asked[-1] == "commit"
 
 
 async def test_home_that_lost_the_database_says_not_found(pops):
@@ -261,25 +263,52 @@ async def test_creation_takes_the_name_first_and_what_broke_off_is_finished(pops
     pops.pops["lyon"].away = Unavailable("cut off")
     with pytest.raises(Unavailable):
         await store.create_database("new", home="lyon")
-    assert pops.pops["first"].listed["new"] == "lyon"
+    assert pops.pops[GLOBAL].listed["new"] == "lyon"
     with pytest.raises(Conflict, match="in PoP lyon"):
-        await store.create_database("new", home="first")
+        await store.create_database("new", home="nice")
+    with pytest.raises(Conflict, match="in PoP lyon"):
+        await store.create_database("new", home=GLOBAL)
     pops.pops["lyon"].away = None
     assert await store.create_database("new") is True
     assert "new" in pops.pops["lyon"].databases
+
+
+async def test_database_of_domain_global_is_created_used_and_dropped_there_alone(pops):
+    store = pops.store("nice")
+    assert await store.create_database("new", home=GLOBAL) is True
+    assert await store.create_database("new") is False
+    await store.find(FindQuery("new", 1, 0))
+    assert (await store.homes())["new"] == await store.home("new") == GLOBAL
+    assert await store.drop_database("new") is True
+    assert pops.pops["nice"].databases == []
+    assert pops.pops["lyon"].asked == []
+    with pytest.raises(NotFound):
+        await store.find(FindQuery("new", 1, 0))
+
+
+async def test_home_that_is_no_pop_is_refused_before_the_name_is_taken(pops):
+    with pytest.raises(NotFound, match="no PoP metz"):
+        await pops.store("nice").create_database("new", home="metz")
+    assert "new" not in pops.pops[GLOBAL].listed
+
+
+async def test_own_database_is_served_while_domain_global_is_out_of_reach(pops):
+    pops.pops[GLOBAL].away = Unavailable("cut off")
+    await pops.store("lyon").commit(WRITE)
+    assert pops.pops["lyon"].asked == ["list", "commit"]
 
 
 async def test_drop_that_broke_off_is_finished_by_the_next(pops):
     store = pops.store("nice")
     pops.pops["lyon"].databases.remove("d")
     assert await store.drop_database("d") is True
-    assert "d" not in pops.pops["first"].listed
+    assert "d" not in pops.pops[GLOBAL].listed
     assert await store.drop_database("d") is False
 
 
 async def test_groups_of_two_databases_in_one_read_are_refused(pops):
     with pytest.raises(Invalid, match="different databases"):
-        await pops.store("lyon").read([KEY, group_key("founded", "f", (1,))])
+        await pops.store("lyon").read([KEY, group_key("shared", "f", (1,))])
 
 
 async def test_many_databases_do_not_fill_the_memory(pops, monkeypatch):

@@ -1,0 +1,162 @@
+"""One domain as a node keeps it: its file, its registers, the domain, the store on them.
+
+A node keeps two, each in a file of its own: its PoP's, and `global` (DESIGN section 5). Before a file is answered from
+it is made sure that it is this node's, and not an older copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dht import requests
+from dht.codec import Message
+from dht.domain.domain import Domain, LocalNode
+from dht.domain.wide import Wide
+from dht.errors import Invalid, NotServing, StorageError
+from dht.model import GLOBAL, NodeId, Struct
+from dht.register.node import StoreNode
+from dht.storage.disk import RESERVE_BYTES, SqliteDisk
+from dht.storage.registers import RegisterFile
+from dht.wire.frames import time_left_s
+from dht.wire.identity import NodeIdentity
+from dht.world import Batch, Chance, Clock, Disk, Network, Space
+from lucd.conf.settings import Settings
+from lucd.counters import Counters, counters_of
+from lucd.directory import OpenDirectory
+from lucd.door import ask_store
+
+_OWNER_KEY = b"node"
+_BOOT_KEY = b"boot"
+_STORE_REQUESTS = (
+    requests.ReadGroups,
+    requests.Find,
+    requests.Commit,
+    requests.ReserveIds,
+    requests.RaiseSequence,
+    requests.AskOutcome,
+    requests.RaiseFence,
+    requests.ListDatabases,
+    requests.ListHomes,
+    requests.ListPops,
+    requests.CreateDatabase,
+    requests.DropDatabase,
+)
+"""What nodes that are no members of a domain ask its members, as a client of theirs would."""
+
+
+class DomainNode:
+    """Raises StorageError for a file that is not to be answered from. `tablets`: of the domain, fixed for ever."""
+
+    def __init__(
+        self,
+        name: str,
+        tablets: int,
+        disk: SqliteDisk,
+        identity: NodeIdentity,
+        settings: Settings,
+        clock: Clock,
+        chance: Chance,
+        network: Network,
+        contacts: Callable[[], Sequence[NodeId]],
+        wide: Wide | None = None,
+    ) -> None:
+        self.name = name
+        self.tablets = tablets
+        self.disk = disk
+        registers = RegisterFile(disk, tablets)
+        local = LocalNode(
+            identity.node_id,
+            identity.incarnation,
+            identity.boot,
+            settings.pop,
+            settings.failure_domain,
+            str(settings.advertise),
+        )
+        self.domain = Domain(
+            name,
+            local,
+            clock,
+            chance,
+            network,
+            disk,
+            registers,
+            contacts=contacts,
+            remove_after_s=settings.remove_after_s,
+            copy_bytes_per_s=settings.copy_bytes_per_s,
+            repair_bytes_per_s=settings.repair_bytes_per_s,
+            wide=wide,
+        )
+        self.store = StoreNode(identity, clock, chance, network, disk, self.domain, registers)
+        self.domain.repair.settle = self.store.settle
+
+    async def answer(self, sender: NodeId, message: Struct) -> Message:
+        """Serve a peer: of this domain, or a client's request that it passes on."""
+        if not isinstance(message, (*_STORE_REQUESTS, requests.ClaimPop)):
+            return await self.store.answer(sender, message)
+        if not self.domain.joined:
+            raise NotServing(f"this node is no member of domain {self.name}; ask one that is")
+        if isinstance(message, requests.ClaimPop):
+            if self.name != GLOBAL:
+                raise Invalid(f"PoP {message.pop} is not for PoP {self.name} to give away")
+            claim = await self.store.claim_pop(message.pop, message.node, message.incarnation, time_left_s())
+            return requests.ClaimPopReply(claim)
+        return await ask_store(self.store, message, time_left_s())
+
+    async def found(self) -> None:
+        """Found the domain with this node as its only member."""
+        await self.domain.found(self.tablets)
+
+    def counters(self, prefix: str = "") -> dict[str, Counters]:
+        """By part, for metrics."""
+        return {
+            f"{prefix}disk": counters_of(self.disk),
+            f"{prefix}store": counters_of(self.store),
+            f"{prefix}domain": counters_of(self.domain),
+        }
+
+
+def open_file(path: Path, identity: NodeIdentity, noted_boot: int, reserve_bytes: int = RESERVE_BYTES) -> SqliteDisk:
+    """The file, made sure of. `noted_boot`: the newest start that is known to be noted in it, 0 for a new file."""
+    disk = SqliteDisk(path, reserve_bytes=reserve_bytes)
+    try:
+        _refuse_foreign_file(disk, path, identity)
+        _refuse_older_file(disk, path, noted_boot)
+    except BaseException:
+        disk.close()
+        raise
+    return disk
+
+
+async def note_boot(disks: Sequence[Disk], opened: OpenDirectory) -> None:
+    """In the files, durably, then in the directory, before this node speaks to anybody."""
+    for disk in disks:
+        batch = Batch()
+        batch.put(Space.META, _BOOT_KEY, opened.boot.to_bytes(8, "big"))
+        await disk.durable(disk.submit(batch))
+    opened.note_stored()
+
+
+def _refuse_foreign_file(disk: Disk, path: Path, identity: NodeIdentity) -> None:
+    """The file notes whose promises it holds; another node's file must not be answered from."""
+    owner = identity.node_id + identity.incarnation
+    noted = disk.get(Space.META, _OWNER_KEY)
+    if noted is None:
+        batch = Batch()
+        batch.put(Space.META, _OWNER_KEY, owner)
+        disk.submit(batch)
+    elif noted != owner:
+        raise StorageError(
+            f"{path.name} in the data directory belongs to another node or incarnation; put the right file back, or "
+            "wipe the directory and join again"
+        )
+
+
+def _refuse_older_file(disk: Disk, path: Path, noted_boot: int) -> None:
+    """Peers see a rolled-back directory by its boot counter; a file put back alone is seen here."""
+    noted = int.from_bytes(disk.get(Space.META, _BOOT_KEY) or b"", "big")
+    if noted < noted_boot:
+        raise StorageError(
+            f"{path} is an older copy: its last start is number {noted}, but number {noted_boot} was noted in it "
+            "already, and what it promised since is gone; wipe the directory and join again"
+        )

@@ -1,0 +1,181 @@
+"""The domain over all PoPs: who is a member, on whose word one is replaced, and what everybody else holds of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+import pytest
+
+from dht.domain.plan import left, lost
+from dht.domain.roster import Member, Roster, found
+from dht.domain.wide import (
+    GLOBAL_TABLETS,
+    Word,
+    check_room,
+    has_room,
+    leaving,
+    members_wanted,
+    said,
+    word_of_pop,
+)
+from dht.errors import Invalid
+from tests.dht.domain.small_world import DomainNode, World, play
+
+REMOVE_AFTER_S = 20.0
+
+
+def member(number: int, pop: str) -> Member:
+    return Member(bytes([number]) * 20, b"i" * 16, pop, f"host{number}", f"10.0.0.{number}:7650")
+
+
+def roster(*pops: str) -> Roster:
+    """Members 1, 2, ... of these PoPs."""
+    members = tuple(member(n, pop) for n, pop in enumerate(pops, 1))
+    return msgspec.structs.replace(found("global", members[0], GLOBAL_TABLETS), members=members)
+
+
+def ids(*numbers: int) -> tuple[bytes, ...]:
+    return tuple(bytes([n]) * 20 for n in numbers)
+
+
+def test_three_members_at_least_and_two_of_each_pop() -> None:
+    assert [members_wanted(pops) for pops in (0, 1, 2, 3, 100)] == [3, 3, 2, 2, 2]
+
+
+def test_room_is_for_pops_that_have_too_few_counting_the_own_one() -> None:
+    assert has_room(roster("a", "a"), "a")
+    assert not has_room(roster("a", "a", "a"), "a")
+    assert has_room(roster("a", "a", "b"), "b")
+    assert has_room(roster("a", "a", "a"), "b")
+    assert not has_room(roster("a", "a", "b"), "a")
+
+
+def test_member_that_leaves_makes_room() -> None:
+    full = roster("a", "a", "b", "b")
+    after = msgspec.structs.replace(full, members=left(full, ids(1)))
+    check_room(after, member(9, "a"))
+    with pytest.raises(Invalid, match="PoP b has its 2 members of domain global already"):
+        check_room(after, member(9, "b"))
+
+
+def test_word_of_a_pop_is_that_of_its_majority() -> None:
+    pop = roster("a", "a", "a", "a", "a")
+    silent = {node: {ids(5)[0]: 100.0} for node in ids(1, 2)}
+    for reached_by_two_of_five in (silent, {**silent, ids(3)[0]: {ids(5)[0]: REMOVE_AFTER_S - 1}}):
+        assert word_of_pop(pop, lambda n: True, ids(4, 5), reached_by_two_of_five, REMOVE_AFTER_S) == Word()
+    silent[ids(3)[0]] = {ids(5)[0]: REMOVE_AFTER_S}
+    assert word_of_pop(pop, lambda n: True, ids(4, 5), silent, REMOVE_AFTER_S) == Word(ids(5))
+
+
+def test_node_that_left_its_pop_is_let_go_and_one_that_is_not_known_yet_is_not() -> None:
+    pop = roster("a", "a", "a")
+    after = msgspec.structs.replace(pop, members=left(pop, ids(3)))
+    assert word_of_pop(after, lambda n: n != ids(9)[0], ids(2, 3, 8, 9), {}, REMOVE_AFTER_S) == Word((), ids(3, 8))
+
+
+def test_members_speak_for_their_own_pop_only() -> None:
+    both = roster("a", "a", "b", "b")
+    words = {ids(1)[0]: Word(ids(2, 3), ids(4)), ids(9)[0]: Word(ids(2))}
+    assert said(both, words) == Word(ids(2))
+    assert said(both, {ids(4)[0]: Word((), ids(3, 1))}) == Word((), ids(3))
+
+
+def test_two_members_of_a_pop_are_no_majority_of_it() -> None:
+    wide = roster("a", "a", "a", "b", "b")
+    silent = {node: {ids(3)[0]: 100.0} for node in ids(1, 2, 4, 5)}
+    assert lost(wide, ids(1)[0], silent, REMOVE_AFTER_S) == ids(3)
+    assert lost(wide, ids(1)[0], silent, REMOVE_AFTER_S, unreached=()) == ()
+    assert lost(wide, ids(1)[0], silent, REMOVE_AFTER_S, unreached=ids(3, 4)) == ids(3)
+
+
+def test_member_that_is_reached_is_not_lost_whatever_is_said() -> None:
+    wide = roster("a", "a", "b", "b")
+    assert lost(wide, ids(1)[0], {}, REMOVE_AFTER_S, unreached=ids(2)) == ()
+
+
+def test_one_member_stays_whatever_is_said() -> None:
+    assert leaving(roster("a", "b"), ids(1, 2)) == ids(1)
+
+
+# ---- on simulated machines: three PoPs of three
+
+
+def members(world: World) -> Counter[str]:
+    return Counter(m.pop for m in world.domain(0).roster.members if not m.leaving)
+
+
+def told(story: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+    play(story, remove_after_s=REMOVE_AFTER_S, domain="global", wide=True, pops=("a", "b", "c"))
+
+
+async def nine(world: World) -> None:
+    await world.add(founds=True)
+    for _ in range(8):
+        await world.add()
+        await world.cluster.machines[0].clock.sleep(3.0)
+    await world.until(lambda: members(world) == {"a": 2, "b": 2, "c": 2}, 60.0, "two of each PoP joining")
+
+
+def outside(world: World) -> list[DomainNode]:
+    return [node for node in world.running() if not node.domain.joined]
+
+
+def test_two_of_each_pop_join_and_the_others_hold_the_same_chain() -> None:
+    async def story(world: World) -> None:
+        await nine(world)
+        await world.cluster.machines[0].clock.sleep(30.0)
+        assert members(world) == {"a": 2, "b": 2, "c": 2}
+        assert len(outside(world)) == 3
+        newest = world.domain(0).chain.newest
+        assert all(node.domain.chain.newest == newest for node in outside(world))
+        assert not any(node.domain.tablets.known() for node in outside(world))
+
+    told(story)
+
+
+def test_member_is_replaced_on_the_word_of_its_pop_and_by_a_node_of_it() -> None:
+    async def story(world: World) -> None:
+        await nine(world)
+        gone = next(i for i in range(3, 9) if world.domain(i).joined and world.node(i).boot.pop == "a")
+        spare = next(n for n in outside(world) if n.boot.pop == "a")
+        node_id = world.node(gone).boot.node_id
+        world.cluster.crash(gone)
+        await world.cluster.machines[0].clock.sleep(3 * REMOVE_AFTER_S)
+        assert world.domain(0).roster.member(node_id) is not None, "nobody of its PoP has said that it is gone"
+        world.node(0).word = Word((node_id,))
+        await world.until(lambda: spare.domain.joined, 60.0, "the spare node joining")
+        await world.until(lambda: world.domain(0).roster.member(node_id) is None, 60.0, "the lost one's going")
+        assert members(world) == {"a": 2, "b": 2, "c": 2}
+
+    told(story)
+
+
+def test_node_that_its_pop_let_go_leaves_at_once_though_it_answers() -> None:
+    async def story(world: World) -> None:
+        await nine(world)
+        left_pop = next(i for i in range(3, 9) if world.domain(i).joined and world.node(i).boot.pop == "b")
+        node_id = world.node(left_pop).boot.node_id
+        world.node(left_pop).word = Word((), (node_id,))
+        await world.until(lambda: world.domain(left_pop).removed, REMOVE_AFTER_S, "its leaving")
+        await world.until(lambda: members(world)["b"] == 2, 60.0, "another one's joining")
+
+    told(story)
+
+
+def test_pop_that_is_cut_off_keeps_its_members() -> None:
+    async def story(world: World) -> None:
+        await nine(world)
+        cut = [i for i in range(9) if world.node(i).boot.pop == "c"]
+        world.cluster.partition(cut, [i for i in range(9) if i not in cut])
+        others = [world.node(i).boot.node_id for i in cut if world.domain(i).joined]
+        world.node(0).word = Word(tuple(others), tuple(others))
+        await world.cluster.machines[0].clock.sleep(5 * REMOVE_AFTER_S)
+        assert members(world) == {"a": 2, "b": 2, "c": 2}
+        world.cluster.heal()
+        await world.cluster.machines[0].clock.sleep(30.0)
+        assert members(world) == {"a": 2, "b": 2, "c": 2}
+
+    told(story)
