@@ -248,6 +248,8 @@ GLOBAL = "global"
 """The domain over all PoPs, and the home of what it keeps."""
 LOCAL = "local"
 """The home of what lives in the PoP where it was made. No PoP may have either for its name."""
+SPANNING = (GLOBAL, LOCAL)
+"""Homes of databases of which more than one domain may have groups."""
 POPS_MAX = 255
 """As many indexes are given out, from 0 on; ids of tables that span PoPs are k * 256 + index."""
 

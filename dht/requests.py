@@ -199,6 +199,20 @@ class ListPopsReply(Message, frozen=True, tag=125):
     pops: dict[str, PopClaim]
 
 
+@message
+class AskHome(Message, frozen=True, tag=126):
+    """Of one database, as the asked node knows it; asked of `global` only if it does not."""
+
+    database: str
+
+
+@message
+class AskHomeReply(Message, frozen=True, tag=127):
+    """A PoP, "global" or "local"; empty if there is no such database."""
+
+    home: str
+
+
 class Store(Protocol):
     """Errors: see `dht.errors`. `timeout_s` bounds the whole call; None means limits.REQUEST_TIMEOUT_S."""
 
@@ -270,7 +284,7 @@ class BlockingStore(Protocol):
 
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]: ...
 
-    def homes(self, timeout_s: float | None = None) -> dict[str, str]: ...
+    def home(self, database: str, timeout_s: float | None = None) -> str: ...
 
     def create_database(self, name: str, timeout_s: float | None = None) -> bool: ...
 

@@ -23,6 +23,9 @@ from dht.overlay.messages import Contact
 from dht.overlay.overlay import Overlay
 from dht.register.homes import FarStore, HomedStore, Registry
 from dht.register.node import StoreNode
+from dht.register.places import FEW_POPS, Places
+from dht.register.shards import Shard
+from dht.register.spanning import SpanningStore
 from dht.storage.disk import RESERVE_BYTES, SqliteDisk
 from dht.wire.boots import BootBook
 from dht.wire.handshake import PeerIdentity
@@ -35,6 +38,8 @@ from lucd.counters import Counters, counters_of
 from lucd.directory import OpenDirectory
 from lucd.domain_node import DomainNode, note_boot, open_file
 from lucd.door import Door
+from lucd.hints import HintPublisher
+from lucd.messages import AskWhere
 from lucd.pops import Pops
 from lucd.report import Parts, Report
 from lucd.workers import WorkerSupervisor
@@ -93,7 +98,20 @@ class Daemon:
             settings.pop, clock, chance, disk, self.network, self.overlay, self._registry, self._members, self._needed
         )
         self._far_global = FarStore(GLOBAL, clock, self._global_network, self.pops.gateways)
-        self.homed = HomedStore(settings.pop, clock, self.own.store, self.pops.store, self._registry)
+        self.hints = HintPublisher(clock, self.overlay.publish_hint, self.own.coordinated, self._hints_are_asked)
+        self.own.shard = shard = Shard(self.own.store, self._registry, clock, chance)
+        self.places = Places(
+            settings.pop,
+            clock,
+            shard,
+            self.pops.store,
+            self._registry,
+            self.pops.index,
+            self.overlay.find_hint,
+            self.hints.made,
+        )
+        spanning = SpanningStore(self._registry, self.places, self.own.store)
+        self.homed = HomedStore(settings.pop, clock, self.own.store, self.pops.store, self._registry, spanning)
         self.network.serve(self._answer_peer)
         self._global_network.serve(self.wide.answer)
         self.network.on_link.append(self._met_peer)
@@ -111,6 +129,9 @@ class Daemon:
                 wide=self.wide,
                 store=self.homed,
                 home=self.homed.home,
+                locate=self.places.locate,
+                hint=self.overlay.find_hint,
+                far=self.pops.store,
                 alive=self.network.alive,
                 contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},
                 counters=self._counters,
@@ -119,7 +140,7 @@ class Daemon:
         )
         self._bus = Bus()
         self._workers = WorkerSupervisor(self._worker_command(), settings.nova.workers)
-        self._door = Door(self.homed, self._bus, self._report.answer)
+        self._door = Door(self.homed, self._bus, self._report.answer, self.homed.home)
         self._local = LocalDoor(settings.socket, self._door.answer)
 
     async def start(self) -> None:
@@ -138,6 +159,8 @@ class Daemon:
         await self._keep(self.own.store)
         self._spawn(self._meet_bootstrap())
         self._spawn(self.pops.learn_index())
+        self._spawn(self.hints.run())
+        self._spawn(self.hints.again())
         self._steps.push_async_callback(self.pops.stop)
         self._steps.push_async_callback(self.homed.stop)
         await self._keep(self._local)
@@ -203,7 +226,12 @@ class Daemon:
     async def _answer_peer(self, sender: NodeId, message: Struct) -> Struct:
         if isinstance(message, InDomain):
             return await self._global_network.open(sender, message)
+        if isinstance(message, AskWhere):
+            return await self._report.where_here(message.key)
         return await self.own.answer(sender, message)
+
+    def _hints_are_asked(self) -> bool:
+        return self.places.pops_known > FEW_POPS
 
     def _registry(self) -> Registry:
         """Domain `global`'s store: this node's own where it is a member, else through one that is."""
@@ -315,6 +343,8 @@ class Daemon:
             "local": lambda: counters_of(self._local),
             "turnstile": lambda: counters_of(self._door.turnstile),
             "homes": lambda: counters_of(self.homed),
+            "places": lambda: counters_of(self.places),
+            "hints": lambda: counters_of(self.hints),
         }
         counted = {name: counters() for name, counters in parts.items()}
         return {**self.own.counters(), **counted, **self.wide.counters("global_")}

@@ -6,7 +6,7 @@ it is made sure that it is this node's, and not an older copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dht import requests
@@ -14,8 +14,10 @@ from dht.codec import Message
 from dht.domain.domain import Domain, LocalNode
 from dht.domain.wide import Wide
 from dht.errors import Invalid, NotServing, StorageError
-from dht.model import GLOBAL, NodeId, Struct
+from dht.model import GLOBAL, GroupKey, NodeId, Struct
 from dht.register.node import StoreNode
+from dht.register.shards import is_about_shard
+from dht.rows import is_local
 from dht.storage.disk import RESERVE_BYTES, SqliteDisk
 from dht.storage.registers import RegisterFile
 from dht.wire.frames import time_left_s
@@ -46,7 +48,10 @@ _STORE_REQUESTS = (
 
 
 class DomainNode:
-    """Raises StorageError for a file that is not to be answered from. `tablets`: of the domain, fixed for ever."""
+    """Raises StorageError for a file that is not to be answered from. `tablets`: of the domain, fixed for ever.
+
+    `shard`: serves what is about groups of local families, in a PoP's domain.
+    """
 
     def __init__(
         self,
@@ -64,7 +69,7 @@ class DomainNode:
         self.name = name
         self.tablets = tablets
         self.disk = disk
-        registers = RegisterFile(disk, tablets)
+        self.registers = registers = RegisterFile(disk, tablets)
         local = LocalNode(
             identity.node_id,
             identity.incarnation,
@@ -89,6 +94,7 @@ class DomainNode:
         )
         self.store = StoreNode(identity, clock, chance, network, disk, self.domain, registers)
         self.domain.repair.settle = self.store.settle
+        self.shard: requests.Store | None = None
 
     async def answer(self, sender: NodeId, message: Struct) -> Message:
         """Serve a peer: of this domain, or a client's request that it passes on."""
@@ -101,7 +107,14 @@ class DomainNode:
                 raise Invalid(f"PoP {message.pop} is not for PoP {self.name} to give away")
             claim = await self.store.claim_pop(message.pop, message.node, message.incarnation, time_left_s())
             return requests.ClaimPopReply(claim)
-        return await ask_store(self.store, message, time_left_s())
+        store = self.shard if self.shard is not None and is_about_shard(message) else self.store
+        return await ask_store(store, message, time_left_s())
+
+    def coordinated(self) -> Iterator[list[GroupKey]]:
+        """The groups of local families that this node coordinates, tablet by tablet."""
+        for tablet in range(self.tablets if self.domain.joined else 0):
+            if self.domain.replicas(tablet).nodes[0] == self.domain.local.node_id:
+                yield [k for k in self.registers.keys(tablet) if is_local(k) and not self.registers.header(k).deleted]
 
     async def found(self) -> None:
         """Found the domain with this node as its only member."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Invalid
+from dht.errors import Invalid, NotFound
 from dht.model import Struct
 from dht.requests import Store
 from dht.wire.frames import time_left_s
@@ -25,14 +25,24 @@ class Bus(Protocol):
 
 
 class Door:
-    """`dht.wire.local.LocalAnswer` of a daemon. `counters`: requests by kind, since the start."""
+    """`dht.wire.local.LocalAnswer` of a daemon. `home`: of a database; raises NotFound.
 
-    def __init__(self, store: Store, bus: Bus | None, daemon: Callable[[Message], Awaitable[Struct]]) -> None:
+    `counters`: requests by kind, since the start.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        bus: Bus | None,
+        daemon: Callable[[Message], Awaitable[Struct]],
+        home: Callable[[str], Awaitable[str]],
+    ) -> None:
         self.counters: dict[str, int] = {}
         self.turnstile = Turnstile()
         self._store = store
         self._bus = bus
         self._daemon = daemon
+        self._home = home
 
     async def answer(self, connection: Connection, message: Message) -> Struct:
         """Raises what the part raises; Invalid for a message that is not for a daemon's door."""
@@ -45,9 +55,17 @@ class Door:
             return await self._daemon(message)
         ticket = await self.turnstile.enter(connection)
         try:
+            if isinstance(message, requests.AskHome):
+                return await self._answer_home(message)
             return await ask_store(self._store, message, time_left_s())
         finally:
             self.turnstile.leave(ticket)
+
+    async def _answer_home(self, message: requests.AskHome) -> requests.AskHomeReply:
+        try:
+            return requests.AskHomeReply(await self._home(message.database))
+        except NotFound:
+            return requests.AskHomeReply("")
 
 
 async def ask_store(store: Store, message: Message, timeout_s: float) -> Message:

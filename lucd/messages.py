@@ -149,7 +149,10 @@ class AskWhere(Message, frozen=True, tag=206):
 
 @message
 class WhereReply(Message, frozen=True, tag=207):
-    """`exists`: whether the group has rows now; `ballot`: at which ballot, as text."""
+    """`exists`: whether the group has rows now; `ballot`: at which ballot, as text.
+
+    `home`: the database's. `hint`: of a group of a local family, the PoP that the overlay names for it, or "none".
+    """
 
     domain: str
     tablet: int
@@ -159,6 +162,8 @@ class WhereReply(Message, frozen=True, tag=207):
     exists: bool
     rows: int
     ballot: str
+    home: str = ""
+    hint: str = ""
 
 
 @message

@@ -13,9 +13,10 @@ import msgspec
 from dht.codec import Message
 from dht.domain.roster import Member, Roster, TabletReplicas
 from dht.errors import DhtError, Invalid, NotFound
-from dht.model import GLOBAL, GroupKey, NodeId, Struct
+from dht.model import GLOBAL, SPANNING, GroupKey, NodeId, Struct
+from dht.register.homes import FarStore
 from dht.requests import Done, Store
-from dht.rows import split_group_key, tablet_of
+from dht.rows import LOCAL_MARK, group_key, is_local, split_group_key, tablet_of
 from dht.wire.identity import NodeIdentity
 from lucd import messages, version
 from lucd.counters import Counters
@@ -29,9 +30,10 @@ class Parts:
     """Where a report reads.
 
     `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `own`, `wide`: the domain
-    of the PoP, and `global`. `store`: any group, wherever it lives; `home`: of a database, a PoP or "global"; raises
-    NotFound. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters now. `warnings`: of
-    the daemon's own parts.
+    of the PoP, and `global`. `store`: any group, wherever it lives; `home`: of a database, a PoP, "global" or "local";
+    raises NotFound. `locate`: the PoP of a group of a local family; `hint`: what the overlay says of it. `far`: the
+    nodes of another PoP. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters now.
+    `warnings`: of the daemon's own parts.
     """
 
     identity: NodeIdentity
@@ -43,6 +45,9 @@ class Parts:
     wide: DomainNode
     store: Store
     home: Callable[[str], Awaitable[str]]
+    locate: Callable[[GroupKey], Awaitable[str]]
+    hint: Callable[[GroupKey], Awaitable[str | None]]
+    far: Callable[[str], FarStore]
     alive: Callable[[NodeId], bool]
     contacts: Callable[[], dict[NodeId, tuple[str, str]]]
     counters: Callable[[], dict[str, Counters]]
@@ -196,17 +201,37 @@ class Report:
         return line
 
     async def where(self, key: GroupKey) -> messages.WhereReply:
-        """Raises Invalid for a group of another PoP: its roster is known there."""
-        home = self._parts.own.name
-        database = split_group_key(key)[0]
+        """Asked of the PoP that the group lives in, if it is another. Raises Unavailable if that cannot be learned."""
+        parts, hint = self._parts, ""
+        database, family, values = split_group_key(key)
+        home = await self._home(database)
+        pop = home
+        if home in SPANNING:
+            pop = GLOBAL
+            local = key if is_local(key) else group_key(database, LOCAL_MARK + family, values)
+            (found,) = await parts.store.read([local]) if local != key else (None,)
+            if local == key or (found is not None and found.rows):
+                key, pop, hint = local, await parts.locate(local), await parts.hint(local) or "none"
+        if pop in self._nodes:
+            reply = await self.where_here(key)
+        else:
+            reply = await parts.far(pop).ask(messages.AskWhere(key), messages.WhereReply, None)
+        return msgspec.structs.replace(reply, home=home, hint=hint)
+
+    async def _home(self, database: str) -> str:
         with contextlib.suppress(NotFound):
-            home = await self._parts.home(database) if database else home
-        node = self._nodes.get(home)
+            return await self._parts.home(database) if database else self._parts.own.name
+        return self._parts.own.name
+
+    async def where_here(self, key: GroupKey) -> messages.WhereReply:
+        """Of a group that lives in one of this node's domains."""
+        home = self._parts.own.name if is_local(key) else await self._home(split_group_key(key)[0])
+        node = self._nodes.get(GLOBAL if home in SPANNING else home)
         if node is None:
-            raise Invalid(f"database {database} lives in PoP {home}; ask a node there where its groups are")
+            raise Invalid(f"group {key.hex()} does not live in PoP {self._parts.own.name}")
         roster, tablet = node.domain.roster, tablet_of(key, node.tablets)
         replicas = roster.replicas(tablet)
-        (found,) = await self._parts.store.read([key])
+        (found,) = await self._parts.store.read([key], near=True)
         lines = [self._member_line(roster, m) for n in replicas.nodes if (m := roster.member(n)) is not None]
         coordinator = next((n for n in replicas.nodes if self._reachable(n)), replicas.nodes[0])
         ballot = found.ballot

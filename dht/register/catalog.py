@@ -34,7 +34,8 @@ POPS_GROUP: GroupKey = group_key("", "pops", ())
 DATABASE_NAME_CHARACTERS_MAX = 64
 SEQUENCE_IDS_MAX = 100_000
 _HERE = (None, "", GLOBAL, LOCAL)
-"""Homes in a registry's rows of what lives in the registry's own domain; others are names of PoPs."""
+"""Homes in a registry's rows of what lives in the registry's own domain; others are names of PoPs, or say a shard."""
+_SHARD = "~"
 SEQUENCE_FAMILY = "sequence"
 _SEQUENCE_ROW = row_key(0, ())
 _spec_decoder = msgspec.msgpack.Decoder(TableSpec)
@@ -61,9 +62,24 @@ def schema_changed(database: str, have: int, current: int) -> SchemaChanged:
 
 
 def databases_of(rows: Mapping[RowKey, bytes]) -> dict[str, Value]:
-    """The names in the registry's rows of what lives in its domain, sorted, each with the mark of its creation."""
+    """The names in the registry's rows of what its domain serves, sorted, each with the mark of its creation."""
     named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
-    return dict(sorted((name, row.get(0)) for name, row in named if row.get(1) in _HERE))
+    return dict(sorted((name, row.get(0)) for name, row in named if row.get(1) in _HERE or is_shard(row.get(1))))
+
+
+def shard_home(mark: bytes) -> str:
+    """What the registry of a PoP has for the home of its shard of the database that was created with this mark."""
+    return _SHARD + mark.hex()
+
+
+def is_shard(home: Value) -> bool:
+    return isinstance(home, str) and home.startswith(_SHARD)
+
+
+def at_home(rows: Mapping[RowKey, bytes]) -> tuple[str, ...]:
+    """The names in the registry's rows of what lives in its domain, but for shards."""
+    homes = homes_of(rows)
+    return tuple(name for name in databases_of(rows) if not is_shard(homes[name]))
 
 
 def homes_of(rows: Mapping[RowKey, bytes]) -> dict[str, str]:

@@ -48,11 +48,11 @@ class Databases:
     # The registry.
 
     async def names(self, deadline: float) -> tuple[str, ...]:
-        """All databases, as the registry says now."""
+        """All databases that are at home here, as the registry says now."""
         (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
         self._names = catalog.databases_of(group.rows or {})
         self._names_until = self._context.clock.monotonic() + NAMES_KEPT_S
-        return tuple(self._names)
+        return catalog.at_home(group.rows or {})
 
     async def homes(self, deadline: float) -> dict[str, str]:
         """All databases that this domain's registry lists, each with its home; empty: this domain."""
@@ -88,7 +88,9 @@ class Databases:
     async def check(self, database: str, version: int, deadline: float) -> None:
         """Raise NotFound unless the database exists, SchemaChanged if its catalog is newer than the caller's."""
         known = database in self._names and self._context.clock.monotonic() < self._names_until
-        if not known and database not in await self.names(deadline):
+        if not known:
+            await self.names(deadline)
+        if database not in self._names:
             raise catalog.no_such_database(database)
         followed = self._context.file.spec_version(database)
         if version and version < followed:

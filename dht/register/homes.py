@@ -25,6 +25,7 @@ from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotFound, Una
 from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
 from dht.model import (
     GLOBAL,
+    SPANNING,
     Applied,
     Ballot,
     FindQuery,
@@ -162,6 +163,7 @@ class HomedStore:
         own: requests.Store,
         far: Callable[[str], FarStore],
         registry: Callable[[], Registry],
+        spanning: requests.Store | None = None,
     ) -> None:
         self.counters = {"passed_on": 0, "homes_looked_up": 0}
         self._pop = pop
@@ -169,6 +171,7 @@ class HomedStore:
         self._own = own
         self._far = far
         self._registry = registry
+        self._spanning = spanning
         self._homes: dict[str, tuple[str, float]] = {}
         self._names: dict[bytes, str] = {}
         self._looking: dict[asyncio.Task[None], None] = {}
@@ -228,8 +231,8 @@ class HomedStore:
     def _at(self, home: str) -> requests.Store:
         if home == self._pop:
             return self._own
-        if home == GLOBAL:
-            return self._registry()
+        if home in SPANNING:
+            return self._spanning or self._registry()
         self.counters["passed_on"] += 1
         return self._far(home)
 
@@ -267,7 +270,7 @@ class HomedStore:
         except NotFound:
             # Known to be nowhere; what is read of it here is as empty as it is.
             return await self._own.read(keys, known, timeout_s)
-        return await self._at(home).read(keys, known, timeout_s)
+        return await self._at(home).read(keys, known, timeout_s, near)
 
     async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
         return await self._ask(query.database, lambda store: store.find(query, timeout_s))
@@ -304,15 +307,15 @@ class HomedStore:
         """
         catalog.check_database_name(name)
         wanted = home or self._pop
-        if wanted not in (self._pop, GLOBAL) and wanted not in await self.pops(timeout_s):
+        if wanted not in (self._pop, *SPANNING) and wanted not in await self.pops(timeout_s):
             raise NotFound(f"there is no PoP {wanted} for database {name} to live in; nothing was changed")
         created = await self._registry().create_database(name, timeout_s, wanted)
         lives = wanted if created else (await self.homes(timeout_s)).get(name, wanted)
         if lives != wanted and home:
-            where = f"in {'domain global' if lives == GLOBAL else f'PoP {lives}'}"
+            where = f"its home is {lives}" if lives in SPANNING else f"in PoP {lives}"
             raise Conflict(f"database {name} exists already, {where}; nothing was changed", what="database")
         # Also where it is listed already: a creation may have broken off in between.
-        return created if lives == GLOBAL else await self._at(lives).create_database(name, timeout_s)
+        return created if lives in SPANNING else await self._at(lives).create_database(name, timeout_s)
 
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
         """At its home first, then from the list: what broke off in between is finished by dropping it again."""
@@ -320,5 +323,5 @@ class HomedStore:
         self._homes.pop(name, None)
         if home is None:
             return False
-        dropped = home != GLOBAL and await self._at(home).drop_database(name, timeout_s)
-        return await self._registry().drop_database(name, timeout_s) or dropped
+        dropped = await self._at(home).drop_database(name, timeout_s)
+        return dropped if home in SPANNING else await self._registry().drop_database(name, timeout_s) or dropped

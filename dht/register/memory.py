@@ -206,17 +206,21 @@ class MemoryStore:
 
     def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
         with self._lock:
-            return tuple(catalog.databases_of(self._state(catalog.REGISTRY_GROUP).data()))
+            return catalog.at_home(self._state(catalog.REGISTRY_GROUP).data())
+
+    def home(self, database: str, timeout_s: float | None = None) -> str:
+        return self.homes(timeout_s).get(database, "")
 
     def homes(self, timeout_s: float | None = None) -> dict[str, str]:
-        return dict.fromkeys(self.list_databases(timeout_s), "")
+        with self._lock:
+            return catalog.homes_of(self._state(catalog.REGISTRY_GROUP).data())
 
-    def create_database(self, name: str, timeout_s: float | None = None) -> bool:
+    def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         catalog.check_database_name(name)
         with self._lock:
             state = self._state(catalog.REGISTRY_GROUP)
             try:
-                delta = group.evaluate(state, catalog.database_added(name, b""))
+                delta = group.evaluate(state, catalog.database_added(name, b"%d" % self._round, home))
             except Duplicate:
                 return False
             self._write(catalog.REGISTRY_GROUP, state, delta, self._next_ballot())

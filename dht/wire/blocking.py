@@ -301,6 +301,10 @@ class SocketStore:
         """All PoPs, by index."""
         return self._ask(requests.ListPops(), requests.ListPopsReply, timeout_s).pops
 
+    def home(self, database: str, timeout_s: float | None = None) -> str:
+        """See `AskHomeReply`."""
+        return self._ask(requests.AskHome(database), requests.AskHomeReply, timeout_s).home
+
     def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return self._ask(requests.CreateDatabase(name, home), requests.Done, timeout_s).changed
 

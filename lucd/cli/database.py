@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dht.errors import Conflict, Invalid, NotFound
-from dht.model import GLOBAL
+from dht.model import SPANNING
 from lucd.cli.connection import socket_option, store
 from lucd.cli.output import format_option, show_json, show_table
 
@@ -20,7 +20,7 @@ def database() -> None:
 
 
 def _shown(home: str) -> str:
-    return home if home == GLOBAL else f"{_POP}{home}"
+    return home if home in SPANNING else f"{_POP}{home}"
 
 
 @database.command("list")
@@ -39,22 +39,25 @@ def database_list(config: Path | None, socket: Path | None, form: str) -> None:
 @database.command("create")
 @click.argument("name")
 @click.option(
-    "--home", default="", metavar="pop:NAME|global", help="The PoP that it lives in (default: this node's), or all."
+    "--home", default="", metavar="pop:NAME|global|local", help="Where it lives (default: the PoP of this node)."
 )
 @socket_option
 def database_create(name: str, home: str, config: Path | None, socket: Path | None) -> None:
     """Create the database NAME, which every node of every PoP serves.
 
-    Its data lives in one PoP, whose nodes keep it among themselves, or in the domain over all PoPs: there a read and a
-    write wait for the way between PoPs, and any PoP may be lost.
+    Its data lives in one PoP, whose nodes keep it among themselves; or (global) in the domain over all PoPs, where a
+    read and a write wait for the way between PoPs, and any PoP may be lost; or (local) each row in the PoP that made
+    it. Families that families.yaml gives a home of their own live there, in a database that is global or local.
     """
-    if home and home != GLOBAL and not (home.startswith(_POP) and home.removeprefix(_POP)):
-        raise Invalid(f"{home!r} is not a home; write --home {_POP}NAME with the name of a PoP, or --home {GLOBAL}")
+    if home and home not in SPANNING and not (home.startswith(_POP) and home.removeprefix(_POP)):
+        raise Invalid(
+            f"{home!r} is not a home; write --home {_POP}NAME with the name of a PoP, --home global or --home local"
+        )
     with store(config, socket) as opened:
         created = opened.create_database(name, home=home.removeprefix(_POP))
     if not created:
         raise Conflict(f"database {name} already exists; nothing was changed")
-    where = f" in domain {GLOBAL}" if home == GLOBAL else f" in PoP {home.removeprefix(_POP)}" if home else ""
+    where = f" with home {home}" if home in SPANNING else f" in PoP {home.removeprefix(_POP)}" if home else ""
     click.echo(f"Created database {name}{where}.")
 
 

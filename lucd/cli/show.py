@@ -268,7 +268,9 @@ def data_where(key: str, config: Path | None, socket: Path | None, form: str) ->
         return
     show_fields(
         [
+            ("home of the database", reply.home),
             ("domain", reply.domain),
+            *([("hint", reply.hint)] if reply.hint else []),
             ("tablet", f"{reply.tablet} (epoch {reply.epoch})"),
             ("coordinator", reply.coordinator),
             ("group", f"{reply.rows} rows at {reply.ballot}" if reply.exists else "does not exist"),

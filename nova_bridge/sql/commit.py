@@ -181,7 +181,7 @@ def _parts(tx: Transaction, drafts: dict[GroupKey, _Draft]) -> tuple[Part, ...]:
 
 def _created(tx: Transaction, parts: tuple[Part, ...]) -> tuple[int, ...]:
     """Which parts make a group that was not there when this transaction looked."""
-    roots = {number for number, table in tx.schema.by_number.items() if table.local and table.root}
+    roots = tx.schema.roots
     if not roots:
         return ()
     return tuple(

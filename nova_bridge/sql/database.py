@@ -182,7 +182,7 @@ class Database:
 
     def _home_now(self) -> str:
         """Where the database lives, or will be created by the next statement: in the PoP of whoever asks."""
-        return self.store.homes(self.timeout_s).get(self.name, "")
+        return self.store.home(self.name, self.timeout_s)
 
     def publish(self, content: Schema) -> None:
         """Give an empty database the tables of another."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import importlib.resources
 from collections.abc import Collection
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 import yaml
 
-from dht.model import Reading
+from dht.model import LOCAL, SPANNING, Reading
 from dht.rows import LOCAL_MARK
 
 TEMPORARY = "_alembic_tmp_"
@@ -23,10 +23,6 @@ TEMPORARY = "_alembic_tmp_"
 
 ROW_FAMILY = "row"
 LOCAL_ROW_FAMILY = LOCAL_MARK + ROW_FAMILY
-LOCAL: Final = "local"
-GLOBAL: Final = "global"
-SPANNING: Final = (GLOBAL, LOCAL)
-"""Homes of databases whose rows may live in several PoPs."""
 
 
 class Rule(msgspec.Struct, frozen=True):

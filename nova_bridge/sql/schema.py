@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from dht.limits import IDS_APART
-from dht.model import GroupKey, IndexSpec, Reading, Row, RowKey, Scope, TableSpec, Value
+from dht.model import LOCAL, GroupKey, IndexSpec, Reading, Row, RowKey, Scope, TableSpec, Value
 from dht.rows import LOCAL_MARK, encode_values, group_key, row_key, table_prefix
-from nova_bridge.sql.families import LOCAL, LOCAL_ROW_FAMILY, ROW_FAMILY
+from nova_bridge.sql.families import LOCAL_ROW_FAMILY, ROW_FAMILY
 
 UNIQUE_FAMILY = "unique"
 ENTRY_TABLE = 1
@@ -246,7 +246,10 @@ class Table:
 
 
 class Schema:
-    """The catalog at one version, by lower-case table name. `dropped`: tables that are gone, by number."""
+    """The catalog at one version, by lower-case table name. `dropped`: tables that are gone, by number.
+
+    `roots`: numbers of the local tables whose rows make their groups.
+    """
 
     def __init__(
         self,
@@ -266,6 +269,7 @@ class Schema:
             same = old is not None and old.definition is definition
             self.tables[name] = old if same and old is not None else Table(database, definition)
         self.by_number: dict[int, Table] = {table.number: table for table in self.tables.values()}
+        self.roots = frozenset(number for number, t in self.by_number.items() if t.local and t.root)
         self.children: dict[str, list[tuple[Table, Foreign]]] = {}
         self.families: dict[str, list[Table]] = {}
         for table in self.tables.values():

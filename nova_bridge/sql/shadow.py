@@ -12,7 +12,8 @@ from typing import Any
 
 import apsw
 
-from nova_bridge.sql.families import LOCAL, Rule, rule_of
+from dht.model import LOCAL
+from nova_bridge.sql.families import Rule, rule_of
 from nova_bridge.sql.schema import ColumnDef, ForeignDef, IndexDef, TableDef
 from nova_bridge.sql.values import affinity_of
 

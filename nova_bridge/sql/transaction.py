@@ -326,15 +326,21 @@ class Transaction:
             record = records.get(pk)
         return (True, self.current(table, record)) if record is not None else (False, None)
 
-    def _find_by_pk(self, table: Table, keys: list[tuple[Value, ...]]) -> list[Record]:
+    def _find_by_pk(self, table: Table, keys: list[tuple[Value, ...]], scope: Scope | None = None) -> list[Record]:
+        """Of a local table what this PoP has is asked of no other: there is one row of a key."""
         if not keys:
             return []
+        if table.local and scope is None:
+            near = self._find_by_pk(table, keys, Scope.NEAR)
+            met = {record.pk for record in near}
+            return near + self._find_by_pk(table, [pk for pk in keys if pk not in met], Scope.POPS)
         column = table.number_of(table.primary[0])
         values = tuple(dict.fromkeys(pk[0] for pk in keys))
         comparison = Comparison.EQ if len(values) == 1 else Comparison.IN
         constraints = [Constraint(column, comparison, values)]
         wanted = set(keys)
-        return [r for r in self.find(table, tuple(constraints), whole=len(values) == 1) if r.pk in wanted]
+        found = self.find(table, tuple(constraints), whole=len(values) == 1, scope=scope)
+        return [record for record in found if record.pk in wanted]
 
     # Find.
 

@@ -12,7 +12,7 @@ import pytest
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Conflict, Invalid
+from dht.errors import Conflict, Invalid, NotFound
 from dht.model import Struct
 from dht.requests import Store
 from dht.storage.memory import MemoryDisk
@@ -110,10 +110,15 @@ class Recorder:
         self.got.append("list")
         return ("a",)
 
+    async def home(self, database: str) -> str:
+        if database != "a":
+            raise NotFound(f"no {database}")
+        return "lyon"
+
 
 def a_door(recorder: Recorder) -> Door:
     store: Store = recorder  # type: ignore[assignment]
-    return Door(store, recorder, recorder.daemon)
+    return Door(store, recorder, recorder.daemon, recorder.home)
 
 
 async def test_door_routes_by_number() -> None:
@@ -124,6 +129,12 @@ async def test_door_routes_by_number() -> None:
     assert await door.answer(nobody, messages.AskStatus()) == requests.Done()
     assert recorder.got == ["list", ("daemon", messages.AskStatus())]
     assert door.counters == {"listdatabases": 1, "askstatus": 1}
+
+
+async def test_door_tells_the_home_of_a_database() -> None:
+    nobody: Connection = None  # type: ignore[assignment]
+    for name, home in {"a": "lyon", "b": ""}.items():
+        assert await a_door(Recorder()).answer(nobody, requests.AskHome(name)) == requests.AskHomeReply(home)
 
 
 async def test_door_refuses_what_is_not_for_it() -> None:

@@ -109,7 +109,7 @@ class Pop:
         if database is not None and database not in self.databases:
             raise no_such_database(database)
 
-    async def read(self, keys, known=None, timeout_s=None):
+    async def read(self, keys, known=None, timeout_s=None, near=False):
         self._serve("read")
         return tuple(GroupRead(key, None, {}) for key in keys)
 

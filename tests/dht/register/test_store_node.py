@@ -9,6 +9,7 @@ from register_cluster import Cluster, eventually
 
 from dht.errors import Conflict, Duplicate, Indeterminate, Invalid, NotFound, NotServing, Unavailable
 from dht.model import ZERO, Change, Guard, GuardKind, Op, Part, Transaction
+from dht.register.catalog import is_sequence, sequence_group, shard_home
 from dht.register.messages import ListGroups
 from dht.rows import decode_row, group_key, row_key
 
@@ -365,3 +366,19 @@ async def test_groups_of_a_tablet_not_served_are_not_listed(cluster):
 
 def _refuse(tablet: int, epoch: int) -> None:
     raise NotServing("not here")
+
+
+async def test_shard_of_a_database_is_served_but_is_not_at_home_here():
+    cluster = Cluster(3)
+    assert await cluster[0].create_database("db", home=shard_home(b"mark"))
+    assert await cluster[1].list_databases() == ()
+    assert await cluster[1].homes() == {"db": shard_home(b"mark")}
+    await cluster[2].commit(transaction(insert("a")))
+    await cluster[1].drop_database("db")
+    assert await cluster[0].homes() == {}
+    await cluster.stop()
+
+
+async def test_sequence_of_a_local_table_is_raised_by_a_recovery_like_any_other():
+    assert is_sequence(sequence_group("db", "~16"))
+    assert sequence_group("db", "~16") != sequence_group("db", "16")

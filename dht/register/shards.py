@@ -1,0 +1,244 @@
+"""A PoP's shard of a database whose rows may live in several PoPs (DESIGN section 8).
+
+Groups of local families live in the domain of the PoP that made them. That domain knows such a database as it knows one
+of its own: by its name in its registry and by a catalog, here a copy of the one at the database's home. So commits,
+finds, fences and indexes of a PoP work as ever, and go on when it is cut off.
+
+Who is older fetches first: a request that names a newer catalog than the shard has waits until the newer one is copied.
+It is installed by compare-and-set on the version, so a copy never goes back; behind a fence, which is raised in every
+PoP, an older one changes nothing. A shard is made by the first commit in its PoP. Where there is none, nothing was ever
+made, so a search finds nothing. It notes of which creation of the database it is: one that a drop left behind is
+emptied before a database of the same name, whose versions are higher, uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from dht import requests
+from dht.codec import Message
+from dht.errors import Conflict, NotFound, Unavailable
+from dht.limits import REQUEST_TIMEOUT_S
+from dht.model import (
+    CATALOG_TABLE,
+    Applied,
+    Ballot,
+    Change,
+    Columns,
+    FindQuery,
+    FindResult,
+    GroupKey,
+    GroupRead,
+    Op,
+    Part,
+    PopClaim,
+    RowKey,
+    Scope,
+    Transaction,
+    TransactionId,
+)
+from dht.register import catalog
+from dht.requests import Store
+from dht.rows import decode_row, is_local, split_row_key
+from dht.world import Chance, Clock
+
+SHARDS_KNOWN_MAX: Final = 1_000
+INSTALL_ATTEMPTS: Final = 10
+_HEAD: Final = (0,)
+
+
+class Shard:
+    """What is asked of this PoP's part of such databases.
+
+    `store`: the PoP's own domain; `registry`: domain `global`, as it is reached from here now.
+    """
+
+    def __init__(self, store: Store, registry: Callable[[], Store], clock: Clock, chance: Chance) -> None:
+        self._store = store
+        self._registry = registry
+        self._clock = clock
+        self._chance = chance
+        self._versions: dict[str, int] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def read(
+        self,
+        keys: Sequence[GroupKey],
+        known: Sequence[Ballot | None] | None = None,
+        timeout_s: float | None = None,
+        near: bool = False,
+    ) -> tuple[GroupRead, ...]:
+        """Also without a shard: what nobody made is not there."""
+        return await self._store.read(keys, known, timeout_s)
+
+    async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        try:
+            left_s = await self._follow(query.database, query.catalog_version, timeout_s, create=False)
+            return await self._store.find(query, left_s)
+        except NotFound as error:
+            if error.detail.get("database") != query.database:
+                raise
+            self._versions.pop(query.database, None)
+            return FindResult(())
+
+    async def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
+        database = transaction.database
+        left_s = await self._follow(database, transaction.catalog_version, timeout_s)
+        try:
+            return await self._store.commit(transaction, attempt, left_s)
+        except NotFound:
+            # Dropped with its database, which may have been created again.
+            self._versions.pop(database, None)
+            left_s = await self._follow(database, transaction.catalog_version, left_s)
+            return await self._store.commit(transaction, attempt, left_s)
+
+    async def reserve_ids(
+        self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
+    ) -> int:
+        left_s = await self._follow(database, 0, timeout_s)
+        return await self._store.reserve_ids(database, name, count, above, left_s)
+
+    async def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None:
+        left_s = await self._follow(database, 0, timeout_s)
+        await self._store.raise_sequence(database, name, above, left_s)
+
+    async def outcome(
+        self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
+    ) -> str:
+        return await self._store.outcome(id, key, seen, timeout_s)
+
+    async def fence(
+        self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None
+    ) -> int:
+        left_s = await self._follow(database, version, timeout_s)
+        return await self._store.fence(database, version, prefixes, first, left_s)
+
+    async def list_databases(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        return await self._store.list_databases(timeout_s)
+
+    async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        return await self._store.homes(timeout_s)
+
+    async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
+        return await self._store.pops(timeout_s)
+
+    async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
+        return await self._store.create_database(name, timeout_s, home)
+
+    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+        self._versions.pop(name, None)
+        return await self._store.drop_database(name, timeout_s)
+
+    # The copy of the catalog.
+
+    async def _follow(self, database: str, version: int, timeout_s: float | None, *, create: bool = True) -> float:
+        """Have the shard, with that version of the catalog or a newer one; the seconds that are left.
+
+        Raises NotFound if there is no shard and none is to be made, or no such database; Unavailable if its home, where
+        a newer catalog is, is out of reach.
+        """
+        limit_s = REQUEST_TIMEOUT_S if timeout_s is None else timeout_s
+        if self._versions.get(database, -1) >= version:
+            return limit_s
+        deadline = self._clock.monotonic() + limit_s
+        async with self._locks.setdefault(database, asyncio.Lock()):
+            if self._versions.get(database, -1) < version:
+                current = await self._copied(database, version, deadline, create)
+                if len(self._versions) >= SHARDS_KNOWN_MAX:
+                    self._versions.clear()
+                self._versions[database] = current
+        return deadline - self._clock.monotonic()
+
+    async def _copied(self, database: str, version: int, deadline: float, create: bool) -> int:
+        key = catalog.catalog_group(database)
+        shard = (await self._store.homes(self._left_s(deadline))).get(database)
+        for _ in range(INSTALL_ATTEMPTS):
+            (here,) = await self._store.read([key], None, self._left_s(deadline))
+            current = _version_of(here.rows or {})
+            if shard is not None and current and current >= version:
+                return current
+            if shard is None and not create:
+                raise catalog.no_such_database(database)
+            mark, home = await self._home_catalog(database, self._left_s(deadline))
+            newest = _version_of(home.rows or {})
+            if newest < version:
+                raise catalog.schema_changed(database, version, newest)
+            if shard != catalog.shard_home(mark):
+                if shard is not None:
+                    await self._store.drop_database(database, self._left_s(deadline))
+                shard = catalog.shard_home(mark)
+                await self._store.create_database(database, self._left_s(deadline), shard)
+                continue
+            changes = _difference(here.rows or {}, home.rows or {})
+            if newest <= current or not changes:
+                return current
+            try:
+                part = Part(key, here.ballot, changes)
+                transaction = Transaction(self._chance.randbytes(16), database, 0, (part,))
+                await self._store.commit(transaction, 0, self._left_s(deadline))
+            except Conflict:
+                continue  # another node of this PoP was faster
+            return newest
+        raise Unavailable(f"the catalog of {database} keeps changing; try again")
+
+    async def _home_catalog(self, database: str, timeout_s: float) -> tuple[bytes, GroupRead]:
+        """(mark of the database's creation, its catalog), as they are at its home now. Raises NotFound, Unavailable."""
+        keys = [catalog.REGISTRY_GROUP, catalog.catalog_group(database)]
+        registry, found = await self._registry().read(keys, None, timeout_s)
+        mark = catalog.databases_of(registry.rows or {}).get(database)
+        if not isinstance(mark, bytes):
+            raise catalog.no_such_database(database)
+        return mark, found
+
+    def _left_s(self, deadline: float) -> float:
+        left_s = deadline - self._clock.monotonic()
+        if left_s <= 0:
+            raise Unavailable("the catalog could not be copied into this PoP in time; try again")
+        return left_s
+
+
+def _version_of(rows: Mapping[RowKey, bytes]) -> int:
+    for key, data in rows.items():
+        if split_row_key(key) == (CATALOG_TABLE, _HEAD):
+            version = decode_row(data).get(0)
+            return version if isinstance(version, int) else 0
+    return 0
+
+
+def _difference(here: Mapping[RowKey, bytes], home: Mapping[RowKey, bytes]) -> tuple[Change, ...]:
+    """What makes the copy equal to the original, if the copy's version is still the same."""
+    changes = []
+    for key in {**home, **here}:
+        table, pk = split_row_key(key)
+        old = decode_row(here[key]) if key in here else None
+        new = decode_row(home[key]) if key in home else None
+        if old == new and pk != _HEAD:
+            continue
+        if new is None:
+            changes.append(Change(Op.DELETE, table, pk))
+        elif old is None:
+            changes.append(Change(Op.INSERT, table, pk, new))
+        else:
+            columns: Columns = {**dict.fromkeys(old), **new}
+            guards: Columns = {0: old.get(0)} if pk == _HEAD else {}
+            changes.append(Change(Op.UPDATE, table, pk, columns, guards))
+    return tuple(changes)
+
+
+def is_about_shard(message: Message) -> bool:
+    """Whether a request that came from another PoP is about groups of local families, as all its groups are then."""
+    match message:
+        case requests.ReadGroups():
+            return any(map(is_local, message.keys[:1]))
+        case requests.Find():
+            return message.query.scope is not Scope.HOME
+        case requests.Commit():
+            return any(is_local(part.key) for part in message.transaction.parts[:1])
+        case requests.AskOutcome():
+            return is_local(message.key)
+        case requests.RaiseFence():
+            return any(map(is_local, message.prefixes[:1]))
+        case _:
+            return False

@@ -1,0 +1,320 @@
+"""Groups of local families over several PoPs: where they are looked for, and what is said of what is out of reach."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from spanning_cluster import Spanning
+
+from dht.errors import Conflict, Duplicate, Indeterminate, Invalid, Unavailable
+from dht.limits import IDS_APART, SPANNING_ID_MAX
+from dht.model import (
+    ZERO,
+    Change,
+    Comparison,
+    Constraint,
+    FindQuery,
+    Op,
+    Order,
+    Part,
+    Scope,
+    Transaction,
+)
+from dht.register import places as places_module
+from dht.rows import decode_row, group_key
+
+TABLE = 16
+
+
+@pytest.fixture
+def pops():
+    return Spanning("a", "b", "c")
+
+
+def key_of(number):
+    return group_key("d", "~f", (number,))
+
+
+def part(number, op=Op.INSERT, value=0, **more):
+    columns = {} if op is Op.DELETE else {1: number, 2: value} if op is Op.INSERT else {2: value}
+    return Part(key_of(number), more.get("seen"), (Change(op, TABLE, (number,), columns),))
+
+
+def transaction(*parts, created=None):
+    made = [i for i, one in enumerate(parts) if one.changes[0].op is Op.INSERT] if created is None else created
+    return Transaction(os.urandom(16), "d", 0, parts, tuple(made))
+
+
+async def make(store, *numbers):
+    return await store.commit(transaction(*(part(number, value=number) for number in numbers)))
+
+
+async def value(store, number):
+    (found,) = await store.read([key_of(number)])
+    return [decode_row(row)[2] for row in found.rows.values()]
+
+
+async def test_group_is_made_here_and_nobody_else_is_asked(pops):
+    store = pops.places("a")
+    await make(store, 1)
+    assert await value(store, 1) == [1]
+    assert set(pops.asked()) == {"a"}
+    assert pops.made == [key_of(1)]
+
+
+async def test_far_group_is_looked_for_everywhere_once_and_then_asked_of_its_pop(pops):
+    await make(pops.places("a"), 1)
+    store = pops.places("b")
+    pops.asked()
+    assert await value(store, 1) == [1]
+    assert pops.asked() == {"a": ["read"], "b": ["read"], "c": ["read"]}
+    (found,) = await store.read([key_of(1)])
+    assert pops.asked() == {"a": ["read"]}
+    (again,) = await store.read([key_of(1)], [found.ballot])
+    assert (again.ballot, again.rows) == (found.ballot, None)
+    assert pops.asked() == {"a": ["read"]}
+
+
+async def test_far_write_is_one_message_to_the_groups_pop(pops):
+    await make(pops.places("a"), 1)
+    store = pops.places("b")
+    await value(store, 1)
+    pops.asked()
+    await store.commit(transaction(part(1, Op.UPDATE, 9), created=()))
+    assert pops.asked() == {"a": ["commit"]}
+    assert await value(pops.places("c"), 1) == [9]
+
+
+async def test_absence_is_told_when_every_pop_has_answered(pops):
+    (found,) = await pops.places("a").read([key_of(1)])
+    assert (found.ballot, found.rows) == (ZERO, {})
+    assert set(pops.asked()) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("away", ["b", "c"])
+async def test_absence_is_not_told_while_a_pop_is_out_of_reach(pops, away):
+    store = pops.places("a")
+    pops.cut(away)
+    with pytest.raises(Unavailable, match=f"may be in {away}: {away} is cut off"):
+        await store.read([key_of(1)])
+    pops.heal()
+    assert await value(store, 1) == []
+
+
+async def test_group_in_reach_is_read_though_another_pop_and_the_list_are_not(pops):
+    await make(pops.places("a"), 1)
+    pops.cut("c")
+    pops.list_away = Unavailable("global is cut off")
+    assert await value(pops.places("b"), 1) == [1]
+
+
+async def test_group_known_in_a_pop_that_is_out_of_reach_is_unavailable(pops):
+    store = pops.places("b")
+    await make(pops.places("a"), 1)
+    await value(store, 1)
+    pops.cut("a")
+    for ask in (store.read([key_of(1)]), store.commit(transaction(part(1, Op.UPDATE, 2), created=()))):
+        with pytest.raises(Unavailable, match="a is cut off"):
+            await ask
+
+
+async def test_pop_that_is_new_is_asked_before_absence_is_told(pops):
+    await make(pops.places("c"), 1)
+    pops.known = ["a", "b"]
+    assert await value(pops.places("a"), 1) == [1]
+    assert [row.group for row in (await pops.places("a").find(query())).rows] == [key_of(1)]
+
+
+async def test_absence_is_not_told_while_the_list_of_pops_is_out_of_reach(pops):
+    pops.list_away = Unavailable("domain global cannot be asked")
+    with pytest.raises(Unavailable, match="domain global"):
+        await pops.places("a").read([key_of(1)])
+
+
+async def test_group_that_moved_is_found_where_it_is_now(pops):
+    store, other = pops.places("c"), pops.places("b")
+    await make(pops.places("a"), 1)
+    assert await value(store, 1) == [1]
+    await pops.places("a").commit(transaction(part(1, Op.DELETE), created=()))
+    await make(other, 1)
+    assert await value(store, 1) == [1]
+    assert store.known_place(key_of(1)) == "b"
+
+
+async def test_ballot_of_an_absent_group_is_not_taken_for_rows(pops):
+    here, far = pops.places("a"), pops.places("b")
+    await make(here, 1)
+    await value(far, 1)
+    # Somebody else deletes it, and this node still believes that it is there.
+    applied = await here.commit(transaction(part(1, Op.DELETE), created=()))
+    await make(pops.places("c"), 1)
+    (found,) = await far.read([key_of(1)], [applied.ballots[0]])
+    assert found.rows, "the tombstone's ballot stood for the group"
+
+
+async def test_commit_over_two_pops_is_refused_and_says_where_its_parts_live(pops):
+    await make(pops.places("a"), 1)
+    await make(pops.places("b"), 2)
+    store = pops.places("c")
+    both = transaction(part(1, Op.UPDATE, 8), part(2, Op.UPDATE, 8), created=())
+    with pytest.raises(Invalid, match="live in a and b") as refused:
+        await store.commit(both)
+    assert refused.value.detail["homes"] == ["a", "b"]
+    assert (await value(store, 1), await value(store, 2)) == ([1], [2])
+
+
+async def test_commit_of_groups_not_seen_before_finds_them_first(pops):
+    await make(pops.places("a"), 1)
+    store = pops.places("c")
+    await store.commit(transaction(part(1, Op.UPDATE, 5), created=()))
+    assert await value(store, 1) == [5]
+    assert pops.pops["a"].asked.count("commit") == 2
+    pops.cut("b")
+    with pytest.raises(Unavailable):
+        await store.commit(transaction(part(7, Op.UPDATE, 5), created=()))
+
+
+async def test_cut_off_pop_makes_and_changes_its_own(pops):
+    store = pops.places("a")
+    await make(store, 1)
+    pops.cut("b", "c")
+    pops.list_away = Unavailable("cut")
+    await make(store, 2)
+    await store.commit(transaction(part(1, Op.UPDATE, 3), created=()))
+    assert (await value(store, 1), await value(store, 2)) == ([3], [2])
+
+
+async def test_group_made_that_this_node_knows_elsewhere_is_a_duplicate_there(pops):
+    await make(pops.places("a"), 1)
+    store = pops.places("b")
+    await value(store, 1)
+    with pytest.raises(Duplicate):
+        await make(store, 1)
+    assert await value(store, 1) == [1]
+    assert not (await pops.shards["b"].read([key_of(1)]))[0].rows
+
+
+async def test_retry_and_outcome_go_where_the_first_attempt_went(pops):
+    store = pops.places("b")
+    await make(pops.places("a"), 1)
+    await value(store, 1)
+    sent = transaction(part(1, Op.UPDATE, 6), created=())
+    pops.pops["a"].lost = True
+    with pytest.raises(Indeterminate):
+        await store.commit(sent)
+    pops.pops["a"].lost = False
+    store._places.clear()
+    pops.asked()
+    assert await store.outcome(sent.id, key_of(1)) == "applied"
+    await store.commit(sent, 1)
+    assert pops.asked() == {"a": ["outcome", "commit"]}
+
+
+async def test_outcome_that_this_node_knows_nothing_of_is_asked_of_all(pops):
+    await make(pops.places("a"), 1)
+    sent = transaction(part(1, Op.UPDATE, 6), created=())
+    await pops.places("a").commit(sent)
+    assert await pops.places("b").outcome(sent.id, key_of(1)) == "applied"
+    assert await pops.places("b").outcome(b"n" * 16, key_of(1)) == "not_applied"
+    pops.cut("c")
+    with pytest.raises(Unavailable):
+        await pops.places("b").outcome(b"n" * 16, key_of(1))
+
+
+def query(order=None, limit=None, scope=Scope.POPS, **more):
+    return FindQuery("d", TABLE, 0, more.get("constraints", ()), order, limit, scope=scope)
+
+
+async def test_find_merges_all_pops_in_order_and_cuts_at_the_limit(pops):
+    for name, numbers in {"a": (1, 4, 7), "b": (2, 5), "c": (3, 6)}.items():
+        await make(pops.places(name), *numbers)
+    store = pops.places("b")
+
+    async def numbers(*arguments, **named):
+        return [decode_row(row.row)[1] for row in (await store.find(query(*arguments, **named))).rows]
+
+    assert await numbers() == [1, 2, 3, 4, 5, 6, 7]
+    assert await numbers(Order((2,), True), 3) == [7, 6, 5]
+    assert await numbers(Order((2,)), 2) == [1, 2]
+    assert await numbers(constraints=(Constraint(2, Comparison.GT, (5,)),)) == [6, 7]
+    assert await numbers(scope=Scope.NEAR) == [2, 5]
+    pops.asked()
+    await store.read([key_of(7)])
+    assert pops.asked() == {"a": ["read"]}, "what a find met is known"
+
+
+async def test_find_leaves_a_pop_out_only_where_it_may_and_counts_it(pops):
+    for name, number in {"a": 1, "b": 2}.items():
+        await make(pops.places(name), number)
+    pops.cut("b")
+    store = pops.places("a")
+    with pytest.raises(Unavailable, match="cannot be searched in b"):
+        await store.find(query())
+    assert len((await store.find(query(scope=Scope.REACHABLE))).rows) == 1
+    assert (store.counters["partial_finds"], store.counters["pops_left_out"]) == (1, 1)
+    pops.list_away = Unavailable("cut")
+    pops.cut("c")
+    assert len((await store.find(query(scope=Scope.REACHABLE))).rows) == 1
+    pops.cut("a")
+    with pytest.raises(Unavailable):
+        await store.find(query(scope=Scope.REACHABLE))
+
+
+async def test_ids_of_two_pops_are_never_the_same_and_go_on_above_what_is_there(pops):
+    a, b = pops.places("a"), pops.places("b")
+    first, second = await a.reserve_ids("d", "~16", 3), await b.reserve_ids("d", "~16", 3)
+    assert (first % IDS_APART, second % IDS_APART) == (0, 1)
+    assert await a.reserve_ids("d", "~16", 1) == first + 3 * IDS_APART
+    assert await b.reserve_ids("d", "~16", 1, above=100_000) > 100_000
+    await a.raise_sequence("d", "~16", 200_001)
+    assert await a.reserve_ids("d", "~16", 1) > 200_001
+
+
+async def test_id_that_no_column_holds_is_refused(pops):
+    store = pops.places("a")
+    with pytest.raises(Invalid, match="used up in PoP a"):
+        await store.reserve_ids("d", "~16", 1, above=SPANNING_ID_MAX - 1)
+
+
+async def test_fence_is_raised_in_every_pop_and_names_the_one_that_is_out_of_reach(pops):
+    store = pops.places("a")
+    following, calls = 0, 0
+    while following >= 0:
+        following = await store.fence("d", 0, (key_of(1)[:4],), following)
+        calls += 1
+    assert calls == 3
+    assert {name for name, asked in pops.asked().items() if "fence" in asked} == {"a", "b", "c"}
+    pops.cut("c")
+    with pytest.raises(Unavailable, match="c is cut off"):
+        await store.fence("d", 0, (), 2 * places_module.FENCE_ORDINAL)
+
+
+async def test_of_many_pops_the_hinted_one_is_asked_first_and_a_wrong_hint_is_no_answer():
+    pops = Spanning(*(f"p{n}" for n in range(12)))
+    await make(pops.places("p7"), 1)
+    await make(pops.places("p8"), 2)
+    pops.hints = {key_of(1): "p7", key_of(2): "p3"}
+    pops.asked()
+    store = pops.places("p0")
+    assert await value(store, 1) == [1]
+    assert set(pops.asked()) == {"p0", "p7"}
+    assert await value(store, 2) == [2]
+    assert len(pops.asked()) == 12
+
+
+async def test_memory_of_places_is_bounded(pops, monkeypatch):
+    monkeypatch.setattr(places_module, "PLACES_MAX", 5)
+    monkeypatch.setattr(places_module, "SENT_MAX", 5)
+    store = pops.places("a")
+    for number in range(20):
+        await make(store, number)
+    assert len(store._places) == len(store._sent) == 5
+
+
+async def test_refusal_of_a_guard_is_the_answer(pops):
+    store = pops.places("b")
+    await make(pops.places("a"), 1)
+    gone = Change(Op.UPDATE, TABLE, (9,), {2: 1})
+    with pytest.raises(Conflict):
+        await store.commit(Transaction(os.urandom(16), "d", 0, (Part(key_of(1), None, (gone,)),)))

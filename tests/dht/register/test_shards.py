@@ -1,0 +1,146 @@
+"""A PoP's shard of a database: made by the first commit, its catalog copied, never back, never guessed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+
+import msgspec
+import pytest
+from spanning_cluster import Spanning
+
+from dht import requests
+from dht.errors import NotFound, SchemaChanged, Unavailable
+from dht.model import Change, Comparison, Constraint, FindQuery, IndexSpec, Op, Part, Scope, TableSpec, Transaction
+from dht.register import catalog
+from dht.register.shards import _version_of, is_about_shard
+from dht.rows import group_key
+
+TABLE = 16
+
+
+@pytest.fixture
+def pops():
+    made = Spanning("a", "b")
+    publish(made, 1)
+    return made
+
+
+def publish(pops, version, *indexes, again=False):
+    """A new version of the catalog at the database's home, with these indexes; `again`: after the database was gone."""
+    specs = TableSpec(TABLE, (1,), tuple(IndexSpec(n, (n,)) for n in indexes))
+    op = Op.INSERT if version == 1 else Op.UPDATE
+    head = Change(op, 0, (0,), {0: version, 1: TABLE + version})
+    table = Change(Op.INSERT if again else op, 0, (TABLE,), {0: msgspec.msgpack.encode(specs), 1: b"names"})
+    part = Part(catalog.catalog_group("d"), None, (head, table))
+    pops.home.memory.commit(Transaction(os.urandom(16), "d", 0, (part,)))
+
+
+def write(version, number=1):
+    change = Change(Op.INSERT, TABLE, (number,), {1: number, 2: 5})
+    return Transaction(os.urandom(16), "d", version, (Part(group_key("d", "~f", (number,)), None, (change,)),), (0,))
+
+
+def copied(pops, name="a"):
+    rows = pops.pops[name].memory.read([catalog.catalog_group("d")])[0].rows
+    return _version_of(rows), rows
+
+
+async def test_first_commit_makes_the_shard_with_the_whole_catalog(pops):
+    await pops.shards["a"].commit(write(1))
+    version, rows = copied(pops)
+    assert version == 1
+    assert rows == pops.home.memory.read([catalog.catalog_group("d")])[0].rows
+    assert pops.pops["a"].memory.list_databases() == (), "it is not at home there"
+    assert catalog.is_shard(pops.pops["a"].memory.homes()["d"])
+    pops.asked()
+    await pops.shards["a"].commit(write(1, 2))
+    assert pops.asked() == {"a": ["commit"]}
+
+
+async def test_search_where_nothing_was_made_finds_nothing_and_makes_nothing(pops):
+    assert (await pops.shards["a"].find(FindQuery("d", TABLE, 1))).rows == ()
+    assert pops.pops["a"].memory.homes() == {}
+
+
+async def test_who_is_older_fetches_first(pops):
+    shard = pops.shards["a"]
+    await shard.commit(write(1))
+    publish(pops, 2, 2)
+    found = await shard.find(FindQuery("d", TABLE, 2, (Constraint(2, Comparison.EQ, (5,)),)))
+    assert len(found.rows) == 1
+    assert copied(pops)[0] == 2
+    with pytest.raises(SchemaChanged):
+        await shard.commit(write(1, 2))
+
+
+async def test_newer_catalog_out_of_reach_is_unavailable_and_the_old_one_goes_on(pops):
+    shard = pops.shards["a"]
+    await shard.commit(write(1))
+    pops.home.away = Unavailable("global is cut off")
+    await shard.commit(write(1, 2))
+    for ask in (shard.commit(write(2, 3)), shard.find(FindQuery("d", TABLE, 2)), shard.fence("d", 2, ())):
+        with pytest.raises(Unavailable, match="global is cut off"):
+            await ask
+    assert copied(pops)[0] == 1
+
+
+async def test_copy_never_goes_back(pops):
+    shard = pops.shards["a"]
+    publish(pops, 2, 2)
+    old = pops.home.memory.clone()
+    publish(pops, 3, 2, 3)
+    await shard.commit(write(3))
+    pops.home.memory = old
+    shard._versions.clear()
+    await shard.commit(write(3, 2))
+    assert copied(pops)[0] == 3
+    with pytest.raises(SchemaChanged):
+        await shard.commit(write(4, 3))
+
+
+async def test_two_nodes_of_a_pop_copy_at_once(pops):
+    other = type(pops.shards["a"])(pops.pops["a"], pops.registry, pops.clock, random.Random(1))
+    await asyncio.gather(pops.shards["a"].commit(write(1, 1)), other.commit(write(1, 2)))
+    assert copied(pops)[0] == 1
+
+
+async def test_version_that_the_home_never_had_is_refused(pops):
+    with pytest.raises(SchemaChanged):
+        await pops.shards["a"].commit(write(7))
+
+
+async def test_database_that_is_gone_is_not_found_and_one_of_its_name_begins_empty(pops):
+    """Also where its drop did not reach this PoP."""
+    shard = pops.shards["a"]
+    await shard.commit(write(1))
+    pops.home.memory.drop_database("d")
+    with pytest.raises(NotFound, match="no database 'd'"):
+        await pops.shards["b"].commit(write(1, 2))
+    pops.home.memory.create_database("d")
+    publish(pops, 3, again=True)
+    await shard.commit(write(3, 2))
+    assert [row.group for row in (await shard.find(FindQuery("d", TABLE, 3))).rows] == [group_key("d", "~f", (2,))]
+    assert copied(pops)[0] == 3
+
+
+async def test_shard_dropped_behind_this_nodes_back_finds_nothing(pops):
+    shard = pops.shards["a"]
+    await shard.commit(write(1))
+    pops.pops["a"].memory.drop_database("d")
+    assert (await shard.find(FindQuery("d", TABLE, 1))).rows == ()
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_request_of_another_pop_is_told_by_its_keys_to_be_about_the_shard(local):
+    key = group_key("d", "~f" if local else "f", (1,))
+    for message in (
+        requests.ReadGroups((key,), (None,)),
+        requests.Commit(Transaction(b"i" * 16, "d", 1, (Part(key),))),
+        requests.AskOutcome(b"i" * 16, key),
+        requests.RaiseFence("d", 1, (key,)),
+        requests.Find(FindQuery("d", TABLE, 1, scope=Scope.POPS if local else Scope.HOME)),
+    ):
+        assert is_about_shard(message) is local
+    assert not is_about_shard(requests.ListDatabases())
