@@ -46,6 +46,7 @@ from lucd.workers import WorkerSupervisor
 from lucd.world import LoopClock
 from nova_bridge.rpc import worker
 from nova_bridge.rpc.bus import Bus
+from nova_bridge.rpc.reach import BUS_REQUESTS, Reach
 
 log = logging.getLogger(__name__)
 GLOBAL_RESERVE_BYTES = 4 * 1024 * 1024
@@ -139,6 +140,8 @@ class Daemon:
             )
         )
         self._bus = Bus()
+        self._reach = Reach(self.node_id, self.identity.boot, settings.pop, clock, self.network, self.pops, self._bus)
+        self.network.on_link.append(self._reach.met)
         self._workers = WorkerSupervisor(self._worker_command(), settings.nova.workers)
         self._door = Door(self.homed, self._bus, self._report.answer, self.homed.home)
         self._local = LocalDoor(settings.socket, self._door.answer)
@@ -163,6 +166,7 @@ class Daemon:
         self._spawn(self.hints.again())
         self._steps.push_async_callback(self.pops.stop)
         self._steps.push_async_callback(self.homed.stop)
+        await self._keep(self._reach)
         await self._keep(self._local)
         settings.socket.chmod(settings.socket_mode)
         await self._keep(self._workers)
@@ -207,7 +211,7 @@ class Daemon:
         )
         return command
 
-    async def _keep(self, part: AdminDoor | StoreNode | LocalDoor | WorkerSupervisor) -> None:
+    async def _keep(self, part: AdminDoor | StoreNode | LocalDoor | Reach | WorkerSupervisor) -> None:
         """Start a part, and stop it when the daemon stops."""
         self._steps.push_async_callback(part.stop)
         await part.start()
@@ -228,6 +232,9 @@ class Daemon:
             return await self._global_network.open(sender, message)
         if isinstance(message, AskWhere):
             return await self._report.where_here(message.key)
+        if type(message) in BUS_REQUESTS:
+            answered: Struct = await self._reach.answer(sender, message)
+            return answered
         return await self.own.answer(sender, message)
 
     def _hints_are_asked(self) -> bool:
@@ -339,6 +346,7 @@ class Daemon:
             "links": lambda: counters_of(self.network),
             "door": lambda: counters_of(self._door),
             "bus": lambda: counters_of(self._bus),
+            "reach": lambda: counters_of(self._reach),
             "workers": lambda: counters_of(self._workers),
             "local": lambda: counters_of(self._local),
             "turnstile": lambda: counters_of(self._door.turnstile),

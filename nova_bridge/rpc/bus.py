@@ -1,8 +1,11 @@
-"""The daemon's side of the `lucd://` transport: messages between the processes of one host, kept in memory.
+"""The daemon's side of the `lucd://` transport: messages of this host's processes, kept in memory.
 
 A topic, a server of a topic and a pool of a topic each have a queue; a listener waits at several. Calls are answered
 on the caller's own connection. As with RabbitMQ and its transient queues, what waits here is lost with the daemon:
 callers learn of it at once, because their connection ends.
+
+A message for which somebody listens on this host stays here. Else it is handed to a daemon where somebody does
+(`nova_bridge.rpc.reach`), and waits here while there is none.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections import OrderedDict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from dht.codec import Message
 from dht.errors import Indeterminate, Invalid, NotFound, Unavailable
@@ -36,6 +39,7 @@ from nova_bridge.rpc.bus_messages import (
     Take,
     Taken,
 )
+from nova_bridge.rpc.queues import Envelope, Listener, Queue, Waiting
 
 QUEUES_MAX = 10_000
 QUEUE_MESSAGES_MAX = 10_000
@@ -48,60 +52,39 @@ TAKEN_MESSAGES_MAX = 1_000
 TAKEN_BYTES_MAX = 8 * 1024 * 1024
 
 
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    """A call whose caller waits. `listener`: who has taken it."""
-
-    id: int
-    monitor_s: float
-    answer: asyncio.Future[bytes]
-    heard: asyncio.Event = field(default_factory=asyncio.Event)
-    listener: _Listener | None = None
+TopicKey = tuple[str, str, str]
+"""`Address.topic_key`."""
 
 
-@dataclass(eq=False, slots=True)
-class _Envelope:
-    """A message on its way. A call that nobody waits for any more is not delivered."""
+class Elsewhere(Protocol):
+    """The daemons of other hosts, as a bus sees them."""
 
-    body: bytes
-    call: _Waiting | None = None
+    def changed(self) -> None:
+        """Who listens here has changed."""
+        ...
 
-    @property
-    def stale(self) -> bool:
-        return self.call is not None and self.call.answer.done()
+    async def told(self) -> None:
+        """Return when the others know who listens here, or after a bounded wait."""
+        ...
 
+    async def deliver(self, address: Address, envelope: Envelope) -> bool:
+        """Hand the message to one daemon where somebody listens. False: there is none; nothing was delivered.
 
-class _Queue:
-    """Messages of one address in order, and the listeners there, the one whose turn is next first."""
+        Raises Unavailable (they are too slow; nothing was delivered) and Indeterminate (nobody knows).
+        """
+        ...
 
-    def __init__(self) -> None:
-        self.messages: deque[_Envelope] = deque()
-        self.listeners: OrderedDict[int, _Listener] = OrderedDict()
+    def fan_out(self, address: Address, body: bytes) -> None:
+        """Bring a copy to every daemon where somebody takes what is fanned out, in the background."""
+        ...
 
+    async def pools(self, address: Address, far: bool) -> set[Address]:
+        """The pools that the topic has elsewhere; `far`: in other PoPs too."""
+        ...
 
-class _Listener:
-    def __init__(self, number: int, connection: Connection, request: Subscribe) -> None:
-        self.number = number
-        self.connection = connection
-        self.addresses = request.addresses
-        self.fanout = request.fanout
-        self.acknowledges = request.acknowledges
-        self.copies: deque[_Envelope] = deque()
-        """What was fanned out to this listener alone."""
-        self.waiter: asyncio.Future[None] | None = None
-        self.stopped = False
-        self.outstanding: dict[int, tuple[_Queue | None, _Envelope]] = {}
-        """Deliveries to be acknowledged, and the queues that they came from."""
-        self.calls: dict[int, _Waiting] = {}
-        """Calls taken and not replied to."""
-
-    @property
-    def waits(self) -> bool:
-        return self.waiter is not None and not self.waiter.done()
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+    def hold(self, address: Address) -> None:
+        """Messages wait here for a listener of the address: have them fetched when there is one."""
+        ...
 
 
 class Bus:
@@ -115,11 +98,13 @@ class Bus:
         self.counters = dict.fromkeys(
             ("casts", "calls", "delivered", "replies", "dropped", "listeners", "queued_messages", "queued_bytes"), 0
         )
-        self._queues: dict[Address, _Queue] = {}
-        self._pools: dict[tuple[str, str], dict[Address, None]] = {}
-        self._fanouts: dict[tuple[str, str], dict[int, _Listener]] = {}
-        self._listeners: dict[int, _Listener] = {}
-        self._calls: dict[int, _Waiting] = {}
+        self.elsewhere: Elsewhere | None = None
+        """None: this host alone."""
+        self._queues: dict[Address, Queue] = {}
+        self._pools: dict[TopicKey, dict[Address, None]] = {}
+        self._fanouts: dict[TopicKey, dict[int, Listener]] = {}
+        self._listeners: dict[int, Listener] = {}
+        self._calls: dict[int, Waiting] = {}
         self._numbers = itertools.count(1)
 
     async def answer(self, connection: Connection, message: Message) -> Struct:
@@ -127,11 +112,14 @@ class Bus:
         Indeterminate (its server died, or showed no sign of life)."""
         match message:
             case Cast():
-                return self._cast(message)
+                return await self._cast(message)
             case Call():
                 return await self._call(message)
             case Subscribe():
-                return self._subscribe(connection, message)
+                subscribed = self._subscribe(connection, message)
+                if self.elsewhere is not None:
+                    await self.elsewhere.told()
+                return subscribed
             case Take():
                 return await self._take(connection, message)
             case StopTaking(number):
@@ -144,42 +132,62 @@ class Bus:
             case Requeue(listener, delivery):
                 return Done(self._settle(listener, delivery, again=True))
             case Reply(call, body):
-                return Done(self._reply(call, body))
+                return Done(self.reply(call, body))
             case Heartbeat(call):
-                return Done(self._heartbeat(call))
+                return Done(self.sign(call))
             case _:
                 raise Invalid(f"{type(message).__name__} is not a request to the bus")
 
-    def _cast(self, message: Cast) -> Done:
+    async def _cast(self, message: Cast) -> Done:
         self.counters["casts"] += 1
-        if not message.fanout:
-            return Done(self._route(message.address, _Envelope(message.body)))
-        listeners = list(self._fanouts.get((message.address.exchange, message.address.topic), {}).values())
+        if message.fanout:
+            heard = self.copy(message.address, message.body)
+            if self.elsewhere is not None:
+                self.elsewhere.fan_out(message.address, message.body)
+            return Done(heard)
+        if message.address.server:
+            return Done(await self._send(message.address, Envelope(message.body)))
+        return Done(await self._publish(message))
+
+    def copy(self, address: Address, body: bytes) -> bool:
+        """Give each listener of this host that takes what is fanned out to the topic a copy; are there any?"""
+        listeners = list(self._fanouts.get(address.topic_key, {}).values())
         for listener in listeners:
             if len(listener.copies) >= QUEUE_MESSAGES_MAX:
                 self._unqueued(listener.copies.popleft())
                 self.counters["dropped"] += 1
-            self._queued(_Envelope(message.body), listener.copies)
+            self._queued(Envelope(body), listener.copies)
             listener.wake()
-        return Done(bool(listeners))
+        return bool(listeners)
 
     async def _call(self, message: Call) -> Answered:
         self.counters["calls"] += 1
-        call = _Waiting(next(self._numbers), message.monitor_ms / 1000, asyncio.get_running_loop().create_future())
-        self._calls[call.id] = call
+        call = self.begin_call(message.monitor_ms / 1000, time_left_s())
         try:
-            self._route(message.address, _Envelope(message.body, call))
+            await self._send(message.address, Envelope(message.body, call))
             if not call.monitor_s:
                 return Answered(await call.answer)
             return Answered(await self._monitored(call))
         finally:
             # Also when the caller disappears: the envelope is stale from now on.
-            call.answer.cancel()
-            del self._calls[call.id]
-            if call.listener is not None:
-                call.listener.calls.pop(call.id, None)
+            self.end_call(call)
 
-    async def _monitored(self, call: _Waiting) -> bytes:
+    def begin_call(self, monitor_s: float, left_s: float) -> Waiting:
+        """A call whose answer is waited for until `end_call`, in `left_s` at the latest."""
+        loop = asyncio.get_running_loop()
+        call = Waiting(next(self._numbers), monitor_s, loop.time() + left_s, loop.create_future())
+        self._calls[call.id] = call
+        return call
+
+    def end_call(self, call: Waiting) -> None:
+        """Nobody waits for it any more."""
+        if not call.answer.cancel() and not call.answer.cancelled():
+            call.answer.exception()  # Else asyncio complains of an error that nobody waited for.
+        self._calls.pop(call.id, None)
+        if call.listener is not None:
+            call.listener.calls.pop(call.id, None)
+
+    async def _monitored(self, call: Waiting) -> bytes:
         while True:
             call.heard.clear()
             heard = asyncio.ensure_future(call.heard.wait())
@@ -193,23 +201,84 @@ class Bus:
             if not done:
                 raise Indeterminate(f"the call's server showed no sign of life for {call.monitor_s:.1f} s")
 
-    def _route(self, address: Address, envelope: _Envelope) -> bool:
-        """Queue the message at its address, and a copy in each pool. Returns whether somebody listens there."""
-        targets = [address]
-        if not address.server and envelope.call is None:
-            pools = list(self._pools.get((address.exchange, address.topic), ()))
-            targets = [address, *pools] if address in self._queues or not pools else pools
-        heard = False
-        for target in targets:
-            queue = self._queue(target)
-            if len(queue.messages) >= (QUEUE_MESSAGES_MAX if queue.listeners else UNHEARD_MESSAGES_MAX):
-                self._make_room(target, queue)
-            self._queued(envelope, queue.messages)
-            heard = heard or bool(queue.listeners)
-            self._wake_one(queue)
+    async def _publish(self, message: Cast) -> bool:
+        """A message to a topic: for one of its listeners, and for one in each of its pools."""
+        address = message.address
+        pools = dict.fromkeys(self._pools.get(address.topic_key, ()))
+        if self.elsewhere is not None:
+            pools |= dict.fromkeys(await self.elsewhere.pools(address, message.notification))
+        if not pools:
+            return await self._send(address, Envelope(message.body))
+        sends = [self._send(address, Envelope(message.body), keep=False)]
+        sends += [self._send(pool, Envelope(message.body)) for pool in pools]
+        results = await asyncio.gather(*sends, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if len(errors) == len(results):
+            raise errors[0]
+        # Sent again for those that did not get it, the others would get it twice.
+        self.counters["dropped"] += len(errors)
+        return any(result is True for result in results)
+
+    async def _send(self, address: Address, envelope: Envelope, keep: bool = True) -> bool:
+        """Bring the message to one listener; where there is none, `keep` it. Returns whether somebody listens."""
+        queue = self._queues.get(address)
+        if (queue is None or not (queue.listeners or queue.messages)) and self.elsewhere is not None:
+            if await self.elsewhere.deliver(address, envelope):
+                return True
+            queue = self._queues.get(address)
+        if queue is None and not keep:
+            return False
+        queue = self._queue(address)
+        self._enqueue(address, queue, envelope)
+        if not queue.listeners and self.elsewhere is not None:
+            self.elsewhere.hold(address)
+        return bool(queue.listeners)
+
+    def _enqueue(self, address: Address, queue: Queue, envelope: Envelope) -> None:
+        if len(queue.messages) >= (QUEUE_MESSAGES_MAX if queue.listeners else UNHEARD_MESSAGES_MAX):
+            self._make_room(address, queue)
+        self._queued(envelope, queue.messages)
+        self._wake_one(queue)
+
+    # ---- for and from the daemons of other hosts
+
+    def listening(self) -> dict[Address, bool]:
+        """Where somebody listens on this host, and whether what is fanned out to the topic is taken there."""
+        heard: dict[Address, bool] = {}
+        for listener in self._listeners.values():
+            for address in listener.addresses:
+                heard[address] = heard.get(address, False) or listener.fanout
         return heard
 
-    def _make_room(self, address: Address, queue: _Queue) -> None:
+    def accept(self, address: Address, envelope: Envelope) -> None:
+        """Take a message for a listener of this host. Raises NotFound if there is none, Unavailable if it is slow."""
+        queue = self._queues.get(address)
+        if queue is None or not queue.listeners:
+            raise NotFound(f"nobody listens to topic {address.topic} here")
+        self._enqueue(address, queue, envelope)
+
+    def unheard(self, address: Address, count: int) -> list[Envelope]:
+        """Take messages that wait for a listener of this host although there is none; stale ones are left out."""
+        taken: list[Envelope] = []
+        queue = self._queues.get(address)
+        while queue is not None and not queue.listeners and queue.messages and len(taken) < count:
+            envelope = queue.messages.popleft()
+            self._unqueued(envelope)
+            if not envelope.stale:
+                taken.append(envelope)
+        if queue is not None and not queue.listeners and not queue.messages:
+            self._drop_queue(address, queue)
+        return taken
+
+    def give_back(self, address: Address, envelopes: Iterable[Envelope]) -> None:
+        """Put what `unheard` gave and nobody took to where it was."""
+        queue = self._queue(address)
+        for envelope in reversed(list(envelopes)):
+            queue.messages.appendleft(envelope)
+            self._count_queued(envelope)
+            self._wake_one(queue)
+
+    def _make_room(self, address: Address, queue: Queue) -> None:
         if queue.listeners:
             where = f"topic {address.topic}" + (f", server {address.server}" if address.server else "")
             raise Unavailable(
@@ -219,35 +288,35 @@ class Bus:
         self._unqueued(queue.messages.popleft())
         self.counters["dropped"] += 1
 
-    def _queued(self, envelope: _Envelope, messages: deque[_Envelope]) -> None:
+    def _queued(self, envelope: Envelope, messages: deque[Envelope]) -> None:
         if self.counters["queued_bytes"] + len(envelope.body) > QUEUED_BYTES_MAX:
             raise Unavailable(f"{self.counters['queued_bytes']} bytes wait in the bus already: try later", sent=False)
         messages.append(envelope)
         self._count_queued(envelope)
 
-    def _count_queued(self, envelope: _Envelope) -> None:
+    def _count_queued(self, envelope: Envelope) -> None:
         self.counters["queued_messages"] += 1
         self.counters["queued_bytes"] += len(envelope.body)
 
-    def _unqueued(self, envelope: _Envelope) -> None:
+    def _unqueued(self, envelope: Envelope) -> None:
         self.counters["queued_messages"] -= 1
         self.counters["queued_bytes"] -= len(envelope.body)
 
-    def _wake_one(self, queue: _Queue) -> None:
+    def _wake_one(self, queue: Queue) -> None:
         for number, listener in queue.listeners.items():
             if listener.waits:
                 queue.listeners.move_to_end(number)
                 listener.wake()
                 return
 
-    def _queue(self, address: Address) -> _Queue:
+    def _queue(self, address: Address) -> Queue:
         queue = self._queues.get(address)
         if queue is None:
             if len(self._queues) >= QUEUES_MAX:
                 self._forget_unheard()
-            queue = self._queues[address] = _Queue()
+            queue = self._queues[address] = Queue()
             if address.pool:
-                self._pools.setdefault((address.exchange, address.topic), {})[address] = None
+                self._pools.setdefault(address.topic_key, {})[address] = None
         return queue
 
     def _forget_unheard(self) -> None:
@@ -258,59 +327,65 @@ class Bus:
                 return
         raise Unavailable(f"the bus has {QUEUES_MAX} topics with listeners: no more can be made", sent=False)
 
-    def _drop_queue(self, address: Address, queue: _Queue) -> None:
+    def _drop_queue(self, address: Address, queue: Queue) -> None:
         for envelope in queue.messages:
             self._unqueued(envelope)
             self.counters["dropped"] += not envelope.stale
         del self._queues[address]
-        pools = self._pools.get((address.exchange, address.topic))
+        pools = self._pools.get(address.topic_key)
         if pools is not None and pools.pop(address, 0) is None and not pools:
-            del self._pools[address.exchange, address.topic]
+            del self._pools[address.topic_key]
 
     def _subscribe(self, connection: Connection, message: Subscribe) -> Subscribed:
         if not 0 < len(message.addresses) <= ADDRESSES_PER_LISTENER_MAX:
             raise Invalid(f"a listener has 1 to {ADDRESSES_PER_LISTENER_MAX} addresses, not {len(message.addresses)}")
         if len(self._listeners) >= LISTENERS_MAX:
             raise Unavailable(f"the bus has {LISTENERS_MAX} listeners: stop some", sent=False)
-        listener = _Listener(next(self._numbers), connection, message)
+        listener = Listener(next(self._numbers), connection, message)
         self._listeners[listener.number] = listener
         for address in listener.addresses:
             self._queue(address).listeners[listener.number] = listener
             if listener.fanout:
-                self._fanouts.setdefault((address.exchange, address.topic), {})[listener.number] = listener
+                self._fanouts.setdefault(address.topic_key, {})[listener.number] = listener
         connection.on_close.append(lambda: self._gone(listener))
-        self.counters["listeners"] = len(self._listeners)
+        self._listeners_changed()
         return Subscribed(listener.number)
 
-    def _gone(self, listener: _Listener) -> None:
+    def _listeners_changed(self) -> None:
+        self.counters["listeners"] = len(self._listeners)
+        if self.elsewhere is not None:
+            self.elsewhere.changed()
+
+    def _gone(self, listener: Listener) -> None:
         """A listener's connection ended: what it held goes to others, and its callers hear that it died."""
         del self._listeners[listener.number]
-        self.counters["listeners"] = len(self._listeners)
+        self._listeners_changed()
         for address in listener.addresses:
             queue = self._queues.get(address)
             if queue is not None:
                 queue.listeners.pop(listener.number, None)
-            fanned = self._fanouts.get((address.exchange, address.topic), {})
+            fanned = self._fanouts.get(address.topic_key, {})
             if fanned.pop(listener.number, None) is not None and not fanned:
-                del self._fanouts[address.exchange, address.topic]
+                del self._fanouts[address.topic_key]
         for envelope in listener.copies:
             self._unqueued(envelope)
         for queue, envelope in reversed(list(listener.outstanding.values())):
             if queue is not None:
                 queue.messages.appendleft(envelope)
                 self._count_queued(envelope)
-        for call in listener.calls.values():
-            if not call.answer.done():
-                call.answer.set_exception(Indeterminate("the server that had taken the call died before it replied"))
+        for call in list(listener.calls.values()):
+            self.fail(call.id, "the server that had taken the call died before it replied")
         for address in listener.addresses:
             queue = self._queues.get(address)
             if queue is not None and queue.messages:
                 # It may have been woken for one of these and died before it took it.
                 self._wake_one(queue)
+                if not queue.listeners and self.elsewhere is not None:
+                    self.elsewhere.hold(address)
             elif queue is not None and not queue.listeners:
                 self._drop_queue(address, queue)
 
-    def _listener(self, number: int) -> _Listener:
+    def _listener(self, number: int) -> Listener:
         listener = self._listeners.get(number)
         if listener is None:
             raise NotFound(f"there is no listener {number}: subscribe again")
@@ -334,7 +409,7 @@ class Bus:
             deliveries = self._deliveries(listener, count)
         return Taken(tuple(deliveries))
 
-    def _deliveries(self, listener: _Listener, count: int) -> list[Delivery]:
+    def _deliveries(self, listener: Listener, count: int) -> list[Delivery]:
         taken: list[Delivery] = []
         size = 0
         for queue, envelope in self._waiting_for(listener):
@@ -353,7 +428,7 @@ class Bus:
         self.counters["delivered"] += len(taken)
         return taken
 
-    def _waiting_for(self, listener: _Listener) -> Iterator[tuple[_Queue | None, _Envelope]]:
+    def _waiting_for(self, listener: Listener) -> Iterator[tuple[Queue | None, Envelope]]:
         """Take messages off the listener's queues, one of each in turn, as long as the caller asks for more."""
         queues = [self._queues[address] for address in listener.addresses if address in self._queues]
         found = True
@@ -391,7 +466,8 @@ class Bus:
                 self._wake_one(queue)
         return True
 
-    def _reply(self, number: int, body: bytes) -> bool:
+    def reply(self, number: int, body: bytes) -> bool:
+        """The answer to the call; False: nobody waits for it."""
         call = self._calls.get(number)
         if call is None or call.answer.done():
             return False
@@ -399,9 +475,18 @@ class Bus:
         call.answer.set_result(body)
         return True
 
-    def _heartbeat(self, number: int) -> bool:
+    def fail(self, number: int, why: str) -> bool:
+        """Nobody knows what became of the call; False: nobody waits for it."""
+        call = self._calls.get(number)
+        if call is None or call.answer.done():
+            return False
+        call.answer.set_exception(Indeterminate(why))
+        return True
+
+    def sign(self, number: int) -> bool:
+        """The call is being worked on; False: nobody waits for it."""
         call = self._calls.get(number)
         if call is None:
             return False
-        call.heard.set()
+        call.sign()
         return True

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
 from dht.codec import Message, message
 from dht.model import Struct
 
+NAME_CHARS_MAX = 255
+Name = Annotated[str, msgspec.Meta(max_length=NAME_CHARS_MAX)]
+
 
 class Address(Struct, frozen=True):
-    """Where messages wait: a topic of an exchange, one server of the topic, or one pool of a topic's listeners."""
+    """Where messages wait: a topic of an exchange, one server of the topic, or one pool of a topic's listeners.
 
-    exchange: str
-    topic: str
-    server: str = ""
-    pool: str = ""
+    `bus`: as RabbitMQ's virtual host; what is of two buses never meets.
+    """
+
+    exchange: Name
+    topic: Name
+    server: Name = ""
+    pool: Name = ""
+    bus: Name = ""
+
+    @property
+    def topic_key(self) -> tuple[str, str, str]:
+        """What all addresses of one topic have in common."""
+        return self.bus, self.exchange, self.topic
 
 
 @message
 class Cast(Message, frozen=True, tag=150):
-    """Hand a message over for one listener of the address, or with `fanout` a copy to every one. Reply: Done."""
+    """Hand a message over for one listener of the address, or with `fanout` a copy to every one. Reply: Done.
+
+    `notification`: for one listener of each pool of the topic, and one that is in none.
+    """
 
     address: Address
     body: bytes
     fanout: bool = False
+    notification: bool = False
 
 
 @message

@@ -2,7 +2,8 @@
 
     transport_url = lucd://                                   the default socket
     transport_url = lucd:///run/lucd/lucd.sock
-    transport_url = lucd://?socket=/run/lucd/lucd.sock
+    transport_url = lucd:///run/lucd/lucd.sock?bus=cell1      the bus of that name, as a virtual host of RabbitMQ's
+    transport_url = lucd://?socket=/run/lucd/lucd.sock&bus=cell1
 
 Messages travel as JSON, as over RabbitMQ, so that a serializer that works with one works with the other. A call is one
 request on a connection of its own; a listener keeps one connection on which it waits for messages. All of it is plain
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 
+import msgspec
 import oslo_messaging
 from oslo_messaging._drivers import base, common
 from oslo_serialization import jsonutils
@@ -54,20 +57,30 @@ SHORT_TIMEOUT_S = 10.0
 TAKE_WAIT_S = 20.0
 TAKE_SLACK_S = 5.0
 RECONNECT_PAUSE_S = 0.2
+BUS_NAME = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 LOG = logging.getLogger(__name__)
 
 
 def socket_of(url: oslo_messaging.TransportURL) -> str:
     """The daemon's socket that the transport URL names. Raises InvalidTransportURL for anything but a path."""
-    unknown = sorted(set(url.query) - {"socket"})
+    unknown = sorted(set(url.query) - {"socket", "bus"})
     if url.hosts or unknown:
         what = f"option {unknown[0]}" if unknown else "a host"
-        raise oslo_messaging.InvalidTransportURL(str(url), f"lucd:// takes a socket's path, not {what}")
+        raise oslo_messaging.InvalidTransportURL(str(url), f"lucd:// takes a socket's path and ?bus=NAME, not {what}")
     path = url.query.get("socket") or (f"/{url.virtual_host}" if url.virtual_host else DEFAULT_SOCKET)
     if not os.path.isabs(path):
         raise oslo_messaging.InvalidTransportURL(str(url), f"the socket's path {path} must begin with /")
     return path
+
+
+def bus_of(url: oslo_messaging.TransportURL) -> str:
+    """The name of the bus, empty for the default one. Raises InvalidTransportURL for what cannot be a name."""
+    name: str = url.query.get("bus", "")
+    if not BUS_NAME.fullmatch(name):
+        why = f"the bus's name {name!r} has to be letters, digits, '_', '-' and '.', at most 64"
+        raise oslo_messaging.InvalidTransportURL(str(url), why)
+    return name
 
 
 class LucdIncoming(base.RpcIncomingMessage):
@@ -220,6 +233,7 @@ class LucdDriver(base.BaseDriver):
     def __init__(self, conf, url, default_exchange=None, allowed_remote_exmods=None):  # type: ignore[no-untyped-def]
         super().__init__(conf, url, default_exchange, allowed_remote_exmods)
         self._client = BlockingClient(socket_of(url))
+        self._bus = bus_of(url)
 
     def require_features(self, requeue: bool = False) -> None:
         """All that oslo.messaging may ask for is there."""
@@ -248,21 +262,18 @@ class LucdDriver(base.BaseDriver):
         return content.get("result")
 
     def send_notification(self, target, ctxt, message, version, retry=None):  # type: ignore[no-untyped-def]
-        self.send(target, ctxt, message, retry=retry)
+        body = jsonutils.dump_as_bytes({"ctxt": ctxt, "message": message})
+        self._hand_over(Cast(self._address(target), body, notification=True), None, retry)
 
     def listen(self, target, batch_size, batch_timeout):  # type: ignore[no-untyped-def]
-        exchange = target.exchange or self._default_exchange or DEFAULT_EXCHANGE
+        topic = self._topic(target)
         # The address that all servers of the topic share comes last: what is sent anew goes there.
-        addresses = (Address(exchange, target.topic, target.server), Address(exchange, target.topic))
+        addresses = (msgspec.structs.replace(topic, server=target.server), topic)
         return self._listener(addresses, True, False, batch_size, batch_timeout)
 
     def listen_for_notifications(self, targets_and_priorities, pool, batch_size, batch_timeout):  # type: ignore[no-untyped-def]
         addresses = tuple(
-            Address(
-                target.exchange or self._default_exchange or DEFAULT_EXCHANGE,
-                f"{target.topic}.{priority}",
-                pool=pool or "",
-            )
+            msgspec.structs.replace(self._topic(target), topic=f"{target.topic}.{priority}", pool=pool or "")
             for target, priority in targets_and_priorities
         )
         return self._listener(addresses, False, True, batch_size, batch_timeout)
@@ -279,9 +290,13 @@ class LucdDriver(base.BaseDriver):
             ) from None
         return base.PollStyleListenerAdapter(listener, batch_size, batch_timeout)
 
-    def _address(self, target: oslo_messaging.Target) -> Address:
+    def _topic(self, target: oslo_messaging.Target) -> Address:
         exchange = target.exchange or self._default_exchange or DEFAULT_EXCHANGE
-        return Address(exchange, target.topic, "" if target.fanout else target.server or "")
+        return Address(exchange, target.topic, bus=self._bus)
+
+    def _address(self, target: oslo_messaging.Target) -> Address:
+        server = "" if target.fanout else target.server or ""
+        return msgspec.structs.replace(self._topic(target), server=server)
 
     def _hand_over(self, request: Cast | Call, timeout: float | None, retry: int | None) -> Answered:
         """The daemon's answer. Only a request that certainly did not reach the daemon is sent again."""

@@ -19,7 +19,7 @@ from futurist._thread import ThreadWorker
 from oslo_config import cfg
 from oslo_messaging import Target
 
-from nova_bridge.rpc.driver import DEFAULT_SOCKET, LucdDriver, socket_of
+from nova_bridge.rpc.driver import DEFAULT_SOCKET, LucdDriver, bus_of, socket_of
 
 
 @pytest.fixture(autouse=True)
@@ -346,7 +346,37 @@ def test_transport_url_names_the_socket(text, path):
     assert socket_of(oslo_messaging.TransportURL.parse(cfg.CONF, text)) == path
 
 
-@pytest.mark.parametrize("text", ["lucd://host:1/x", "lucd://?socket=relative", "lucd://?sokket=/x"])
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("lucd://", ""),
+        ("lucd:///run/s?bus=cell1", "cell1"),
+        ("lucd://?socket=/run/s&bus=nova_cell.1-a", "nova_cell.1-a"),
+    ],
+)
+def test_transport_url_names_the_bus(text, name):
+    assert bus_of(oslo_messaging.TransportURL.parse(cfg.CONF, text)) == name
+
+
+def test_what_is_of_two_buses_never_meets(daemon):
+    clients = {}
+    with contextlib.ExitStack() as stack:
+        for name in ("cell1", "cell2"):
+            transport = oslo_messaging.get_rpc_transport(cfg.CONF, f"lucd://{daemon.path}?bus={name}")
+            stack.callback(transport.cleanup)
+            clients[name] = client(transport), stack.enter_context(serving(transport, name=name))
+        for name, (asked, _) in clients.items():
+            assert [asked.prepare(**more).call({}, "echo")["by"] for more in ({}, {"server": "host1"})] == [name, name]
+        clients["cell1"][0].prepare(fanout=True).cast({}, "echo", n=1)
+        until(lambda: {"n": 1} in clients["cell1"][1].got)
+        time.sleep(0.1)
+        assert {"n": 1} not in clients["cell2"][1].got
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lucd://host:1/x", "lucd://?socket=relative", "lucd://?sokket=/x", "lucd:///x?bus=a/b", "lucd:///x?bus=a%20b"],
+)
 def test_wrong_transport_url_is_refused(text):
     with pytest.raises(oslo_messaging.InvalidTransportURL):
         LucdDriver(cfg.CONF, oslo_messaging.TransportURL.parse(cfg.CONF, text))
