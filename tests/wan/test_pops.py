@@ -22,6 +22,7 @@ from lucd import messages
 from nova_bridge.sql import dbapi
 from nova_bridge.sql.database import Database
 from tests.laboratory import wait_until
+from tests.oslo_bus import Clients, Served, oslo_messaging
 from tests.wan.sites import Wan, WanCluster, why_not
 
 pytestmark = pytest.mark.cluster
@@ -188,3 +189,27 @@ def test_database_dropped_and_created_in_another_pop_is_found_there(cluster: Wan
     assert third.homes()["moved"] == "pop2"
     assert third.drop_database("moved") is True
     assert third.drop_database("moved") is False
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bus_brings_calls_to_another_pop_and_goes_on_after_a_cut(cluster: WanCluster) -> None:
+    clients = Clients()
+    with Served(cluster.nodes[HOME].socket, "home", "wan"), Served(cluster.nodes[OTHER].socket, "other", "wan"):
+        asked, theirs = (clients.of(cluster.nodes[number].socket, "wan") for number in (FOUNDING, HOME))
+        far = asked.prepare(server="home")
+        assert far.call({}, "ask") == "home"
+        took_s = median_s(lambda: far.call({}, "ask"), 5)
+        print(f"a call to another PoP: {took_s * 1000:.1f} ms")
+        assert took_s >= RTT_S
+        cluster.wan.cut([1], [0, 2])
+        try:
+            time.sleep(1.0)
+            assert theirs.call({}, "ask") == "home"
+            assert asked.prepare(server="other").call({}, "ask") == "other"
+            waits = far.prepare(timeout=1)
+            with pytest.raises(oslo_messaging.MessagingTimeout):
+                waits.call({}, "ask")
+        finally:
+            cluster.wan.heal()
+        wait_until(lambda: far.prepare(timeout=20).call({}, "ask") == "home", 20.0, "the healed PoP is not reached")
+    clients.close()
