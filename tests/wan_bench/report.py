@@ -7,7 +7,6 @@ What people wrote around the figures stays as it is.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import click
 
 from tests.bench.calls import CALLS
 from tests.wan_bench import plots, results
+from tests.wan_bench.claims import RTT_MS, SITES, all_claims, seen
 from tests.wan_bench.results import Cells
 
 REPORT = Path("docs/benchmarks/wan.md")
@@ -25,12 +25,6 @@ STORES = ("mariadb", "galera", "lucd")
 PAPER_S = {"mariadb": 422, "galera": 1988, "lucd": 223}
 """500 virtual machines on 8 sites at 10 ms: one central MySQL, Galera, and ROME on Redis, a prototype of what lucd does
 (Lebre et al., IC2E 2017)."""
-
-
-def seen(part: dict[str, Any], store: str) -> float:
-    """p50 as a site sees it; on MariaDB a site that does not have the server, if there is one."""
-    sites = part.get("by_site_ms", [part["p50_ms"]])
-    return float(statistics.median(sites[1:] if store == "mariadb" and len(sites) > 1 else sites))
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -47,6 +41,10 @@ def _ratio(a: float | None, b: float | None) -> str:
     return f"{a / b:.1f}x" if a and b else ""
 
 
+def _cpu(part: dict[str, Any]) -> str:
+    return f"{part['client_cpu_ms'] / part['done']:.0f} + {part['server_cpu_ms'] / part['done']:.0f}"
+
+
 class Report:
     """Sections, each a list of lines; one for which nothing was measured is left out."""
 
@@ -55,7 +53,8 @@ class Report:
         self._plots_in = plots_in
 
     def lines(self) -> list[str]:
-        sections = (self._updates, self._far, self._calls, self._together, self._lives, self._packets, self._cuts)
+        sections = [self._claims, self._updates, self._far, self._calls, self._together, self._lives]
+        sections += [self._replicated, self._packets, self._cuts]
         return [*self._origin(), *(line for section in sections for line in section())]
 
     def _origin(self) -> list[str]:
@@ -63,6 +62,11 @@ class Report:
         machines = sorted({about["machine"] for about in abouts})
         runs = sorted({about["run"] for about in abouts})
         return [f"Machine: {'; '.join(machines)}. Measured {runs[0]} to {runs[-1]} UTC.", ""]
+
+    def _claims(self) -> list[str]:
+        rows = [claim.row() for claim in all_claims(self._cells)]
+        head = [f"{SITES} sites, {RTT_MS} ms, unless it says otherwise", "aim", "measured", "reached"]
+        return ["### Aims", "", *table(head, rows)] if rows else []
 
     def _plot(self, name: str, *arguments: Any) -> list[str]:
         if not any(value for row in arguments[-1].values() for value in row):
@@ -200,7 +204,7 @@ class Report:
                     part = shares.get(store)
                     row.append(f"{part['total_s']:.0f}{'*' * part['projected']}" if part else "")
                 row += [_ratio(alone.get(store), alone.get("lucd")) for store in STORES[:2]]
-                row += [number(found[s]["cpu_ms_each"], ".0f") if s in found else "" for s in STORES]
+                row += [_cpu(found[store]) if store in found else "" for store in STORES]
                 rows.append(row)
                 if sites == 8 and rtt_ms in (10, 50):
                     groups[f"{rtt_ms} ms, {controllers} each"] = [total.get(store) for store in STORES]
@@ -209,7 +213,7 @@ class Report:
         counts = {part["instances"] for _, _, found in self._rows("life") for part in found.values()}
         head = ["sites", "rtt ms", "controllers a site", "MariaDB s", "Galera s", "lucd s", "MariaDB / lucd"]
         head += ["Galera / lucd", "a site's share alone: MariaDB s", "Galera s", "lucd s", "MariaDB / lucd"]
-        head += ["Galera / lucd", "CPU ms an instance: MariaDB", "Galera", "lucd"]
+        head += ["Galera / lucd", "CPU ms an instance, controller + servers: MariaDB", "Galera", "lucd"]
         groups["paper, 10 ms"] = [PAPER_S[store] for store in STORES]
         return [
             f"### The life of {' or '.join(map(str, sorted(counts)))} instances",
@@ -217,7 +221,8 @@ class Report:
             "Seconds in all, by controllers that work at once, each on its even share. An instance's life is the 23 "
             "calls of a boot and 3 of its deletion. `*`: the time allowed was over first, and the rest is projected at "
             "the pace so far. A site's share alone: the last site does its part while the others stand still, which is "
-            "how long a site takes that does not share its processors with all others.",
+            "how long a site takes that does not share its processors with all others. CPU: Nova's own code in the "
+            "controller, and all servers.",
             "",
             *table(head, rows),
             f"The paper, 500 virtual machines on 8 sites at 10 ms: one central MySQL {PAPER_S['mariadb']} s, Galera "
@@ -230,6 +235,38 @@ class Report:
                 ("MariaDB", "Galera", "lucd (paper: ROME)"),
                 groups,
             ),
+        ]
+
+    def _replicated(self) -> list[str]:
+        rows = []
+        for sites, rtt_ms in self._cells.places():
+            for controllers in (1, 10):
+                for daemons in (1, 3):
+                    parts = ("home_update", "far_read", "together", "share", "life")
+                    got = {p: self._cells.part(p, "lucd", sites, rtt_ms, controllers, daemons) for p in parts}
+                    if not self._cells.has_daemons(sites, rtt_ms, controllers, 3) or not any(got.values()):
+                        continue
+                    row = [str(sites), str(rtt_ms), str(controllers), str(daemons)]
+                    row += [number(got[p]["p50_ms"]) if got[p] else "" for p in parts[:2]]
+                    row += [number(got[p]["cpu_ms_each"]) if got[p] else "" for p in ("home_update", "together")]
+                    row += [number(got[p]["total_s"]) if got[p] else "" for p in ("share", "life")]
+                    rows.append([*row, _cpu(got["life"]) if got["life"] else ""])
+        if not rows:
+            return []
+        head = ["sites", "rtt ms", "controllers a site", "daemons a site", "update at home ms", "far read ms"]
+        head += [
+            "CPU ms an update, alone",
+            "all at once",
+            "a site's share alone s",
+            "all instances s",
+            "CPU ms an instance",
+        ]
+        return [
+            "### Three daemons in each site",
+            "",
+            "lucd with every row on three daemons of its site, beside the same with one daemon.",
+            "",
+            *table(head, rows),
         ]
 
     def _packets(self) -> list[str]:

@@ -70,6 +70,11 @@ class Cells:
         found: dict[str, Any] | None = self._cells.get(name_of(key), {}).get("parts", {}).get(part)
         return found
 
+    def has_daemons(self, sites: int, rtt_ms: int, controllers: int, daemons: int) -> bool:
+        """Whether lucd was measured there with so many daemons in each site."""
+        key = {"store": "lucd", "sites": sites, "rtt_ms": rtt_ms, "controllers": controllers, "daemons": daemons}
+        return name_of(key) in self._cells
+
     def cuts(self) -> list[dict[str, Any]]:
         """The cells of cuts."""
         return [cell for cell in self.all() if "cut_s" in cell["key"]]

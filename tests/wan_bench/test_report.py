@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.wan_bench import cut, plots, results
+from tests.wan_bench.claims import all_claims, seen
 from tests.wan_bench.crew import Place
-from tests.wan_bench.report import BEGIN, END, Report, main, seen
+from tests.wan_bench.report import BEGIN, END, Report, main
 from tests.wan_bench.results import Cells
 
 
@@ -77,11 +78,52 @@ def test_report_has_the_figures_between_its_marks_and_keeps_what_is_around_them(
     report.write_text(f"# Title\n\nbefore\n{BEGIN}\nold\n{END}\nafter\n")
     main(["--from", str(file), "--report", str(report)], standalone_mode=False)
     text = report.read_text()
+    assert "| update at home, beside Galera | at least 10x faster | 20.0x | yes |" in text
+    assert "| update at home, beside far MariaDB | at least 20x faster | 50.0x | yes |" in text
     assert "| 8 | 50 | 200.0 | 80.0 | 4.0 | 50.0x | 20.0x |" in text
     assert text.startswith(f"# Title\n\nbefore\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
     assert (tmp_path / "wan-update.svg").read_text().startswith("<svg")
+
+
+def _lives(total_s: float) -> dict[str, object]:
+    costs = {"client_cpu_ms": 50.0, "server_cpu_ms": 100.0, "projected": False}
+    return _part(100.0) | costs | {"instances": 500, "done": 10, "total_s": total_s}
+
+
+def test_aims_are_reached_or_not_by_what_was_measured(tmp_path):
+    file = tmp_path / "r.json"
+    eight = {"sites": 8, "rtt_ms": 50, "controllers": 1}
+    update = _part(6.6, wan_packets=40, changed={"requests_passed_on": 1})
+    store = {"home_read": _part(1), "far_read": _part(52), "far_read_cached": _part(90)}
+    store |= {"home_write": _part(3), "far_write": _part(60)}
+    lucd = {"home_update": update, "idle": {"packets_per_s": 30.0}, "store": store, "life": _lives(50.0)}
+    results.merge(file, eight | {"store": "lucd", "daemons": 1}, lucd, "run")
+    one = {"store": "lucd", "sites": 1, "rtt_ms": 50, "controllers": 1, "daemons": 1}
+    results.merge(file, one, {"home_update": _part(5.0)}, "run")
+    results.merge(file, eight | {"store": "mariadb"}, {"life": _lives(99.0)}, "run")
+    results.merge(file, eight | {"store": "galera"}, {"life": _lives(401.0)}, "run")
+    pauses = {kind: {"longest_s": 0.2, "back_after_s": 0.0} for kind in cut.KINDS}
+    pauses["across_the_cut"] = {"longest_s": 60.0, "back_after_s": 2.5}
+    found = {"cut": pauses, "lost": {"wrong": ["row 1"], "acknowledged": 7}}
+    results.merge(file, {"store": "lucd", "sites": 4, "rtt_ms": 50, "cut_site": 3, "cut_s": 60.0}, found, "run")
+    said = {claim.what: (claim.measured, claim.met) for claim in all_claims(Cells(file))}
+    lives = "500 instances, 1 controllers a site, all sites on one machine's processors: beside "
+    where = "site 3 of 4 cut off for 60 s: "
+    assert said == {
+        "update at home, beside lucd on one site": ("1.32x", False),
+        "WAN messages of updates at home": ("1 requests passed on; 40 packets in 10 updates, idling is 30", False),
+        "read of a far row, store": ("1.02", True),
+        "cached read of a far row, store": ("1.78", False),
+        "write of a far row beyond one at home, store": ("1.14", True),
+        f"{lives}central MariaDB": ("2.0x", False),
+        f"{lives}Galera": ("8.0x", True),
+        f"{where}longest pause of its own rows": ("0.20 s", True),
+        f"{where}of the others' own rows": ("0.20 s", True),
+        f"{where}all write again after the heal": ("2.50 s", False),
+        f"{where}lost or invented writes": ("1 wrong counters, 7 acknowledged", False),
+    }
 
 
 def test_sections_without_figures_are_left_out(tmp_path):
