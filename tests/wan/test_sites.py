@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +113,20 @@ def test_traffic_counts_what_crosses_and_not_what_stays_within_a_site(wan: Wan) 
         ask(wan, 0, 1, 5, 1.0)
         assert (wan.traffic() - before).packets == 10
         assert (wan.traffic(2) - before).packets <= 0
+
+
+def test_connection_is_made_inside_a_site_and_the_thread_comes_out_again(wan: Wan) -> None:
+    serve = "import socket; s = socket.create_server(('127.0.0.1', 7777)); print('open', flush=True); s.accept()"
+    home = Path("/proc/thread-self/ns/net").readlink()
+    with subprocess.Popen([*wan.enter(1), sys.executable, "-c", serve], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        with pytest.raises(ConnectionRefusedError):
+            wan.sites[0].connect("127.0.0.1", 7777, 5.0)
+        assert Path("/proc/thread-self/ns/net").readlink() == home
+        with wan.sites[1].connect("127.0.0.1", 7777, 5.0):
+            assert process.wait(5.0) == 0
+    assert Path("/proc/thread-self/ns/net").readlink() == home
 
 
 def packet(to: int, size: int = 60) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 import sqlalchemy
 
-from lucd.demo.plane.site import API, CELL1, PLACEMENT
+from lucd.demo.plane.site import ALONE, API, Place
 
 INSTANCES = "SELECT uuid FROM instances WHERE deleted = 0 AND vm_state = 'active' AND task_state IS NULL"
 ALLOCATED = "SELECT DISTINCT consumer_id FROM allocations"
@@ -14,15 +14,23 @@ MAPPED = "SELECT instance_uuid FROM instance_mappings WHERE queued_for_delete = 
 BUILDING = "SELECT instance_uuid FROM build_requests"
 
 
-def audit(url: Callable[[str], str], servers: Collection[str]) -> list[str]:
-    """What is not as it has to be when exactly `servers` are ACTIVE and nothing is under way."""
+def audit(
+    url: Callable[[str], str],
+    servers: Collection[str],
+    place: Place = ALONE,
+    elsewhere: Collection[str] = (),
+) -> list[str]:
+    """What is not as it has to be when exactly `servers` are ACTIVE at the place and nothing is under way.
+
+    `elsewhere`: servers of the other places, which the API database knows as well.
+    """
     expected = set(servers)
     problems = []
     for database, query, wanted, what in (
-        (CELL1, INSTANCES, expected, "active instances"),
-        (API, MAPPED, expected, "instance mappings"),
+        (place.cell, INSTANCES, expected, "active instances"),
+        (API, MAPPED, expected | set(elsewhere), "instance mappings"),
         (API, BUILDING, set(), "build requests"),
-        (PLACEMENT, ALLOCATED, expected, "consumers with allocations"),
+        (place.placement, ALLOCATED, expected, "consumers with allocations"),
     ):
         found = _column(url(database), query)
         if found != wanted:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dht.errors import NotFound, Unavailable
 from lucd.demo.daemons import HOST, free_port
-from lucd.demo.plane.rest import ComputeApi
+from lucd.demo.plane.rest import ComputeApi, Dial, dial
 from lucd.demo.processes import Program
 from lucd.demo.terminal import Calls
 
@@ -26,6 +27,28 @@ DatabaseUrl = Callable[[str, int], str]
 """URL of a database, by its name, as the controller of that number (0 or 1) opens it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What is a control plane's own where there are several: one for each PoP, with a cell and a Placement."""
+
+    cell_name: str = "cell1"
+    cell: str = CELL1
+    placement: str = PLACEMENT
+    """Both by the names of their databases."""
+    prefix: str = ""
+    """What the names of its hosts begin with."""
+    launcher: Sequence[str] = ()
+    """What the command lines of its programs begin with, where they run elsewhere than this process."""
+    dial: Dial = dial
+    mapped_transport_url: str = ""
+    """The cell's bus as its mapping has it, from which every PoP reaches it; empty: the transport URL of all hosts."""
+    options: str = ""
+    """More for the configuration of its controllers."""
+
+
+ALONE = Place()
+
+
 class ControlPlane:
     """Written to `path`, which must be empty or missing; nothing runs before `install` and `start`.
 
@@ -33,11 +56,12 @@ class ControlPlane:
     is the message bus of all hosts. `computes`: how many nova-compute with Nova's own fake virt driver.
     """
 
-    def __init__(self, path: Path, url: DatabaseUrl, transport_url: str, computes: int) -> None:
+    def __init__(self, path: Path, url: DatabaseUrl, transport_url: str, computes: int, place: Place = ALONE) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.api_port, self.placement_port, self.neighbours_port = free_port(), free_port(), free_port()
-        self.hosts = [f"compute-{number + 1}" for number in range(computes)]
+        self.place = place
+        self.hosts = [f"{place.prefix}compute-{number + 1}" for number in range(computes)]
         self._python = sys.executable
         self._url = url
         self._transport_url = transport_url
@@ -45,8 +69,8 @@ class ControlPlane:
         controllers = [
             self._program("lucd.demo.plane.neighbours", ["--port", str(self.neighbours_port)], "neighbours"),
             self._wsgi("placement", self.placement_port),
-            self._service("nova-conductor", "controller-1"),
-            self._service("nova-scheduler", "controller-1"),
+            self._service("nova-conductor", self._controller(1)),
+            self._service("nova-scheduler", self._controller(1)),
         ]
         self._api = self._wsgi("nova-api", self.api_port)
         self._computes = [self._service("nova-compute", host) for host in self.hosts]
@@ -54,7 +78,7 @@ class ControlPlane:
         self.programs = [*controllers, self._api, *self._computes]
 
     def api(self, calls: Calls | None = None) -> ComputeApi:
-        return ComputeApi(self.api_port, calls)
+        return ComputeApi(self.api_port, calls, self.place.dial)
 
     def use(self, python: str) -> None:
         """Run the release of Nova and Placement in another interpreter's environment from the next start on."""
@@ -65,23 +89,33 @@ class ControlPlane:
 
     def install(self) -> None:
         """Make the schemas and the cells by nova-manage and placement-manage. Raises Unavailable with their words."""
+        self.share()
+        self.map_cell()
+        self.sync("db", "sync")
+
+    def share(self) -> None:
+        """What several control planes have in common: Nova's API database and the mapping of cell0."""
+        self.manage("api_db", "sync")
+        self.manage("cell_v2", "map_cell0", "--database_connection", self._cell_url(CELL0))
+
+    def map_cell(self) -> None:
+        """Enter the cell into the API database."""
+        place = self.place
+        bus = place.mapped_transport_url or self._transport_url
+        where = ("--database_connection", self._cell_url(place.cell), "--transport-url", bus)
+        self.manage("cell_v2", "create_cell", "--name", place.cell_name, *where)
+
+    def sync(self, *nova: str) -> None:
+        """Make the schema of Placement, and at the same time what this command of nova-manage makes."""
         placement = self._manage("placement.cmd.manage", "db", "sync", config=self.path / "placement.conf")
         placement.start()
-        database = "--database_connection"
-        self.manage("api_db", "sync")
-        self.manage("cell_v2", "map_cell0", database, self._cell_url(CELL0))
-        cell1 = (database, self._cell_url(CELL1), "--transport-url", self._transport_url)
-        self.manage("cell_v2", "create_cell", "--name", "cell1", *cell1)
-        self.manage("db", "sync")
+        self.manage(*nova)
         placement.finish(COMMAND_WAIT_S)
 
     def migrate(self) -> None:
         """Bring the schemas of an older release to the one that is used now, as an upgrade does first."""
-        placement = self._manage("placement.cmd.manage", "db", "sync", config=self.path / "placement.conf")
-        placement.start()
-        self.manage("api_db", "sync")
+        self.sync("api_db", "sync")
         self.manage("db", "sync")
-        placement.finish(COMMAND_WAIT_S)
 
     def migrate_data(self) -> None:
         """What Nova changes in the rows themselves when it is upgraded."""
@@ -89,12 +123,15 @@ class ControlPlane:
 
     def manage(self, *arguments: str) -> None:
         """Run one command of nova-manage on controller 1. Raises Unavailable with the end of its output."""
-        command = self._manage("nova.cmd.manage", *arguments, config=self.path / "controller-1.conf")
+        command = self._manage("nova.cmd.manage", *arguments, config=self.path / f"{self._controller(1)}.conf")
         command.start()
         command.finish(COMMAND_WAIT_S)
 
-    def start(self, say: Callable[[str], None] = lambda text: None) -> None:
-        """Start all processes and return when every host can be scheduled to. Raises Unavailable, or NotFound."""
+    def start(self, say: Callable[[str], None] = lambda text: None, cell_uuid: str = "") -> None:
+        """Start all processes and return when every host can be scheduled to. Raises Unavailable, or NotFound.
+
+        `cell_uuid`: the cell whose hosts are mapped, of several.
+        """
         for program in (*self._controllers, *self._computes):
             program.start()
         say("nova-conductor, nova-scheduler, placement and the computes are starting")
@@ -103,12 +140,16 @@ class ControlPlane:
         self._wait(self._api_answers, "nova-api does not answer", self._api)
         self._wait(self._computes_are_up, "not all nova-compute report", *self._computes)
         say("all computes report; nova-manage cell_v2 discover_hosts")
-        self.manage("cell_v2", "discover_hosts")
+        self.manage("cell_v2", "discover_hosts", *(("--cell_uuid", cell_uuid) if cell_uuid else ()))
+
+    def terminate(self) -> None:
+        """Ask all processes to end, without waiting; `stop` waits."""
+        for program in self.programs:
+            program.terminate()
 
     def stop(self) -> None:
         """End all processes."""
-        for program in self.programs:
-            program.terminate()
+        self.terminate()
         for program in self.programs:
             program.stop()
 
@@ -157,7 +198,7 @@ class ControlPlane:
     def _program(
         self, module: str, arguments: Sequence[str], name: str, environment: dict[str, str] | None = None
     ) -> Program:
-        program = Program(module, arguments, self.path / f"{name}.log", environment)
+        program = Program(module, arguments, self.path / f"{name}.log", environment, self.place.launcher)
         program.python = self._python
         return program
 
@@ -173,7 +214,7 @@ class ControlPlane:
     def _wsgi(self, service: str, port: int) -> Program:
         environment = {
             "OS_NOVA_CONFIG_DIR": str(self.path),
-            "OS_NOVA_CONFIG_FILES": "api-paste.ini;controller-0.conf",
+            "OS_NOVA_CONFIG_FILES": f"api-paste.ini;{self._controller(0)}.conf",
             "OS_PLACEMENT_CONFIG_DIR": str(self.path),
         }
         return self._program("lucd.demo.plane.wsgi", [service, "--port", str(port)], service, environment)
@@ -194,8 +235,8 @@ class ControlPlane:
             f"[keystone]\nendpoint_override = {neighbours}/v3\n"
             "[vnc]\nenabled = false\n"
         )
-        for number, database in enumerate((CELL0, CELL1)):
-            host = f"controller-{number}"
+        for number, database in enumerate((CELL0, self.place.cell)):
+            host = self._controller(number)
             self._write(
                 f"{host}.conf",
                 common % (host, self._state(host))
@@ -204,7 +245,7 @@ class ControlPlane:
                 # Hosts that are alike get their VMs in turn, and no quota ends the story.
                 "[filter_scheduler]\nhost_subset_size = 64\nshuffle_best_same_weighed_hosts = true\n"
                 "[scheduler]\nworkers = 1\n[conductor]\nworkers = 1\n"
-                "[quota]\ninstances = -1\ncores = -1\nram = -1\n",
+                "[quota]\ninstances = -1\ncores = -1\nram = -1\n" + self.place.options,
             )
         for host in self.hosts:
             self._write(
@@ -216,10 +257,13 @@ class ControlPlane:
             )
         self._write(
             "placement.conf",
-            f"[placement_database]\nconnection = {self._url(PLACEMENT, 0)}\nmax_overflow = 50\n"
+            f"[placement_database]\nconnection = {self._url(self.place.placement, 0)}\nmax_overflow = 50\n"
             "[api]\nauth_strategy = noauth2\n",
         )
         self._write("api-paste.ini", _paste_of(Path(sys.prefix)))
+
+    def _controller(self, number: int) -> str:
+        return f"{self.place.prefix}controller-{number}"
 
     def _state(self, host: str) -> Path:
         """Each host has its own: nova-compute keeps its node's identity there."""

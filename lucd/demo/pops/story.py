@@ -40,21 +40,20 @@ WHAT_ELSE = (
 )
 
 
-def play(pops: int, rtt_ms: float, instances: int = 20, keep: bool = False) -> int:
-    """Run the demo; returns the exit code: 0 only if no call failed and nothing was lost.
-
-    Raises Unavailable with what it needs where there can be no such network.
-    """
+def wan_daemons(pops: int, rtt_ms: float) -> Callable[[Path], WanDaemons]:
+    """What makes one daemon in each PoP. Raises Unavailable with what it needs where there can be no such network."""
     if reason := why_not():
         raise Unavailable(WHAT_ELSE.format(reason=reason))
+    return lambda path: WanDaemons(path, Wan(pops, rtt_ms), per_pop=1)
 
-    def daemons_at(path: Path) -> WanDaemons:
-        return WanDaemons(path, Wan(pops, rtt_ms), per_pop=1)
+
+def play(pops: int, rtt_ms: float, instances: int = 20, keep: bool = False) -> int:
+    """Run the demo; returns the exit code: 0 only if no call failed and nothing was lost."""
 
     def make(terminal: Terminal, daemons: WanDaemons) -> PopsStory:
         return PopsStory(terminal, daemons, rtt_ms, instances)
 
-    return perform(make, {"nova": "lucd[nova]"}, DEADLINE_S, keep, daemons_at)
+    return perform(make, {"nova": "lucd[nova]"}, DEADLINE_S, keep, wan_daemons(pops, rtt_ms))
 
 
 class Pop:
