@@ -100,7 +100,7 @@ class Daemon:
         )
         self._far_global = FarStore(GLOBAL, clock, self._global_network, self.pops.gateways)
         self.hints = HintPublisher(clock, self.overlay.publish_hint, self.own.coordinated, self._hints_are_asked)
-        self.own.shard = shard = Shard(self.own.store, self._registry, clock, chance)
+        self.own.shard = shard = Shard(settings.pop, self.own.store, self._registry, clock, chance)
         self.places = Places(
             settings.pop,
             clock,

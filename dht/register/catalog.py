@@ -37,6 +37,7 @@ _HERE = (None, "", GLOBAL, LOCAL)
 """Homes in a registry's rows of what lives in the registry's own domain; others are names of PoPs, or say a shard."""
 _SHARD = "~"
 SEQUENCE_FAMILY = "sequence"
+SHARDS_FAMILY = "shards"
 _SEQUENCE_ROW = row_key(0, ())
 _spec_decoder = msgspec.msgpack.Decoder(TableSpec)
 
@@ -127,6 +128,20 @@ def next_pop_index(rows: Mapping[RowKey, bytes]) -> int:
 
 def _bytes(value: Value) -> bytes:
     return value if isinstance(value, bytes) else b""
+
+
+def shards_group(database: str) -> GroupKey:
+    """At the database's home: the PoPs that have, or had cause to make, a shard of it."""
+    return group_key(database, SHARDS_FAMILY, ())
+
+
+def shard_listed(database: str, pop: str) -> Part:
+    return Part(shards_group(database), changes=(Change(Op.INSERT, 0, (pop,), {}),))
+
+
+def shards_of(rows: Mapping[RowKey, bytes]) -> tuple[str, ...]:
+    """The PoPs, sorted."""
+    return tuple(sorted(str(split_row_key(key)[1][0]) for key in rows))
 
 
 def database_removed(name: str) -> Part:

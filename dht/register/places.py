@@ -3,9 +3,9 @@
 Such a group lives in the PoP that made it, and nothing but looking tells which that is. This node asks where it last
 saw the group, else its own PoP, and then all others at once, of many PoPs first the one that a hint names. What was
 found is remembered; neither memory nor hint is trusted for content: a PoP that has no rows of the group sends the
-reader on to all others. Absence is told when every PoP was asked and none has it; the list of PoPs is read after the
-question began, beside the asking, so that a PoP founded a moment ago is not missed. A PoP out of reach makes what the
-others do not have Unavailable.
+reader on to all others. Absence is told when every PoP was asked that has a shard of the database, and none has the
+group; the list of shards is read after the question began, beside the asking, so that one made a moment ago is not
+missed. A PoP out of reach makes what the others do not have Unavailable.
 
 A ballot that the asker holds is passed on only if rows were seen at it: of an absent group the same ballot may be held
 in many PoPs.
@@ -40,12 +40,15 @@ from dht.model import (
     Transaction,
     TransactionId,
 )
+from dht.register import catalog
 from dht.requests import Store
+from dht.rows import split_group_key
 from dht.storage.search import row_order
 from dht.world import Clock
 
 PLACES_MAX: Final = 100_000
 SENT_MAX: Final = 4_096
+DATABASES_MAX: Final = 1_000
 FEW_POPS: Final = 8
 """Up to so many PoPs are asked at once for what is in none that was known; of more, a hint's first."""
 HINTS_AT_ONCE: Final = 64
@@ -90,20 +93,33 @@ class Places:
         self._made = made
         self._places: OrderedDict[GroupKey, Place] = OrderedDict()
         self._sent: OrderedDict[TransactionId, str] = OrderedDict()
-        self._known_pops: tuple[str, ...] = ()
+        self._shards: dict[str, tuple[Ballot, tuple[str, ...]]] = {}
 
-    async def _pops(self, timeout_s: float) -> tuple[str, ...]:
-        """All that there are after the call."""
+    async def _pops(self, database: str, timeout_s: float) -> tuple[str, ...]:
+        """All that have a shard of the database, as listed after the call began."""
+        ballot, known = self._shards.get(database, (None, ()))
         try:
-            self._known_pops = tuple(await self._registry().pops(timeout_s))
+            (found,) = await self._registry().read([catalog.shards_group(database)], [ballot], timeout_s)
         except (Unavailable, Indeterminate) as error:
-            raise Unavailable(f"domain global cannot be asked which PoPs there are: {error.message}") from None
-        return self._known_pops
+            raise Unavailable(
+                f"domain global cannot be asked which PoPs have rows of {database}: {error.message}"
+            ) from None
+        if found.rows is None:
+            return known
+        if len(self._shards) >= DATABASES_MAX:
+            self._shards.clear()
+        pops = catalog.shards_of(found.rows)
+        self._shards[database] = found.ballot, pops
+        return pops
+
+    def _known_pops(self, database: str) -> tuple[str, ...]:
+        """Those that the last answer named."""
+        return self._shards[database][1] if database in self._shards else ()
 
     @property
     def pops_known(self) -> int:
-        """How many PoPs there are, as far as this node has heard."""
-        return len(self._known_pops)
+        """How many PoPs have rows of one database, as far as this node has heard."""
+        return max((len(pops) for _, pops in self._shards.values()), default=0)
 
     async def locate(self, key: GroupKey) -> str:
         """The PoP that has the group now, or the own one, where it would be made."""
@@ -149,10 +165,11 @@ class Places:
         ballots = dict(zip(keys, known, strict=True)) if known is not None else {}
         search = _Search(keys)
         await self._ask_known(search, ballots, deadline)
-        if search.open and len(self._known_pops) > FEW_POPS:
-            await self._ask_hinted(search, deadline)
         if search.open:
-            await self._ask_all(search, deadline)
+            database = split_group_key(keys[0])[0]
+            if len(self._known_pops(database)) > FEW_POPS:
+                await self._ask_hinted(search, deadline)
+            await self._ask_all(search, database, deadline)
         return tuple(search.found[key] for key in keys)
 
     async def _ask_known(self, search: _Search, ballots: dict[GroupKey, Ballot | None], deadline: float) -> None:
@@ -176,7 +193,7 @@ class Places:
         self.counters["hinted"] += len(asked)
         await asyncio.gather(*(self._ask(search, pop, of, {}, deadline) for pop, of in asked.items()))
 
-    async def _ask_all(self, search: _Search, deadline: float) -> None:
+    async def _ask_all(self, search: _Search, database: str, deadline: float) -> None:
         """All PoPs that were not asked yet, until every group is found or all have answered."""
         self.counters["searched"] += 1
 
@@ -185,13 +202,16 @@ class Places:
             if of:
                 await self._ask(search, pop, of, {}, deadline)
 
+        listed: tuple[str, ...] = ()
         unlisted = None
         try:
-            await self._over_pops(ask, lambda: not search.open, deadline)
+            listed = await self._over_pops(database, ask, lambda: not search.open, deadline)
         except Unavailable as error:
             unlisted = error
         for key in list(search.open):
-            if missing := search.silent[key]:
+            silent = search.silent[key]
+            missing = {pop: why for pop, why in silent.items() if unlisted or pop in listed or pop == self._pop}
+            if missing:
                 raise Unavailable(
                     f"group {key.hex()} is in no PoP that can be asked, and it may be in {', '.join(sorted(missing))}: "
                     f"{next(iter(missing.values()))}; try again when the network is whole",
@@ -202,11 +222,16 @@ class Places:
             search.absent(key, self._pop)
 
     async def _over_pops(
-        self, ask: Callable[[str], Coroutine[Any, Any, None]], done: Callable[[], bool], deadline: float
-    ) -> None:
-        """Ask each PoP, those that are known at once and new ones as the list names them, unless all is `done` before.
+        self,
+        database: str,
+        ask: Callable[[str], Coroutine[Any, Any, None]],
+        done: Callable[[], bool],
+        deadline: float,
+    ) -> tuple[str, ...]:
+        """Ask this PoP and each that has a shard, those that are known at once, unless all is `done` before.
 
-        Raises what asking raises, and Unavailable if the list cannot be read while it is needed.
+        Returns the PoPs that are listed to have one; none if that was not waited for. Raises what asking raises, and
+        Unavailable if the list cannot be read while it is needed.
         """
         begun: dict[str, asyncio.Task[None]] = {}
 
@@ -215,8 +240,8 @@ class Places:
                 if pop not in begun:
                     begun[pop] = asyncio.ensure_future(ask(pop))
 
-        begin(self._known_pops)
-        listing = asyncio.ensure_future(self._pops(self._left_s(deadline)))
+        begin(self._known_pops(database))
+        listing = asyncio.ensure_future(self._pops(database, self._left_s(deadline)))
         listed = False
         try:
             while not done():
@@ -230,9 +255,8 @@ class Places:
                     listed = True
                     begin(listing.result())
                 elif all(task.done() for task in (*begun.values(), listing)):
-                    if not done():
-                        listing.result()
-                    return
+                    return () if done() else listing.result()
+            return ()
         finally:
             for each in (*begun.values(), listing):
                 each.cancel()
@@ -331,7 +355,7 @@ class Places:
         async def ask(pop: str) -> None:
             said[pop] = await self._store(pop).outcome(id, key, seen, self._left_s(deadline))
 
-        await self._over_pops(ask, lambda: "applied" in said.values(), deadline)
+        await self._over_pops(split_group_key(key)[0], ask, lambda: "applied" in said.values(), deadline)
         for outcome in ("applied", "unknown"):
             if outcome in said.values():
                 return outcome
@@ -357,10 +381,11 @@ class Places:
                 silent[pop] = error.message
 
         try:
-            await self._over_pops(ask, lambda: bool(silent) and query.scope is Scope.POPS, deadline)
+            listed = await self._over_pops(query.database, ask, lambda: False, deadline)
+            silent = {pop: why for pop, why in silent.items() if pop in listed}
         except Unavailable as error:
-            # The list of PoPs is out of reach, and with it a PoP that is new.
-            silent["the list of PoPs"] = error.message
+            # The list is out of reach, and with it a shard that is new.
+            silent["the list of shards"] = error.message
         if silent and (query.scope is Scope.POPS or not results):
             raise Unavailable(
                 f"table {query.table} of {query.database} cannot be searched in {', '.join(sorted(silent))}: "
@@ -377,15 +402,19 @@ class Places:
 
     # Ids, fences, the end.
 
-    async def drop(self, database: str, timeout_s: float | None = None) -> None:
-        """Drop the shards of all PoPs. Raises Unavailable that names a PoP out of reach; some may be gone then."""
-        deadline = self._deadline(timeout_s)
+    async def drop(self, database: str, timeout_s: float | None = None) -> tuple[str, ...]:
+        """Drop the shards. Raises Unavailable that names a PoP out of reach; some may be gone then.
 
-        async def ask(pop: str) -> None:
-            await self._store(pop).drop_database(database, self._left_s(deadline))
+        Returns the PoPs, for `drop_again`, when the list is gone too.
+        """
+        pops = await self._pops(database, REQUEST_TIMEOUT_S if timeout_s is None else timeout_s)
+        await self.drop_again(database, pops, timeout_s)
+        return pops
 
-        await self._over_pops(ask, lambda: False, deadline)
+    async def drop_again(self, database: str, pops: Sequence[str], timeout_s: float | None = None) -> None:
+        await asyncio.gather(*(self._store(pop).drop_database(database, timeout_s) for pop in pops))
         self._places.clear()
+        self._shards.pop(database, None)
 
     async def reserve_ids(
         self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
@@ -408,10 +437,11 @@ class Places:
     ) -> int:
         """PoP by PoP, in the order of their names. Raises Unavailable that names the one that is out of reach.
 
-        A PoP founded meanwhile takes its catalog from the database's home, where the version is published already.
+        A shard made meanwhile takes its catalog from the database's home, where the version is published already.
+        A name that comes in between only makes a PoP's turn come twice.
         """
         deadline = self._deadline(timeout_s)
-        pops = sorted({self._pop, *await self._pops(self._left_s(deadline))})
+        pops = await self._pops(database, self._left_s(deadline))
         at, tablet = divmod(first, FENCE_ORDINAL)
         if at < len(pops):
             tablet = await self._store(pops[at]).fence(database, version, prefixes, tablet, self._left_s(deadline))

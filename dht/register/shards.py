@@ -6,20 +6,23 @@ finds, fences and indexes of a PoP work as ever, and go on when it is cut off.
 
 Who is older fetches first: a request that names a newer catalog than the shard has waits until the newer one is copied.
 It is installed by compare-and-set on the version, so a copy never goes back; behind a fence, which is raised in every
-PoP, an older one changes nothing. A shard is made by the first commit in its PoP. Where there is none, nothing was ever
-made, so a search finds nothing. It notes of which creation of the database it is: one that a drop left behind is
-emptied before a database of the same name, whose versions are higher, uses it.
+PoP, an older one changes nothing. A shard is made by the first commit in its PoP, after the PoP was listed at the
+database's home: a PoP that is not listed has no rows. Where there is no shard a search finds nothing.
+
+A shard notes of which creation of the database it is: one that a drop left behind is emptied before a database of the
+same name, whose versions are higher, uses it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, TypeVar
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Conflict, NotFound, Unavailable
+from dht.errors import Conflict, Duplicate, NotFound, Unavailable
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.model import (
     CATALOG_TABLE,
@@ -47,6 +50,7 @@ from dht.world import Chance, Clock
 SHARDS_KNOWN_MAX: Final = 1_000
 INSTALL_ATTEMPTS: Final = 10
 _HEAD: Final = (0,)
+T = TypeVar("T")
 
 
 class Shard:
@@ -55,7 +59,8 @@ class Shard:
     `store`: the PoP's own domain; `registry`: domain `global`, as it is reached from here now.
     """
 
-    def __init__(self, store: Store, registry: Callable[[], Store], clock: Clock, chance: Chance) -> None:
+    def __init__(self, pop: str, store: Store, registry: Callable[[], Store], clock: Clock, chance: Chance) -> None:
+        self._pop = pop
         self._store = store
         self._registry = registry
         self._clock = clock
@@ -84,25 +89,24 @@ class Shard:
             return FindResult(())
 
     async def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
-        database = transaction.database
-        left_s = await self._follow(database, transaction.catalog_version, timeout_s)
-        try:
-            return await self._store.commit(transaction, attempt, left_s)
-        except NotFound:
-            # Dropped with its database, which may have been created again.
-            self._versions.pop(database, None)
-            left_s = await self._follow(database, transaction.catalog_version, left_s)
-            return await self._store.commit(transaction, attempt, left_s)
+        return await self._in_shard(
+            transaction.database,
+            transaction.catalog_version,
+            timeout_s,
+            lambda left_s: self._store.commit(transaction, attempt, left_s),
+        )
 
     async def reserve_ids(
         self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
     ) -> int:
-        left_s = await self._follow(database, 0, timeout_s)
-        return await self._store.reserve_ids(database, name, count, above, left_s)
+        return await self._in_shard(
+            database, 0, timeout_s, lambda left_s: self._store.reserve_ids(database, name, count, above, left_s)
+        )
 
     async def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None:
-        left_s = await self._follow(database, 0, timeout_s)
-        await self._store.raise_sequence(database, name, above, left_s)
+        await self._in_shard(
+            database, 0, timeout_s, lambda left_s: self._store.raise_sequence(database, name, above, left_s)
+        )
 
     async def outcome(
         self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
@@ -130,6 +134,18 @@ class Shard:
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
         self._versions.pop(name, None)
         return await self._store.drop_database(name, timeout_s)
+
+    async def _in_shard(
+        self, database: str, version: int, timeout_s: float | None, ask: Callable[[float], Awaitable[T]]
+    ) -> T:
+        """Ask the shard, which is made where there is none."""
+        left_s = await self._follow(database, version, timeout_s)
+        try:
+            return await ask(left_s)
+        except NotFound:
+            # Dropped with its database, which may have been created again.
+            self._versions.pop(database, None)
+            return await ask(await self._follow(database, version, left_s))
 
     # The copy of the catalog.
 
@@ -165,6 +181,7 @@ class Shard:
             newest = _version_of(home.rows or {})
             if newest < version:
                 raise catalog.schema_changed(database, version, newest)
+            await self._list(database, deadline)
             if shard != catalog.shard_home(mark):
                 if shard is not None:
                     await self._store.drop_database(database, self._left_s(deadline))
@@ -182,6 +199,13 @@ class Shard:
                 continue  # another node of this PoP was faster
             return newest
         raise Unavailable(f"the catalog of {database} keeps changing; try again")
+
+    async def _list(self, database: str, deadline: float) -> None:
+        """Before the shard is made; and again with each new version, should a recovery have lost it."""
+        part = catalog.shard_listed(database, self._pop)
+        with contextlib.suppress(Duplicate):
+            transaction = Transaction(self._chance.randbytes(16), database, 0, (part,))
+            await self._registry().commit(transaction, 0, self._left_s(deadline))
 
     async def _home_catalog(self, database: str, timeout_s: float) -> tuple[bytes, GroupRead]:
         """(mark of the database's creation, its catalog), as they are at its home now. Raises NotFound, Unavailable."""

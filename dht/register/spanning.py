@@ -129,9 +129,9 @@ class SpanningStore:
         return await self._registry().create_database(name, timeout_s, home)
 
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
-        """Needs all PoPs. The shards go while the name is held; one that a commit made meanwhile, after it."""
+        """Needs all PoPs that have rows of it. Shards go while the name is held; one made meanwhile, after it."""
         limit_s = REQUEST_TIMEOUT_S if timeout_s is None else timeout_s
-        await self._places.drop(name, limit_s)
+        pops = await self._places.drop(name, limit_s)
         dropped = await self._registry().drop_database(name, limit_s)
-        await self._places.drop(name, limit_s)
+        await self._places.drop_again(name, pops, limit_s)
         return dropped

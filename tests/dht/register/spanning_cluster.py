@@ -6,10 +6,12 @@ import asyncio
 import random
 
 from dht.errors import Indeterminate, Unavailable
-from dht.model import Ballot
+from dht.model import ZERO, Ballot
 from dht.register.memory import MemoryStore
 from dht.register.places import Places
 from dht.register.shards import Shard
+
+DATABASE = "d"
 
 
 class Clock:
@@ -56,30 +58,21 @@ class Pop:
 
 
 class Spanning:
-    """`home`: domain `global`, with the database's catalog; `known`: the PoPs that need no asking, `listed`: all."""
+    """`home`: domain `global`, with the database's catalog; `known`: the PoPs that the list named last."""
 
     def __init__(self, *names: str) -> None:
         self.clock = Clock()
         self.home = Pop("home")
         self.pops = {name: Pop(name) for name in names}
         self.known = list(names)
-        self.listed = list(names)
-        self.list_away: Exception | None = None
         self.hints: dict[bytes, str] = {}
         self.made: list[bytes] = []
         self.shards = {
-            name: Shard(pop, self.registry, self.clock, random.Random(name)) for name, pop in self.pops.items()
+            name: Shard(name, pop, self.registry, self.clock, random.Random(name)) for name, pop in self.pops.items()
         }
-        self.home.memory.create_database("d")
-
-    async def pops_listed(self, timeout_s=None):
-        await asyncio.sleep(0)
-        if self.list_away is not None:
-            raise self.list_away
-        return dict.fromkeys(self.listed)
+        self.home.memory.create_database(DATABASE)
 
     def registry(self) -> Pop:
-        self.home.pops = self.pops_listed
         return self.home
 
     def places(self, pop: str) -> Places:
@@ -97,7 +90,7 @@ class Spanning:
             hint,
             self.made.append,
         )
-        made._known_pops = tuple(self.known)
+        made._shards[DATABASE] = (ZERO._replace(round=1), tuple(self.known))
         return made
 
     def cut(self, *names: str) -> None:

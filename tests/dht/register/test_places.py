@@ -28,8 +28,15 @@ TABLE = 16
 
 
 @pytest.fixture
-def pops():
-    return Spanning("a", "b", "c")
+async def pops():
+    """Each has a shard."""
+    made = Spanning("a", "b", "c")
+    for name in made.pops:
+        part = Part(group_key("d", "~first", (name,)), None, (Change(Op.INSERT, 99, (1,), {}),))
+        await made.places(name).commit(Transaction(os.urandom(16), "d", 0, (part,), (0,)))
+    made.asked()
+    made.made.clear()
+    return made
 
 
 def key_of(number):
@@ -105,7 +112,7 @@ async def test_absence_is_not_told_while_a_pop_is_out_of_reach(pops, away):
 async def test_group_in_reach_is_read_though_another_pop_and_the_list_are_not(pops):
     await make(pops.places("a"), 1)
     pops.cut("c")
-    pops.list_away = Unavailable("global is cut off")
+    pops.home.away = Unavailable("global is cut off")
     assert await value(pops.places("b"), 1) == [1]
 
 
@@ -119,15 +126,28 @@ async def test_group_known_in_a_pop_that_is_out_of_reach_is_unavailable(pops):
             await ask
 
 
-async def test_pop_that_is_new_is_asked_before_absence_is_told(pops):
-    await make(pops.places("c"), 1)
+async def test_shard_that_is_new_is_asked_before_absence_is_told(pops):
     pops.known = ["a", "b"]
-    assert await value(pops.places("a"), 1) == [1]
+    store = pops.places("a")
+    await make(pops.places("c"), 1)
+    assert await value(store, 1) == [1]
+    pops.known = []
     assert [row.group for row in (await pops.places("a").find(query())).rows] == [key_of(1)]
 
 
+async def test_pop_that_never_made_a_row_is_not_needed():
+    """It may have been claimed, and never founded. Also where another database of the name had rows there."""
+    pops = Spanning("a", "b", "c")
+    pops.known = ["a", "c"]
+    await make(pops.places("a"), 1)
+    await make(pops.places("b"), 2)
+    pops.cut("c")
+    assert await value(pops.places("a"), 3) == []
+    assert len((await pops.places("a").find(query())).rows) == 2
+
+
 async def test_absence_is_not_told_while_the_list_of_pops_is_out_of_reach(pops):
-    pops.list_away = Unavailable("domain global cannot be asked")
+    pops.home.away = Unavailable("domain global cannot be asked")
     with pytest.raises(Unavailable, match="domain global"):
         await pops.places("a").read([key_of(1)])
 
@@ -179,7 +199,7 @@ async def test_cut_off_pop_makes_and_changes_its_own(pops):
     store = pops.places("a")
     await make(store, 1)
     pops.cut("b", "c")
-    pops.list_away = Unavailable("cut")
+    pops.home.away = Unavailable("cut")
     await make(store, 2)
     await store.commit(transaction(part(1, Op.UPDATE, 3), created=()))
     assert (await value(store, 1), await value(store, 2)) == ([3], [2])
@@ -253,7 +273,7 @@ async def test_find_leaves_a_pop_out_only_where_it_may_and_counts_it(pops):
         await store.find(query())
     assert len((await store.find(query(scope=Scope.REACHABLE))).rows) == 1
     assert (store.counters["partial_finds"], store.counters["pops_left_out"]) == (1, 1)
-    pops.list_away = Unavailable("cut")
+    pops.home.away = Unavailable("cut")
     pops.cut("c")
     assert len((await store.find(query(scope=Scope.REACHABLE))).rows) == 1
     pops.cut("a")

@@ -54,9 +54,27 @@ async def test_first_commit_makes_the_shard_with_the_whole_catalog(pops):
     assert rows == pops.home.memory.read([catalog.catalog_group("d")])[0].rows
     assert pops.pops["a"].memory.list_databases() == (), "it is not at home there"
     assert catalog.is_shard(pops.pops["a"].memory.homes()["d"])
+    assert catalog.shards_of(pops.home.memory.read([catalog.shards_group("d")])[0].rows) == ("a",)
     pops.asked()
     await pops.shards["a"].commit(write(1, 2))
     assert pops.asked() == {"a": ["commit"]}
+
+
+async def test_no_shard_is_made_that_is_not_listed(pops):
+    listed = pops.home.commit
+    pops.home.commit = lambda *arguments: listed(None)
+    with pytest.raises(AttributeError):
+        await pops.shards["a"].commit(write(1))
+    assert pops.pops["a"].memory.homes() == {}
+
+
+async def test_listing_that_a_recovery_lost_comes_back_with_the_next_version(pops):
+    await pops.shards["a"].commit(write(1))
+    lost = Part(catalog.shards_group("d"), None, (Change(Op.DELETE, 0, ("a",)),))
+    pops.home.memory.commit(Transaction(os.urandom(16), "d", 0, (lost,)))
+    publish(pops, 2)
+    await pops.shards["a"].commit(write(2, 2))
+    assert catalog.shards_of(pops.home.memory.read([catalog.shards_group("d")])[0].rows) == ("a",)
 
 
 async def test_search_where_nothing_was_made_finds_nothing_and_makes_nothing(pops):
@@ -101,7 +119,7 @@ async def test_copy_never_goes_back(pops):
 
 
 async def test_two_nodes_of_a_pop_copy_at_once(pops):
-    other = type(pops.shards["a"])(pops.pops["a"], pops.registry, pops.clock, random.Random(1))
+    other = type(pops.shards["a"])("a", pops.pops["a"], pops.registry, pops.clock, random.Random(1))
     await asyncio.gather(pops.shards["a"].commit(write(1, 1)), other.commit(write(1, 2)))
     assert copied(pops)[0] == 1
 

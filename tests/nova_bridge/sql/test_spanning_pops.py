@@ -23,7 +23,7 @@ TABLES = (
     cell_id INTEGER REFERENCES cell_mappings(id), project_id VARCHAR(255))""",
     "CREATE TABLE build_requests (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36) UNIQUE, project_id VARCHAR(255))",
 )
-MAP = "INSERT INTO instance_mappings (instance_uuid, cell_id, project_id) VALUES (?, 1, ?)"
+MAP = "INSERT INTO instance_mappings (instance_uuid, cell_id, project_id) VALUES (?, ?, ?)"
 
 
 class BlockingPop:
@@ -61,10 +61,10 @@ class Doors:
     def __getitem__(self, pop: str) -> Connection:
         return self.connections[pop]
 
-    def boot(self, pop: str, *uuids: str, project: str = "p") -> None:
+    def boot(self, pop: str, *uuids: str, project: str = "p", cell: int | None = 1) -> None:
         for uuid in uuids:
             self[pop].execute("INSERT INTO build_requests (instance_uuid, project_id) VALUES (?, ?)", (uuid, project))
-            self[pop].execute(MAP, (uuid, project))
+            self[pop].execute(MAP, (uuid, cell, project))
         self[pop].commit()
 
     def rows(self, pop: str, sql: str, *parameters: object) -> list[Any]:
@@ -132,8 +132,8 @@ def test_cut_off_pop_boots_and_deletes_its_own_and_knows_what_it_does_not_know(d
     doors.boot("b", "far")
     assert doors.rows("a", "SELECT count(*) FROM instance_mappings") == [(2,)]
     doors.pops.cut("b", "c")
-    doors.pops.list_away = Unavailable("domain global cannot be asked")
-    doors.boot("a", "new")
+    doors.pops.home.away = Unavailable("domain global cannot be asked")
+    doors.boot("a", "new", cell=None)
     assert doors.rows("a", "SELECT project_id FROM instance_mappings WHERE instance_uuid = 'new'") == [("p",)]
     doors["a"].execute("DELETE FROM build_requests WHERE instance_uuid = 'near'")
     doors["a"].commit()
@@ -154,7 +154,7 @@ def test_cut_off_pop_boots_and_deletes_its_own_and_knows_what_it_does_not_know(d
             doors["a"].execute(statement).fetchall()
         doors["a"].rollback()
     doors.pops.heal()
-    doors.pops.list_away = None
+    doors.pops.home.away = None
     assert doors.rows("a", "SELECT * FROM instance_mappings WHERE instance_uuid = 'nobody'") == []
     assert len(doors.rows("a", "SELECT * FROM instance_mappings")) == 3
 
@@ -163,7 +163,7 @@ def test_three_groups_of_one_boot_are_made_together_or_not_at_all(doors: Doors) 
     doors.boot("a", "one")
     doors["a"].execute("INSERT INTO build_requests (instance_uuid, project_id) VALUES ('two', 'p')")
     with pytest.raises(sqlite3.IntegrityError, match=r"instance_mappings\.instance_uuid"):
-        doors["a"].execute(MAP, ("one", "p"))
+        doors["a"].execute(MAP, ("one", 1, "p"))
     doors["a"].rollback()
     assert doors.rows("b", "SELECT count(*) FROM build_requests") == [(1,)]
 
@@ -181,7 +181,7 @@ def test_update_over_pops_is_refused_and_a_delete_goes_in_pieces(doors: Doors) -
 
 
 def test_local_and_global_rows_in_one_transaction_are_refused(doors: Doors) -> None:
-    doors["a"].execute(MAP, ("one", "p"))
+    doors["a"].execute(MAP, ("one", 1, "p"))
     doors["a"].execute("UPDATE cell_mappings SET name = 'other' WHERE uuid = 'u'")
     with pytest.raises(sqlite3.Error, match="live in a and global"):
         doors["a"].commit()
@@ -236,7 +236,6 @@ def test_dropped_table_is_cleared_in_every_pop(doors: Doors) -> None:
 def test_process_that_starts_in_a_cut_off_pop_has_the_catalog_of_its_shard(doors: Doors) -> None:
     doors.boot("a", "one")
     doors.pops.home.away = Unavailable("domain global cannot be asked")
-    doors.pops.list_away = doors.pops.home.away
     doors.pops.cut("b", "c")
     started = Connection(Database(doors.stores["a"], DATABASE), "", False)  # type: ignore[arg-type]
     assert started.execute("SELECT instance_uuid FROM instance_mappings").fetchall() == [("one",)]
