@@ -55,11 +55,12 @@ SERVING_REQUESTS_MAX = 4096
 SIGN_OF_LIFE_S = 0.15
 SIGN_WHILE_SERVING_S = 0.04
 ALIVE_S = 0.4
-"""Who was not heard for so long does not count as alive."""
+"""Who was not heard for so long, and two round trips, does not count as alive: one for what was lost on the way to be
+missed, and one for its repetition."""
 SUSPECT_S = 0.2
-"""Nor does who was not heard for so long, and a round trip, while a request to him waits."""
+"""Nor does who was not heard for so long, and two round trips, while a request to him waits."""
 GIVE_UP_S = 0.6
-"""Short requests to who was not heard for so long, and a round trip, or does not hear this node, fail then; to whom
+"""Short requests to who was not heard for so long, and two round trips, or does not hear this node, fail then; to whom
 there is no way, at once."""
 MUTE_S = 0.1
 """Nor does he to whom something is on its way for so long, and two round trips with their jitter, while not even his
@@ -105,6 +106,8 @@ class Link:
         """Whether the peer says that it hears nothing."""
         self._deaf_s = 0.0
         self._suspected = False
+        self._round_trip_s = 0.0
+        """As the kernel measured it when the peer was last silent for a moment."""
         self._loop = asyncio.get_running_loop()
         self._socket = web_socket
         self._answer = answer
@@ -122,9 +125,9 @@ class Link:
 
     @property
     def alive(self) -> bool:
-        """Whether the peer was heard within ALIVE_S, hears this node, and leaves nothing in silence."""
+        """Whether the peer was heard lately, hears this node, and leaves nothing in silence."""
         unheard = self.closed or self.deaf or self._suspected or self.mute
-        return not unheard and self._loop.time() - self.heard_s < ALIVE_S
+        return not unheard and self._loop.time() - self.heard_s < ALIVE_S + 2 * self._round_trip_s
 
     @property
     def busy(self) -> bool:
@@ -202,14 +205,13 @@ class Link:
             self.close()
             return
         overdue = silent_s > SIGN_WHILE_SERVING_S and self._echo_is_overdue(now_s)
+        far_s = 2 * self._round_trip_s
         waited_s = min(silent_s, now_s - self._asked_s) if self._waiting else 0.0
-        if waited_s > SUSPECT_S and not self._suspected and waited_s > SUSPECT_S + self._round_trip_s():
-            self._suspected = True
+        self._suspected |= waited_s > SUSPECT_S + far_s
         deaf_s = now_s - max(self._deaf_s, self._asked_s) if self.deaf and self._waiting else 0.0
-        unanswered_s = max(waited_s, deaf_s)
-        if self.parted or (unanswered_s > GIVE_UP_S and unanswered_s > GIVE_UP_S + self._round_trip_s()):
+        if self.parted or max(waited_s, deaf_s) > GIVE_UP_S + far_s:
             self._give_up()
-        hears = silent_s < ALIVE_S and not self.mute
+        hears = silent_s < ALIVE_S + far_s and not self.mute
         # A further message, should the first be lost: its acknowledgement comes at once, and tells a loss from a cut.
         often = self._serving or not hears or overdue
         pause_s = SIGN_WHILE_SERVING_S if often else SIGN_OF_LIFE_S
@@ -231,6 +233,7 @@ class Link:
         Both clocks must say it: after a pause of this host, or of this process, one of the two is wrong.
         """
         known = tcp.read(self._socket.get_extra_info("socket"))
+        self._round_trip_s = min(ROUND_TRIP_MAX_S, known.round_trip_s)
         if not known.unacknowledged:
             self._owed_s = None
             self.mute = self.parted = False
@@ -248,10 +251,6 @@ class Link:
         self.heard_s += own_pause_s
         if self._owed_s is not None:
             self._owed_s += own_pause_s
-
-    def _round_trip_s(self) -> float:
-        """As the kernel measured it, so that a far peer is not suspected for its distance."""
-        return min(ROUND_TRIP_MAX_S, tcp.read(self._socket.get_extra_info("socket")).round_trip_s)
 
     def close(self) -> None:
         """End the link now. Requests in flight become Indeterminate; what is being served goes on unheard."""

@@ -169,7 +169,7 @@ def test_cut_off_pop_goes_on_with_its_own_and_is_unavailable_never_empty_to_the_
         assert cluster.nodes[OTHER].store().create_database("meanwhile") is True
     finally:
         cluster.wan.heal()
-    wait_until(lambda: answers(other), 20.0, "the healed PoP is not asked again")
+    wait_until(lambda: answers(other) and answers(third), 20.0, "the healed PoP is not asked again")
     assert read(other) == read(third) == 11
 
 

@@ -198,6 +198,22 @@ async def test_peer_that_leaves_a_request_in_silence_is_suspected(monkeypatch):
         assert a.network.alive(b.id), "it answered after all"
 
 
+@pytest.mark.parametrize("limit", ["ALIVE_S", "SUSPECT_S", "GIVE_UP_S"])
+async def test_far_peer_has_two_round_trips_more(monkeypatch, limit):
+    """What was lost on the way is missed, and repeated, before its sender counts as silent."""
+    short_s = getattr(link, limit)
+    for far_us in (1000, 300_000):
+        async with unheard(monkeypatch, (0, 0, far_us, 0)) as (ours, _):
+            monkeypatch.setattr(link, limit, short_s)
+            ours.heard_s = ours._asked_s = now_s = asyncio.get_running_loop().time()
+            ours._short = dict.fromkeys(ours._waiting)
+            (waiter,) = ours._waiting.values()
+            ours.tick(now_s + short_s + 0.4)
+            ours.heard_s -= short_s + 0.4
+            assert (ours.alive and not waiter.done()) == (far_us == 300_000)
+            waiter.cancel()
+
+
 class Kernel:
     """A link's socket as far as `dht.wire.tcp` asks it. `known`: what the kernel would say."""
 
