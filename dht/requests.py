@@ -173,11 +173,15 @@ class ListHomesReply(Message, frozen=True, tag=119):
 
 @message
 class ClaimPop(Message, frozen=True, tag=120):
-    """May this incarnation of the node found the PoP's domain? Asked of domain `global`."""
+    """May this incarnation of the node found the PoP's domain? Asked of domain `global`.
+
+    `index`: what the PoP had, for one that was founded already and is missing in the list.
+    """
 
     pop: str
     node: NodeId
     incarnation: bytes
+    index: int | None = None
 
 
 @message

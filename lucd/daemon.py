@@ -39,6 +39,7 @@ from lucd.directory import OpenDirectory
 from lucd.domain_node import DomainNode, note_boot, open_file
 from lucd.door import Door
 from lucd.hints import HintPublisher
+from lucd.lists import Lists
 from lucd.messages import AskWhere
 from lucd.pops import Pops
 from lucd.report import Parts, Report
@@ -75,7 +76,7 @@ class Daemon:
         self.network = LinkNetwork(self.identity, cluster, BootBook(disk).accept)
         world = self.identity, settings, clock, chance
         self.own = DomainNode(settings.pop, TABLETS_PER_DOMAIN, disk, *world, self.network, self._contacts)
-        self._global_network = DomainNetwork(GLOBAL, self.network)
+        self._global_network = DomainNetwork(GLOBAL, self.network, self._begin_link)
         self.wide = DomainNode(
             GLOBAL,
             GLOBAL_TABLETS,
@@ -113,6 +114,17 @@ class Daemon:
         )
         spanning = SpanningStore(self._registry, self.places, self.own.store)
         self.homed = HomedStore(settings.pop, clock, self.own.store, self.pops.store, self._registry, spanning)
+        self._lists = Lists(
+            self.homed,
+            self._registry,
+            self.pops,
+            self.node_id,
+            self.identity.incarnation,
+            clock,
+            chance,
+            lambda: self.own.domain.joined,
+            lambda: self.wide.domain.joined,
+        )
         self.network.serve(self._answer_peer)
         self._global_network.serve(self.wide.answer)
         self.network.on_link.append(self._met_peer)
@@ -161,7 +173,7 @@ class Daemon:
         await self._keep(self.wide.store)
         await self._keep(self.own.store)
         self._spawn(self._meet_bootstrap())
-        self._spawn(self.pops.learn_index())
+        self._spawn(self._lists.run())
         self._spawn(self.hints.run())
         self._spawn(self.hints.again())
         self._steps.push_async_callback(self.pops.stop)
@@ -247,6 +259,12 @@ class Daemon:
     def _members(self) -> Sequence[Member]:
         newest = self.wide.domain.chain.newest
         return () if newest is None else newest.members
+
+    def _begin_link(self, node: NodeId) -> None:
+        newest = self.wide.domain.chain.newest
+        member = None if newest is None else newest.member(node)
+        if member is not None:
+            self.network.set_address(node, *parse_address(member.address))
 
     def _contacts(self) -> Sequence[NodeId]:
         """Nodes to ask for the domain's roster: all that were met."""

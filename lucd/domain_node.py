@@ -105,7 +105,8 @@ class DomainNode:
         if isinstance(message, requests.ClaimPop):
             if self.name != GLOBAL:
                 raise Invalid(f"PoP {message.pop} is not for PoP {self.name} to give away")
-            claim = await self.store.claim_pop(message.pop, message.node, message.incarnation, time_left_s())
+            wanted = message.pop, message.node, message.incarnation
+            claim = await self.store.claim_pop(*wanted, time_left_s(), message.index)
             return requests.ClaimPopReply(claim)
         store = self.shard if self.shard is not None and is_about_shard(message) else self.store
         return await ask_store(store, message, time_left_s())

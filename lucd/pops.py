@@ -28,7 +28,6 @@ GATEWAYS_MAX: Final = 3
 LOOK_AGAIN_S: Final = 30.0
 LOOK_SOON_S: Final = 1.0
 """How often a PoP's nodes are looked up at most, while one of its gateways is heard, and while none is."""
-ASK_PAUSE_S: Final = 1.0
 _INDEX_KEY: Final = b"pop_index"
 
 
@@ -68,7 +67,7 @@ class Pops:
         members: Callable[[], Sequence[Member]],
         needed: Callable[[NodeId], bool],
     ) -> None:
-        self._pop = pop
+        self.name = pop
         self._clock = clock
         self._chance = chance
         self._disk = disk
@@ -92,28 +91,24 @@ class Pops:
 
     def index(self) -> int:
         """This PoP's index, as it was given once. Raises Unavailable while it is not known here."""
-        noted = self._disk.get(Space.META, _INDEX_KEY)
+        noted = self.noted_index()
         if noted is None:
             raise Unavailable(
-                f"the index of PoP {self._pop} is not known here yet, which domain global gives; see whether a "
+                f"the index of PoP {self.name} is not known here yet, which domain global gives; see whether a "
                 "majority of its members is reachable (`lucd domain show global`)"
             )
-        return int.from_bytes(noted, "big")
+        return noted
 
-    async def learn_index(self) -> None:
-        """Ask `global` for it until it is known; it is kept in the node's file then."""
-        while self._disk.get(Space.META, _INDEX_KEY) is None:
-            try:
-                claim = (await self._registry().pops(REQUEST_TIMEOUT_S)).get(self._pop)
-            except DhtError as error:
-                log.debug("the index of PoP %s is not known yet: %s", self._pop, error.message)
-                claim = None
-            if claim is not None:
-                batch = Batch()
-                batch.put(Space.META, _INDEX_KEY, claim.index.to_bytes(2, "big"))
-                self._disk.submit(batch)
-                return
-            await self._clock.sleep(ASK_PAUSE_S * self._chance.uniform(0.8, 1.2))
+    def noted_index(self) -> int | None:
+        """As the node's file has it."""
+        noted = self._disk.get(Space.META, _INDEX_KEY)
+        return None if noted is None else int.from_bytes(noted, "big")
+
+    def note_index(self, index: int) -> None:
+        """Keep it in the node's file, for the time when `global` is out of reach."""
+        batch = Batch()
+        batch.put(Space.META, _INDEX_KEY, index.to_bytes(2, "big"))
+        self._disk.submit(batch)
 
     # ---- asking other PoPs
 
@@ -127,7 +122,7 @@ class Pops:
     def others(self) -> set[str]:
         """The other PoPs, as far as the nodes tell that are known here."""
         known = {contact.pop for contact in self._overlay.contacts()} | {peer.pop for peer in self._network.peers()}
-        return (known | self._gateways.keys()) - {self._pop}
+        return (known | self._gateways.keys()) - {self.name}
 
     async def gateways(self, pop: str) -> Sequence[NodeId]:
         """Nodes of the PoP to ask, those that are heard first. Looks for some where none is."""
@@ -170,7 +165,7 @@ class Pops:
     def global_gateways(self) -> Sequence[NodeId]:
         """Members of `global` to ask, those of this PoP and those that are heard first; links to them are begun."""
         members = {m.node_id: m for m in self._members()}
-        near = [n for n, m in members.items() if m.pop == self._pop]
+        near = [n for n, m in members.items() if m.pop == self.name]
         chosen = [n for n in self._gateways.get(GLOBAL, []) if n in members and not self._network.parted(n)]
         if not any(self._network.alive(n) for n in (*near, *chosen)):
             rest = [n for n in members if n not in near and n not in chosen]
@@ -189,12 +184,12 @@ class Pops:
     async def may_found(self, node: NodeId, incarnation: bytes) -> str:
         """Claim this node's PoP: empty if this node may found it now, else why not."""
         try:
-            first = await self._registry().claim_pop(self._pop, node, incarnation, REQUEST_TIMEOUT_S)
+            first = await self._registry().claim_pop(self.name, node, incarnation, REQUEST_TIMEOUT_S)
         except DhtError as error:
             return error.message
         if (first.node, first.incarnation) != (node, incarnation):
             return (
-                f"PoP {self._pop} was founded by node {first.node.hex()}, and no node of it is known here: start one, "
+                f"PoP {self.name} was founded by node {first.node.hex()}, and no node of it is known here: start one, "
                 "or join with an empty data_dir and the right pop"
             )
         return ""

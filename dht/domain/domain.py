@@ -20,6 +20,7 @@ from dht.domain.decree import DecreeAcceptor, DecreeProposer
 from dht.domain.followed import Followed
 from dht.domain.generations import Generations
 from dht.domain.health import health
+from dht.domain.joining import LINKS_PER_PAGE, Joining
 from dht.domain.membership import Membership
 from dht.domain.messages import (
     AskChanges,
@@ -53,7 +54,7 @@ from dht.domain.tablets import Tablets
 from dht.domain.takeover import Takeover
 from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
-from dht.domain.wide import Wide, Word, has_room, word_of_pop
+from dht.domain.wide import Wide, Word, asked, is_large, neighbours, rounds_for_all, word_of_pop
 from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
 from dht.limits import (
     COLLECT_INTERVAL_S,
@@ -70,16 +71,10 @@ from dht.world import Batch, Chance, Clock, Disk, Network
 log = logging.getLogger(__name__)
 STATUS_INTERVAL_S: Final = 1.0
 RETURN_AFTER_S: Final = 2.5 * STATUS_INTERVAL_S
-LOOK_ON_INTERVAL_S: Final = 5.0
-LOOK_ON_NODES_MAX: Final = 3
-JOIN_DELAY_S_MAX: Final = 0.1
-"""Of a domain over all PoPs: how often, and of how many nodes in turn, who is no member asks for newer links; and how
-long it waits at most before it asks to join."""
 LEFT_OUT_ROUNDS: Final = 5
 """Every so many status rounds those are asked, too, that a recovery left out: they may have begun another one."""
 JOIN_TIMEOUT_S: Final = 15.0
 PAGE_TIMEOUT_S: Final = 10.0
-LINKS_PER_PAGE: Final = 100
 R = TypeVar("R", bound=Struct)
 
 
@@ -125,7 +120,6 @@ class Domain:
         self.local = local
         self._wide = wide
         self._remove_after_s = remove_after_s
-        self._look_on_s = float("-inf")
         self.on_change: list[Callable[[], None]] = []
         self.chain = Chain(name, disk)
         self.tablets = Tablets(disk, rules)
@@ -134,7 +128,6 @@ class Domain:
         self._network = network
         self._disk = disk
         self._rules = rules
-        self._contacts = contacts
         self._tasks: list[asyncio.Task[None]] = []
         self._refreshing: asyncio.Task[None] | None = None
         self._views: tuple[TabletReplicas, ...] = ()
@@ -195,6 +188,7 @@ class Domain:
         )
         instance = local.incarnation + local.boot.to_bytes(8, "big")
         self._followed = Followed(instance, self.chain, self.tablets, registers, disk, self.admit, rules)
+        self._joining = Joining(local.member, self, self.chain, clock, chance, self.ask, contacts, self._catch_up, wide)
         self._news = News(name, clock, self.ask, self.status, self._others_near)
         self._changed()
 
@@ -368,28 +362,34 @@ class Domain:
         request = AskLeave(self.name, node, drain)
         if self._wide is None or self.joined:
             return (await self._membership.leave(request)).epoch
-        for member in (n for n in self._contacts() if self.roster.member(n) is not None):
-            reply = await self.ask(member, request)
-            if isinstance(reply, Newest):
-                return reply.epoch
-        raise Unavailable(f"no member of domain {self.name} is in reach of this node; nothing was changed")
+        return (await self._joining.leave_through_a_member(request)).epoch
 
     def acquaintances(self) -> dict[NodeId, str]:
-        """Addresses of all that this node may have to speak to: members, and those that a recovery left out."""
+        """Addresses of all that this node may have to speak to: members, and those that a recovery left out.
+
+        In a large domain only of those that it has to do with all the time.
+        """
         newest = self.chain.newest
         if newest is None:
             return {}
         out = self.chain.left_out
         before = self.chain.link(self.chain.generation_epoch - 1).members if out else ()
         known = {m.node_id: m.address for m in before if m.node_id in out}
-        known.update({m.node_id: m.address for m in newest.members})
-        known.pop(self.local.node_id, None)
+        me = self.local.node_id
+        all_of_them = self._wide is None or me in newest.voters
+        near = newest.others(me) if all_of_them else self._near(newest)
+        known.update({m.node_id: m.address for m in newest.members if m.node_id in near})
+        known.pop(me, None)
         return known
 
     def health(self) -> dict[str, object]:
         """For status commands and metrics; see `dht.domain.health`."""
         node, unchecked = self.local.node_id, self.repair.unchecked()
-        return health(self.chain.newest, node, self.status(), self.watch, self._clock, unchecked)
+        newest = self.chain.newest
+        unasked = frozenset[NodeId]()
+        if newest is not None and self._wide is not None and node not in newest.voters:
+            unasked = frozenset(newest.others(node)).difference(self._near(newest))
+        return health(newest, node, self.status(), self.watch, self._clock, unchecked, unasked)
 
     @property
     def counters(self) -> dict[str, int | float]:
@@ -483,8 +483,15 @@ class Domain:
         if newest is None:
             return ()
         before = self.chain.link(newest.epoch - 1).members if newest.epoch > rosters.FIRST_EPOCH else ()
-        ids = dict.fromkeys(m.node_id for m in (*newest.members, *before) if m.node_id != self.local.node_id)
-        return tuple(n for n in ids if self._network.alive(n))
+        gone = [m.node_id for m in before if newest.member(m.node_id) is None and m.node_id != self.local.node_id]
+        return tuple(n for n in (*self._near(newest), *gone) if self._network.alive(n))
+
+    def _near(self, newest: Roster) -> tuple[NodeId, ...]:
+        """The other members that this one has to do with."""
+        me = self.local.node_id
+        if self._wide is None or not is_large(newest):
+            return newest.others(me)
+        return tuple(sorted(neighbours(newest, me, self._held())))
 
     async def _hand_over(self, sender: NodeId, message: DomainMessage) -> Message:
         match message:
@@ -563,13 +570,13 @@ class Domain:
         while True:
             try:
                 if self._wide is not None and not self.joined and not self._keeps_tablets():
-                    await self._look_on(self._wide)
+                    await self._joining.look_on(self._wide)
                     if not self.joined:
                         await self._next_look()
                     continue
                 await self._ask_statuses(only_alive=False)
                 if not self.joined and not self.removed:
-                    await self._join()
+                    await self._joining.join()
                     if self.joined:
                         continue  # where the tablets stand is asked at once
                 elif self.joined:
@@ -598,15 +605,15 @@ class Domain:
         newest = self.chain.newest
         if newest is None:
             return
-        others = [m.node_id for m in newest.members if m.node_id != self.local.node_id]
+        if not only_alive:
+            self._rounds += 1
+        others = list(self._asked(newest))
         if only_alive:
             others = [n for n in others if self._network.alive(n)] or others
         if self.generations.superseded:
             return
-        if not only_alive:
-            self._rounds += 1
-            if self._rounds % LEFT_OUT_ROUNDS == 0:
-                others += [n for n in self.chain.left_out if n not in others and newest.member(n) is None]
+        if not only_alive and self._rounds % LEFT_OUT_ROUNDS == 0:
+            others += [n for n in self.chain.left_out if n not in others and newest.member(n) is None]
         branch = self.chain.branch
         asked = AskStatus(self.name, self.chain.epoch, self.generation, branch)
         for node, status in (await ask_each(self.ask, others, asked, Status)).items():
@@ -626,59 +633,20 @@ class Domain:
                     log.info("domain %s: %s", self.name, error)
         self._changed(announce=False)
 
-    async def _look_on(self, wide: Wide) -> None:
-        """No member: learn newer links from one node at a time, and ask to join where this node's PoP needs it."""
-        if self._clock.monotonic() >= self._look_on_s:
-            for node in self._contacts()[:LOOK_ON_NODES_MAX]:
-                if await self._links_from(node):
-                    self._look_on_s = self._clock.monotonic() + LOOK_ON_INTERVAL_S * self._chance.uniform(0.8, 1.2)
-                    break
-        if self._may_join(wide):
-            # Many of one PoP may see the need at once.
-            await self._clock.sleep(self._chance.uniform(0.0, JOIN_DELAY_S_MAX))
-            if self._may_join(wide):
-                await self._join()
+    def _asked(self, newest: Roster) -> tuple[NodeId, ...]:
+        """The members to ask in this round: all, but in a large domain."""
+        return (
+            asked(newest, self.local.node_id, self._held(), self._rounds)
+            if self._wide
+            else newest.others(self.local.node_id)
+        )
+
+    def _held(self) -> tuple[int, ...]:
+        return tuple(t for t in self.tablets.known() if self.tablets.state(t).initialised)
 
     def _keeps_tablets(self) -> bool:
         """Whether there is something here to hand over, or to let go of, as a member or after having been one."""
-        return any(self.tablets.state(tablet).initialised for tablet in self.tablets.known())
-
-    def _may_join(self, wide: Wide) -> bool:
-        newest = self.chain.newest
-        return newest is not None and has_room(newest, self.local.pop) and wide.may_join() and not self.removed
-
-    async def _links_from(self, node: NodeId) -> bool:
-        """Take the links that the node has; whether it has any."""
-        try:
-            reply = await self.ask(node, AskLinks(self.name, self.chain.epoch, LINKS_PER_PAGE))
-            if isinstance(reply, Links) and reply.newest > self.chain.epoch:
-                await self._catch_up(reply.newest, node)
-        except DhtError as error:
-            log.info("domain %s: %s has no links for this node: %s", self.name, node.hex()[:12], error)
-            return False
-        return isinstance(reply, Links) and reply.newest > 0
-
-    async def _join(self) -> None:
-        """Fetch the chain from whoever has it, then ask its members for admission, one after another."""
-        newest = self.chain.newest
-        known = [] if newest is None or self._wide is not None else [m.node_id for m in newest.members]
-        for node in dict.fromkeys([*known, *self._contacts()]):
-            if node == self.local.node_id:
-                continue
-            try:
-                reply = await self.ask(node, AskLinks(self.name, self.chain.epoch, LINKS_PER_PAGE))
-                if isinstance(reply, Links) and reply.newest > 0:
-                    await self._catch_up(reply.newest, node)
-                if self.chain.newest is None or self.chain.newest.member(node) is None:
-                    continue
-                reply = await self.ask(node, AskJoin(self.name, self.local.member()))
-                if isinstance(reply, Newest):
-                    await self._catch_up(reply.epoch, node)
-                if self.joined:
-                    log.info("this node joined domain %s by link %d", self.name, self.chain.epoch)
-                    return
-            except DhtError as error:
-                log.info("domain %s cannot be joined by %s: %s", self.name, node.hex()[:12], error)
+        return bool(self._held())
 
     async def _announce(self) -> None:
         """Have the roster say where this node is now, if it says otherwise."""
@@ -694,6 +662,7 @@ class Domain:
         if newest is None:
             return
         self.watch.follow(newest, self._clock.monotonic())
+        self.watch.patience_s = 0.0 if self._wide is None else (rounds_for_all(newest) - 1) * STATUS_INTERVAL_S * 1.2
         marks = self.status().tablets
         for mark in marks:
             self.watch.saw(mark)

@@ -5,6 +5,8 @@ The registers' messages name no domain; what comes without an envelope is for th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dht import codec
 from dht.codec import Message, message
 from dht.errors import NotFound, Unavailable
@@ -21,20 +23,28 @@ class InDomain(Message, frozen=True, tag=86):
 
 
 class DomainNetwork:
-    """`dht.world.Network` of one domain over the node's own. The node's answer gives `open` what came for it."""
+    """`dht.world.Network` of one domain over the node's own. The node's answer gives `open` what came for it.
 
-    def __init__(self, domain: str, network: Network) -> None:
+    `begin`: begin a link to that member, for who has to do with it now and then has none.
+    """
+
+    def __init__(self, domain: str, network: Network, begin: Callable[[NodeId], None]) -> None:
         self._domain = domain
         self._network = network
+        self._begin = begin
         self._answer: Answer | None = None
 
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
+        if not self._network.alive(to):
+            self._begin(to)
         return await self._network.call(to, InDomain(self._domain, codec.encode(message)), timeout_s)
 
     def alive(self, node: NodeId) -> bool:
         return self._network.alive(node)
 
     def silent_s(self, node: NodeId) -> float:
+        """From when on the link was begun: who asks is about to need it."""
+        self._begin(node)
         return self._network.silent_s(node)
 
     def parted(self, node: NodeId) -> bool:

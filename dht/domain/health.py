@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from dht.domain.messages import Status, TabletMark
 from dht.domain.roster import REPLICAS, Roster, quorums
@@ -18,8 +18,9 @@ def health(
     watch: Watch,
     clock: Clock,
     unchecked: int,
+    unasked: Collection[NodeId] = (),
 ) -> dict[str, object]:
-    """As seen from this node.
+    """As seen from this node; members that it does not ask (`unasked`) are taken to be well.
 
     `tablets`: how many are whole (all replicas initialised, reachable, and not known to lack anything), degraded (a
     majority answers), unavailable (fewer). `state`: "healthy" if all are whole, "unavailable" if one is, else
@@ -31,10 +32,10 @@ def health(
     """
     if roster is None:
         return {"joined": False, "epoch": 0, "warnings": ["this node has not joined yet"]}
-    reachable = watch.reachable(clock.monotonic())
+    reachable = watch.reachable(clock.monotonic()).union(unasked)
     marks = {**watch.marks, node: {m.tablet: m for m in own.tablets}}
     working = [
-        [n for n in nodes if n in reachable and _initialised(marks, n, t, roster.tablet_epochs[t])]
+        [n for n in nodes if n in unasked or (n in reachable and _initialised(marks, n, t, roster.tablet_epochs[t]))]
         for t, nodes in enumerate(roster.tablets)
     ]
     need = [quorums(len(nodes))[0] for nodes in roster.tablets]
@@ -64,7 +65,9 @@ def health(
                 "voter": m.node_id in roster.voters,
                 "tablets": len(roster.tablets_of(m.node_id)),
                 "to_take_over": sum(
-                    m.node_id in nodes and not _initialised(marks, m.node_id, t, roster.tablet_epochs[t])
+                    m.node_id in nodes
+                    and m.node_id not in unasked
+                    and not _initialised(marks, m.node_id, t, roster.tablet_epochs[t])
                     for t, nodes in enumerate(roster.tablets)
                 ),
                 "to_copy": to_copy.get(m.node_id, (0, 0))[0],

@@ -19,7 +19,7 @@ from dht.domain.plan import Readiness, joined, left, lost, next_link, readiness
 from dht.domain.roster import Member, Roster
 from dht.domain.rules import DomainRules
 from dht.domain.watch import REACHABLE_S, VOTER_SILENT_S, Watch
-from dht.domain.wide import check_room, leaving, said
+from dht.domain.wide import check_room, is_large, leaving, said
 from dht.errors import Invalid, NotFound, Unavailable
 from dht.model import NodeId
 from dht.world import Clock
@@ -65,8 +65,10 @@ class Membership:
         Unavailable while the change has to wait.
         """
         member = request.member
-        if sender != member.node_id:
+        if sender != member.node_id and not (self._wide and self._newest().member(sender)):
             raise Invalid("a node can ask for its own membership only")
+        if self._passes_on():
+            return await self._ask_a_voter(request)
         async with self._changing:
             for _ in range(CHANGE_ATTEMPTS_MAX):
                 roster = self._newest()
@@ -94,6 +96,8 @@ class Membership:
 
     async def leave(self, request: AskLeave) -> Newest:
         """Mark the member as leaving; its tablets move, then it goes. Idempotent."""
+        if self._passes_on():
+            return await self._ask_a_voter(request)
         async with self._changing:
             for _ in range(CHANGE_ATTEMPTS_MAX):
                 roster = self._newest()
@@ -113,6 +117,20 @@ class Membership:
                     raise Invalid(f"node {request.node.hex()} answers; drain it, or stop it first")
                 await self._change(roster, left(roster, [request.node]))
         raise Unavailable(f"domain {self._chain.domain} changes too fast; ask again")
+
+    def _passes_on(self) -> bool:
+        """Whether this member does not see all others, so that a voter should propose."""
+        roster = self._newest()
+        return self._wide and is_large(roster) and self._node not in roster.voters
+
+    async def _ask_a_voter(self, request: AskJoin | AskLeave) -> Newest:
+        near = self._watch.reachable(self._clock.monotonic())
+        for voter in self._newest().voters:
+            if voter in near:
+                reply = await self._ask(voter, request)
+                if isinstance(reply, Newest):
+                    return reply
+        raise Unavailable(f"no voter of domain {self._chain.domain} is in reach; ask again")
 
     async def mend(self) -> None:
         """One step towards what the roster should be, if this node is the one to take it and a step is due."""

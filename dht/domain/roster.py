@@ -80,6 +80,10 @@ class Roster(Struct, frozen=True):
     def member(self, node: NodeId) -> Member | None:
         return next((m for m in self.members if m.node_id == node), None)
 
+    def others(self, node: NodeId) -> tuple[NodeId, ...]:
+        """The members but this one."""
+        return tuple(m.node_id for m in self.members if m.node_id != node)
+
     def lists(self, node: NodeId, incarnation: bytes) -> bool:
         """Whether exactly this incarnation of the node is a member."""
         return any(m.node_id == node and m.incarnation == incarnation for m in self.members)

@@ -21,6 +21,8 @@ class Watch:
     def __init__(self, node: NodeId, now_s: float) -> None:
         self._node = node
         self.started_s = now_s
+        self.patience_s = 0.0
+        """How much longer than usual it may take until a member is asked again."""
         self._heard_s: dict[NodeId, float] = {}
         self._since_s: dict[NodeId, float] = {}
         self.marks: dict[NodeId, dict[int, TabletMark]] = {}
@@ -66,7 +68,7 @@ class Watch:
 
     def reachable(self, now_s: float, within_s: float = REACHABLE_S) -> frozenset[NodeId]:
         """This node, and who answered within that time."""
-        near = [n for n, heard in self._heard_s.items() if now_s - heard <= within_s]
+        near = [n for n, heard in self._heard_s.items() if now_s - heard <= within_s + self.patience_s]
         return frozenset([self._node, *near])
 
     def in_use(self, tablet: int, newest: TabletReplicas, before: TabletReplicas | None) -> TabletReplicas:

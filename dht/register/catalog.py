@@ -117,9 +117,13 @@ def pops_of(rows: Mapping[RowKey, bytes]) -> dict[str, PopClaim]:
     return dict(sorted(out.items(), key=lambda item: item[1].index))
 
 
-def next_pop_index(rows: Mapping[RowKey, bytes]) -> int:
-    """The lowest that was never given. Raises Invalid when all were."""
+def next_pop_index(rows: Mapping[RowKey, bytes], had: int | None = None) -> int:
+    """The lowest that was never given, or the one that the PoP `had`. Raises Invalid when all were, or that was."""
     given = {split_row_key(key)[1][0] for key in rows}
+    if had is not None:
+        if had in given:
+            raise Invalid(f"the PoP's index {had} was given to another one meanwhile: its ids are no longer its own")
+        return had
     index = next((index for index in range(POPS_MAX) if index not in given), None)
     if index is None:
         raise Invalid(f"this cluster has had {POPS_MAX} PoPs, which is as many as there may ever be; none can be added")

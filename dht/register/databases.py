@@ -64,17 +64,20 @@ class Databases:
         (group,) = await self._reader.read([catalog.POPS_GROUP], None, deadline)
         return catalog.pops_of(group.rows or {})
 
-    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, deadline: float) -> PopClaim:
-        """Who may found the PoP's domain: the first that asked, which this one may be.
+    async def claim_pop(
+        self, pop: str, node: NodeId, incarnation: bytes, deadline: float, index: int | None = None
+    ) -> PopClaim:
+        """Who may found the PoP's domain: the first that asked, which this one may be. `index`: what the PoP had.
 
-        Raises Invalid when there are as many PoPs as there may be.
+        Raises Invalid when there are as many PoPs as there may be, or the index is another PoP's.
         """
         while True:
             (group,) = await self._reader.read([catalog.POPS_GROUP], None, deadline)
             rows = group.rows or {}
             if pop in (pops := catalog.pops_of(rows)):
                 return pops[pop]
-            part = catalog.pop_claimed(pop, PopClaim(node, incarnation, catalog.next_pop_index(rows)))
+            wanted = catalog.next_pop_index(rows, index)
+            part = catalog.pop_claimed(pop, PopClaim(node, incarnation, wanted))
             with contextlib.suppress(Conflict):
                 # Somebody else may have taken the name, or only the index: both are seen at the next look.
                 await self._transactions.commit(

@@ -137,16 +137,19 @@ class FarStore:
     async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
         return (await self.ask(requests.ListPops(), requests.ListPopsReply, timeout_s)).pops
 
-    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None) -> PopClaim:
+    async def claim_pop(
+        self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None, index: int | None = None
+    ) -> PopClaim:
         """See `Databases.claim_pop`; asked again without harm, for the first claim stays the first."""
-        return (await self.ask(requests.ClaimPop(pop, node, incarnation), requests.ClaimPopReply, timeout_s)).claim
+        message = requests.ClaimPop(pop, node, incarnation, index)
+        return (await self.ask(message, requests.ClaimPopReply, timeout_s)).claim
 
 
 class Registry(requests.Store, Protocol):
     """The store of domain `global`, which keeps the lists of databases and of PoPs."""
 
     async def claim_pop(
-        self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None
+        self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None, index: int | None = None
     ) -> PopClaim: ...
 
 
@@ -227,6 +230,18 @@ class HomedStore:
     async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
         """Every PoP, as `global` says now."""
         return await self._registry().pops(timeout_s)
+
+    async def relist(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        """Enter into the list what lives in the own PoP and is not in it; which those were.
+
+        The list is read first: what is created meanwhile is in it before it is at home, what is dropped after.
+        """
+        listed = await self.homes(timeout_s)
+        here = await self._own.homes(timeout_s)
+        missing = tuple(name for name, home in here.items() if not home and name not in listed)
+        for name in missing:
+            await self._registry().create_database(name, timeout_s, self._pop)
+        return missing
 
     def _at(self, home: str) -> requests.Store:
         if home == self._pop:

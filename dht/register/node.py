@@ -272,9 +272,11 @@ class StoreNode:
         """See `Databases.pops`."""
         return await self._databases.pops(self._deadline(timeout_s))
 
-    async def claim_pop(self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None) -> PopClaim:
+    async def claim_pop(
+        self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None, index: int | None = None
+    ) -> PopClaim:
         """See `Databases.claim_pop`."""
-        return await self._databases.claim_pop(pop, node, incarnation, self._deadline(timeout_s))
+        return await self._databases.claim_pop(pop, node, incarnation, self._deadline(timeout_s), index)
 
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return await self._databases.create(name, self._deadline(timeout_s), home)

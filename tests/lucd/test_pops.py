@@ -14,6 +14,7 @@ from dht.model import GLOBAL, PopClaim
 from dht.overlay.messages import Contact
 from dht.storage.memory import MemoryDisk
 from lucd import pops as pops_module
+from lucd.lists import Lists
 from lucd.pops import Pops
 
 
@@ -34,6 +35,11 @@ class World:
         self.members: list[Member] = []
         self.needs: set[bytes] = set()
         self.claims: dict[str, PopClaim] = {}
+        self.away = False
+        self.keeps = False
+        self.relisted = 0
+        self.slept_s: list[float] = []
+        self.turn = asyncio.Event()
 
     def pops_on(self, disk: MemoryDisk) -> Pops:
         stand_in: Any = self
@@ -49,11 +55,46 @@ class World:
             lambda node: node in self.needs,
         )
 
+    def lists_on(self, disk: MemoryDisk) -> Lists:
+        stand_in: Any = self
+        return Lists(
+            stand_in,
+            lambda: stand_in,
+            self.pops_on(disk),
+            b"n" * 20,
+            b"i" * 16,
+            stand_in,
+            random.Random(1),
+            lambda: True,
+            lambda: self.keeps,
+        )
+
     async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
+        if self.away:
+            raise Unavailable("cut off")
         return self.claims
 
-    async def claim_pop(self, pop: str, node: bytes, incarnation: bytes, timeout_s: float | None = None) -> PopClaim:
-        return self.claims[pop]
+    async def claim_pop(
+        self, pop: str, node: bytes, incarnation: bytes, timeout_s: float | None = None, index: int | None = None
+    ) -> PopClaim:
+        return self.claims.setdefault(pop, PopClaim(node, incarnation, index or 0))
+
+    async def relist(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        self.relisted += 1
+        return ()
+
+    async def sleep(self, delay_s: float) -> None:
+        self.slept_s.append(delay_s)
+        await self.turn.wait()
+        self.turn.clear()
+
+    async def turns(self, count: int) -> None:
+        """Let whoever sleeps go on, so many times."""
+        for _ in range(count):
+            await asyncio.sleep(0)
+            self.turn.set()
+            for _ in range(5):
+                await asyncio.sleep(0)
 
     def monotonic(self) -> float:
         return self.now_s
@@ -161,9 +202,30 @@ async def test_index_is_learned_once_and_kept_in_the_file(world: World) -> None:
     with pytest.raises(Unavailable, match="index of PoP nice is not known"):
         world.pops_on(disk).index()
     world.claims = {"lyon": PopClaim(b"n" * 20, b"i" * 16, 0), "nice": PopClaim(b"m" * 20, b"i" * 16, 7)}
-    await world.pops_on(disk).learn_index()
-    world.claims = {}
+    await world.lists_on(disk).compare()
     assert world.pops_on(disk).index() == 7
+    assert world.claims["nice"].node == b"m" * 20
+
+
+async def test_pop_that_is_missing_in_the_list_is_entered_with_the_index_that_it_had(world: World) -> None:
+    disk = MemoryDisk()
+    world.pops_on(disk).note_index(7)
+    await world.lists_on(disk).compare()
+    assert world.claims == {"nice": PopClaim(b"n" * 20, b"i" * 16, 7)}
+
+
+async def test_lists_are_compared_until_it_is_done_and_then_by_those_only_that_keep_them(world: World) -> None:
+    world.away = True
+    task = asyncio.ensure_future(world.lists_on(MemoryDisk()).run())
+    await world.turns(3)
+    assert (world.relisted, world.slept_s[-1] < 2.0) == (0, True)
+    world.away = False
+    await world.turns(3)
+    assert (world.relisted, world.slept_s[-1] > 400.0) == (1, True)
+    world.keeps = True
+    await world.turns(1)
+    assert world.relisted > 1
+    task.cancel()
 
 
 @pytest.mark.parametrize("other", [(b"x" * 20, b"i" * 16), (b"m" * 20, b"old disk........")])

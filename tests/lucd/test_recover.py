@@ -9,6 +9,7 @@ import pytest
 
 from lucd.cli.main import main
 from tests.cluster import Cluster
+from tests.laboratory import wait_until
 from tests.lucd.test_one_daemon import inserted, text_of, updated
 
 pytestmark = pytest.mark.cluster
@@ -81,3 +82,21 @@ def test_database_check_runs_on_what_is_left(cluster: Cluster, capsys: pytest.Ca
     socket = ("--socket", str(cluster.nodes[0].socket))
     assert run(capsys, "database", "check", "d", *socket) == (0, "0 found.\n")
     assert run(capsys, "database", "check", "nothing", "--repair", *socket)[0] == 66
+
+
+def test_domain_global_is_recovered_by_an_order_of_its_own(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    survivor = cluster.nodes[0]
+    socket = ("--socket", str(survivor.socket))
+    cluster.nodes[1].kill()
+    wait_until(
+        lambda: any("domain global" in text for text in survivor.status()["warnings"]), 30.0, "the status says nothing"
+    )
+    assert run(capsys, "database", "create", "new", *socket)[0] == 69
+    code, text = run(capsys, "domain", "recover", "global", "--accept-data-loss", *socket)
+    assert code == 0, text
+    assert survivor.store().homes() == {"d": "pop1"}
+    assert run(capsys, "database", "create", "new", *socket)[0] == 0
+    code, text = run(capsys, "domain", "show", "global", *socket)
+    assert "generation 2 began at" in text

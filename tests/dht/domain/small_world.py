@@ -34,6 +34,7 @@ class DomainNode:
     ) -> None:
         self.boot = boot
         self.word = Word()
+        self.contacts = boot.peers
         self.registers = RegisterFile(boot.disk, TABLETS)
         local = LocalNode(boot.node_id, boot.incarnation, boot.boot, boot.pop, f"host-{boot.address}", boot.address)
         self.domain = Domain(
@@ -44,7 +45,7 @@ class DomainNode:
             boot.network,
             boot.disk,
             self.registers,
-            lambda: boot.peers,
+            lambda: self.contacts,
             rules,
             remove_after_s,
             wide=Wide(lambda: True, lambda nodes: self.word) if wide else None,

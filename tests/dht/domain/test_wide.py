@@ -9,15 +9,21 @@ from typing import Any
 import msgspec
 import pytest
 
+from dht.domain import wide
+from dht.domain.domain import Domain
+from dht.domain.messages import AskStatus
 from dht.domain.plan import left, lost
 from dht.domain.roster import Member, Roster, found
 from dht.domain.wide import (
     GLOBAL_TABLETS,
     Word,
+    asked,
     check_room,
     has_room,
     leaving,
     members_wanted,
+    neighbours,
+    rounds_for_all,
     said,
     word_of_pop,
 )
@@ -100,6 +106,38 @@ def test_one_member_stays_whatever_is_said() -> None:
     assert leaving(roster("a", "b"), ids(1, 2)) == ids(1)
 
 
+def large(pops: int) -> Roster:
+    """Two members of each PoP; tablet t is kept by the first ones of PoPs t and t + 1; the first three PoPs vote."""
+    members = tuple(member(2 * pop + n, f"pop{pop}") for pop in range(pops) for n in (1, 2))
+    firsts = [m.node_id for m in members[::2]]
+    tablets = tuple((firsts[t], firsts[t + 1]) for t in range(GLOBAL_TABLETS))
+    return msgspec.structs.replace(
+        found("global", members[0], GLOBAL_TABLETS), members=members, voters=tuple(firsts[:3]), tablets=tablets
+    )
+
+
+def test_in_a_small_domain_everybody_is_asked_each_round() -> None:
+    small = roster(*"aabbccdd")
+    assert asked(small, ids(3)[0], (), 7) == tuple(m.node_id for m in small.members if m.node_id != ids(3)[0])
+
+
+def test_in_a_large_domain_a_member_asks_whom_it_shares_tablets_with_its_pop_and_the_voters() -> None:
+    wide = large(40)
+    me = ids(2 * 10 + 1)[0]
+    expected = set(ids(2 * 9 + 1, 2 * 11 + 1, 2 * 10 + 2, 1, 3, 5))
+    assert {frozenset(asked(wide, me, (), n)) for n in range(9)} == {frozenset(expected)}
+    assert set(asked(wide, me, (15,), 0)) == expected | set(ids(2 * 15 + 1, 2 * 16 + 1)), "what it still holds counts"
+
+
+def test_voter_of_a_large_domain_asks_everybody_in_some_rounds_and_few_in_each() -> None:
+    wide = large(100)
+    voter = wide.voters[0]
+    rounds = [set(asked(wide, voter, (), n)) for n in range(rounds_for_all(wide))]
+    assert set().union(*rounds) == {m.node_id for m in wide.members} - {voter}
+    assert len(rounds) == 13
+    assert max(len(r) for r in rounds) <= 16 + len(neighbours(wide, voter, ()))
+
+
 # ---- on simulated machines: three PoPs of three
 
 
@@ -179,3 +217,77 @@ def test_pop_that_is_cut_off_keeps_its_members() -> None:
         assert members(world) == {"a": 2, "b": 2, "c": 2}
 
     told(story)
+
+
+# ---- the same with more members than are asked each round: six PoPs of two, and a spare node
+
+
+async def many(world: World) -> None:
+    await world.add(founds=True)
+    for _ in range(12):
+        await world.add()
+        await world.cluster.machines[0].clock.sleep(2.0)
+    await world.until(lambda: len(world.domain(0).roster.members) == 12, 120.0, "two of each PoP joining")
+    await world.until(lambda: len({d.chain.epoch for d in domains(world)}) == 1, 60.0, "telling of the links")
+    await world.cluster.machines[0].clock.sleep(20.0)
+
+
+def domains(world: World) -> list[Domain]:
+    return [node.domain for node in world.running()]
+
+
+def told_many(story: Callable[[World], Coroutine[Any, Any, None]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "ASKED_EACH_ROUND_MAX", 5)
+    play(story, remove_after_s=REMOVE_AFTER_S, domain="global", wide=True, pops=[f"pop{n}" for n in range(6)])
+
+
+def test_members_of_a_large_domain_take_their_tablets_over_and_ask_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: Counter[bytes] = Counter()
+    answer = DomainNode.answer
+
+    async def counted(node: DomainNode, sender: bytes, message: Any) -> Any:
+        questions[sender] += isinstance(message, AskStatus)
+        return await answer(node, sender, message)
+
+    monkeypatch.setattr(DomainNode, "answer", counted)
+
+    async def story(world: World) -> None:
+        await many(world)
+        newest = world.domain(0).roster
+        for domain in domains(world):
+            held = [t for t, nodes in enumerate(newest.tablets) if domain.local.node_id in nodes]
+            assert [domain.tablets.serves(t) for t in held] == [newest.tablet_epochs[t] for t in held]
+        questions.clear()
+        await world.cluster.machines[0].clock.sleep(20.0)
+        for domain in domains(world):
+            node_id = domain.local.node_id
+            most = len(neighbours(newest, node_id, ())) + 5 * (node_id in newest.voters)
+            assert questions[node_id] / 20.0 <= 1.3 * most
+
+    told_many(story, monkeypatch)
+
+
+def test_lost_member_of_a_large_domain_is_replaced_by_a_node_that_meets_no_voter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(world: World) -> None:
+        await many(world)
+        (spare,) = outside(world)
+        roster = world.domain(0).roster
+        gone = next(i for i in (0, 6) if world.domain(i).joined and world.node(i).boot.node_id not in roster.voters)
+        left_over = 6 - gone
+        node_id = world.node(gone).boot.node_id
+        no_voters = tuple(n for n in roster.others(node_id) if n not in roster.voters)
+        spare.contacts = no_voters
+        world.cluster.crash(gone)
+        world.node(left_over).word = Word((node_id,))
+        await world.until(lambda: spare.domain.joined, 120.0, "the spare node joining")
+        watching = world.domain(left_over)
+        await world.until(lambda: watching.roster.member(node_id) is None, 120.0, "the lost one's going")
+        assert set(members_of(watching).values()) == {2}
+
+    told_many(story, monkeypatch)
+
+
+def members_of(domain: Domain) -> Counter[str]:
+    return Counter(m.pop for m in domain.roster.members if not m.leaving)

@@ -298,6 +298,28 @@ async def test_own_database_is_served_while_domain_global_is_out_of_reach(pops):
     assert pops.pops["lyon"].asked == ["list", "commit"]
 
 
+async def test_database_that_the_list_lost_is_entered_again_by_its_home(pops):
+    del pops.pops[GLOBAL].listed["d"]
+    with pytest.raises(NotFound):
+        await pops.store("nice").find(FindQuery("d", 1, 0))
+    assert await pops.store("lyon").relist() == ("d",)
+    assert await pops.store("lyon").relist() == ()
+    await pops.store("nice").find(FindQuery("d", 1, 0))
+
+
+async def test_database_that_is_dropped_while_the_lists_are_compared_stays_dropped(pops):
+    store = pops.store("lyon")
+    names = pops.pops["lyon"].homes
+
+    async def dropped_before(timeout_s=None):
+        assert await pops.store("nice").drop_database("d") is True
+        return await names(timeout_s)
+
+    pops.pops["lyon"].homes = dropped_before
+    assert await store.relist() == ()
+    assert "d" not in pops.pops[GLOBAL].listed
+
+
 async def test_drop_that_broke_off_is_finished_by_the_next(pops):
     store = pops.store("nice")
     pops.pops["lyon"].databases.remove("d")
