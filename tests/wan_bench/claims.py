@@ -54,10 +54,12 @@ def _updates(cells: Cells) -> Iterator[Claim]:
             ratio = seen(other, store) / here_ms
             yield Claim(f"update at home, beside {name}", f"at least {aim}x faster", f"{ratio:.1f}x", ratio >= aim)
     if idle := cells.part("idle", "lucd", SITES, RTT_MS):
-        idling = idle["packets_per_s"] * lucd["seconds"]
-        passed_on = lucd["changed"].get("requests_passed_on", 0)
-        said = f"{passed_on} requests passed on; {lucd['wan_packets']} packets in {lucd['count']} updates, idling is "
-        yield Claim("WAN messages of updates at home", "none", f"{said}{idling:.0f}", passed_on == 0)
+        idling = idle.get("frames_per_s", 0.0) * lucd["seconds"]
+        passed_on, frames = (lucd["changed"].get(name, 0) for name in ("requests_passed_on", "link_frames"))
+        said = f"{passed_on} requests passed on; {frames} frames between PoPs during {lucd['count']} updates, idling "
+        # A message on the way of an update and its reply would be two frames for each.
+        none = passed_on == 0 and frames - idling < lucd["count"] / 2
+        yield Claim("WAN messages of updates at home", "none", f"{said}makes {idling:.0f}", none)
 
 
 def _far(cells: Cells) -> Iterator[Claim]:

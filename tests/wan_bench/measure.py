@@ -67,10 +67,17 @@ class Cell:
             "load": round(os.getloadavg()[0], 1),
         }
 
+    def _changed(self, before: dict[str, object]) -> dict[str, int]:
+        now = self._store.state()
+        return {name: value - before[name] for name, value in now.items() if value != before[name]}  # type: ignore
+
     def idle(self) -> Result:
         """What the store sends between the sites while nobody asks anything."""
+        before = self._store.state()
         _, cost = self._watched(lambda: time.sleep(IDLE_S) or [])
-        rate = {"packets_per_s": round(cost["wan_packets"] / cost["seconds"], 1)}
+        frames = self._changed(before).get("link_frames", 0)
+        rate = {"frames_per_s": round(frames / cost["seconds"], 1)} if frames else {}
+        rate |= {"packets_per_s": round(cost["wan_packets"] / cost["seconds"], 1)}
         return rate | {
             "bytes_per_s": round(cost["wan_bytes"] / cost["seconds"]),
             "server_cpu_share": round(cost["server_cpu_ms"] / 1000 / cost["seconds"], 3),
@@ -90,16 +97,14 @@ class Cell:
         )
         walls = [answer["wall_ms"] for answer in answers]
         count = sum(map(len, walls))
-        changed = {
-            name: value - before[name]  # type: ignore[operator]
-            for name, value in self._store.state().items()
-            if isinstance(value, int) and value != before[name]
-        }
         return (
             _summary([wall for site in walls for wall in site])
             | {"by_site_ms": [round(statistics.median(site), 2) for site in walls]}
             | cost
-            | {"cpu_ms_each": round((cost["client_cpu_ms"] + cost["server_cpu_ms"]) / count, 2), "changed": changed}
+            | {
+                "cpu_ms_each": round((cost["client_cpu_ms"] + cost["server_cpu_ms"]) / count, 2),
+                "changed": self._changed(before),
+            }
         )
 
     def calls(self) -> Result:

@@ -279,14 +279,29 @@ class Report:
                 rate = idle["packets_per_s"] if idle else None
                 expected = rate * part["seconds"] if rate is not None else None
                 each = part["wan_packets"] / part["count"]
-                changed = ", ".join(f"{name} +{value}" for name, value in part["changed"].items()) or "none"
                 row = [str(sites), str(rtt_ms), store, number(rate), str(part["count"]), str(part["wan_packets"])]
-                rows.append([*row, number(expected, ".0f"), number(each, ".2f"), changed if store == "lucd" else ""])
+                row += [number(expected, ".0f"), number(each, ".2f")]
+                if store == "lucd" and idle:
+                    frames, passed_on = (part["changed"].get(n, 0) for n in ("link_frames", "requests_passed_on"))
+                    row += [f"{frames} ({idle.get('frames_per_s', 0.0) * part['seconds']:.0f})", str(passed_on)]
+                rows.append(row + [""] * (10 - len(row)))
         if not rows:
             return []
         head = ["sites", "rtt ms", "store", "idle packets/s", "updates", "WAN packets meanwhile"]
-        head += ["of these by idling", "a transaction", "requests passed on to other PoPs"]
-        return ["### WAN packets while rows are updated at home", "", *table(head, rows)]
+        head += [
+            "idling makes",
+            "packets an update",
+            "frames between daemons (idling makes)",
+            "requests passed on to other PoPs",
+        ]
+        return [
+            "### WAN packets while rows are updated at home",
+            "",
+            "lucd's daemons tell each other that they live, some seven times a second and way, which is most of the "
+            "idle packets. Frames are requests and replies between daemons, without those signs of life.",
+            "",
+            *table(head, rows),
+        ]
 
     def _cuts(self) -> list[str]:
         rows = []

@@ -95,10 +95,15 @@ def _lives(total_s: float) -> dict[str, object]:
 def test_aims_are_reached_or_not_by_what_was_measured(tmp_path):
     file = tmp_path / "r.json"
     eight = {"sites": 8, "rtt_ms": 50, "controllers": 1}
-    update = _part(6.6, wan_packets=40, changed={"requests_passed_on": 1})
+    update = _part(6.6, wan_packets=40, changed={"link_frames": 40})
     store = {"home_read": _part(1), "far_read": _part(52), "far_read_cached": _part(90)}
     store |= {"home_write": _part(3), "far_write": _part(60)}
-    lucd = {"home_update": update, "idle": {"packets_per_s": 30.0}, "store": store, "life": _lives(50.0)}
+    lucd = {
+        "home_update": update,
+        "idle": {"packets_per_s": 90.0, "frames_per_s": 30.0},
+        "store": store,
+        "life": _lives(50.0),
+    }
     results.merge(file, eight | {"store": "lucd", "daemons": 1}, lucd, "run")
     one = {"store": "lucd", "sites": 1, "rtt_ms": 50, "controllers": 1, "daemons": 1}
     results.merge(file, one, {"home_update": _part(5.0)}, "run")
@@ -113,7 +118,10 @@ def test_aims_are_reached_or_not_by_what_was_measured(tmp_path):
     where = "site 3 of 4 cut off for 60 s: "
     assert said == {
         "update at home, beside lucd on one site": ("1.32x", False),
-        "WAN messages of updates at home": ("1 requests passed on; 40 packets in 10 updates, idling is 30", False),
+        "WAN messages of updates at home": (
+            "0 requests passed on; 40 frames between PoPs during 10 updates, idling makes 30",
+            False,
+        ),
         "read of a far row, store": ("1.02", True),
         "cached read of a far row, store": ("1.78", False),
         "write of a far row beyond one at home, store": ("1.14", True),
