@@ -192,6 +192,15 @@ class ClaimPopReply(Message, frozen=True, tag=121):
 
 
 @message
+class MovePop(Message, frozen=True, tag=136):
+    """Let `after` have the claim of the PoP, if `before` still has it. Asked of domain `global`, answered by `Done`."""
+
+    pop: str
+    before: PopClaim
+    after: PopClaim
+
+
+@message
 class ListPops(Message, frozen=True, tag=124):
     pass
 

@@ -13,6 +13,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from dht.domain import restore
 from dht.domain.envelope import DomainNetwork, InDomain
 from dht.domain.roster import Member
 from dht.domain.wide import GLOBAL_TABLETS, Wide
@@ -21,6 +22,8 @@ from dht.limits import TABLETS_PER_DOMAIN
 from dht.model import GLOBAL, NodeId, Struct
 from dht.overlay.messages import Contact
 from dht.overlay.overlay import Overlay
+from dht.register import copies
+from dht.register.copies import CopiedRegistry
 from dht.register.homes import FarStore, HomedStore, Registry
 from dht.register.node import StoreNode
 from dht.register.places import FEW_POPS, Places
@@ -38,9 +41,11 @@ from lucd.counters import Counters, counters_of
 from lucd.directory import OpenDirectory
 from lucd.domain_node import DomainNode, note_boot, open_file
 from lucd.door import Door
+from lucd.followers import Followers
 from lucd.hints import HintPublisher
 from lucd.lists import Lists
-from lucd.messages import AskWhere
+from lucd.messages import AskCopies, AskWhere, CopiesReply
+from lucd.pop_recovery import PopRecoverer
 from lucd.pops import Pops
 from lucd.report import Parts, Report
 from lucd.workers import WorkerSupervisor
@@ -112,7 +117,27 @@ class Daemon:
             self.overlay.find_hint,
             self.hints.made,
         )
-        spanning = SpanningStore(self._registry, self.places, self.own.store)
+        self.followers = Followers(
+            opened.path,
+            self.identity,
+            settings,
+            clock,
+            chance,
+            self.network,
+            self._global_network,
+            self.wide.domain,
+            self._followed_contacts,
+            self._kept_anyway,
+        )
+        self.copied = CopiedRegistry(
+            clock,
+            self.network,
+            self._registry,
+            self.followers.reads,
+            self.followers.near,
+            settings.staleness_max_s,
+        )
+        spanning = SpanningStore(lambda: self.copied, self.places, self.own.store)
         self.homed = HomedStore(settings.pop, clock, self.own.store, self.pops.store, self._registry, spanning)
         self._lists = Lists(
             self.homed,
@@ -145,6 +170,10 @@ class Daemon:
                 locate=self.places.locate,
                 hint=self.overlay.find_hint,
                 far=self.pops.store,
+                recover_pop=self._pop_recoverer(clock).order,
+                copies=self.followers.lines,
+                ask=self.network.call,
+                holders=lambda: self._holders(self._members()),
                 alive=self.network.alive,
                 contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},
                 counters=self._counters,
@@ -172,6 +201,7 @@ class Daemon:
         self._update_addresses()
         await self._keep(self.wide.store)
         await self._keep(self.own.store)
+        await self._keep(self.followers)
         self._spawn(self._meet_bootstrap())
         self._spawn(self._lists.run())
         self._spawn(self.hints.run())
@@ -223,7 +253,7 @@ class Daemon:
         )
         return command
 
-    async def _keep(self, part: AdminDoor | StoreNode | LocalDoor | Reach | WorkerSupervisor) -> None:
+    async def _keep(self, part: AdminDoor | StoreNode | LocalDoor | Reach | WorkerSupervisor | Followers) -> None:
         """Start a part, and stop it when the daemon stops."""
         self._steps.push_async_callback(part.stop)
         await part.start()
@@ -247,6 +277,12 @@ class Daemon:
         if type(message) in BUS_REQUESTS:
             answered: Struct = await self._reach.answer(sender, message)
             return answered
+        if isinstance(message, copies.QUESTIONS):
+            return self.followers.answer(message)
+        if isinstance(message, restore.QUESTIONS):
+            return self.followers.hand_over(message)
+        if isinstance(message, AskCopies):
+            return CopiesReply(self.followers.lines())
         return await self.own.answer(sender, message)
 
     def _hints_are_asked(self) -> bool:
@@ -266,6 +302,21 @@ class Daemon:
         if member is not None:
             self.network.set_address(node, *parse_address(member.address))
 
+    def _holders(self, members: Sequence[Member]) -> Sequence[NodeId]:
+        """These members of `global`, who may keep copies; links to them are begun."""
+        for member in members:
+            if not self.network.alive(member.node_id):
+                self.network.set_address(member.node_id, *parse_address(member.address))
+        return [member.node_id for member in members]
+
+    def _pop_recoverer(self, clock: LoopClock) -> PopRecoverer:
+        def others() -> Sequence[NodeId]:
+            return self._holders([m for m in self._members() if m.pop != self.settings.pop])
+
+        return PopRecoverer(
+            self.own, self.identity.incarnation, clock, self.network, self._registry, others, self._contacts
+        )
+
     def _contacts(self) -> Sequence[NodeId]:
         """Nodes to ask for the domain's roster: all that were met."""
         return [node for node in self._met if self.network.alive(node)]
@@ -275,7 +326,14 @@ class Daemon:
         known = [*self.pops.global_gateways(), *(peer.node_id for peer in self.network.peers())]
         return [node for node in dict.fromkeys(known) if self.network.alive(node)]
 
+    async def _followed_contacts(self, name: str) -> Sequence[NodeId]:
+        return self._global_contacts() if name == GLOBAL else await self.pops.gateways(name)
+
     def _needed(self, node: NodeId) -> bool:
+        return self._kept_anyway(node) or self.followers.acquainted(node)
+
+    def _kept_anyway(self, node: NodeId) -> bool:
+        """Whether a domain of this node's own has the link."""
         return node in self.wide.domain.acquaintances() or node in self.own.domain.acquaintances()
 
     def _met_peer(self, peer: PeerIdentity) -> None:
@@ -354,9 +412,10 @@ class Daemon:
 
     def _warnings(self) -> list[str]:
         missing = self._workers.count - self._workers.counters["running_now"]
-        return (
+        found = (
             [f"{missing} of {self._workers.count} workers of the RPC door do not run; see the log"] if missing else []
         )
+        return [*found, *self.followers.warnings(), *self.copied.warnings()]
 
     def _counters(self) -> dict[str, Counters]:
         parts: dict[str, Callable[[], Counters]] = {
@@ -371,6 +430,7 @@ class Daemon:
             "homes": lambda: counters_of(self.homed),
             "places": lambda: counters_of(self.places),
             "hints": lambda: counters_of(self.hints),
+            "copies": lambda: {**counters_of(self.copied), **counters_of(self.followers)},
         }
         counted = {name: counters() for name, counters in parts.items()}
         return {**self.own.counters(), **counted, **self.wide.counters("global_")}

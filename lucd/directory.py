@@ -7,6 +7,7 @@
     lock          held by the running process
     store.sqlite  the node's file of its PoP's domain (dht.storage)
     global.sqlite  its file of domain `global`
+    copies/        copies of domains that it follows (lucd.followers); may be deleted while it does not run
 
 Wiping the directory makes a new node: a new incarnation with a new key. Copying it does not make a second node: peers
 refuse an incarnation whose boot counter did not grow (DESIGN section 3).

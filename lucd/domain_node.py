@@ -98,13 +98,16 @@ class DomainNode:
 
     async def answer(self, sender: NodeId, message: Struct) -> Message:
         """Serve a peer: of this domain, or a client's request that it passes on."""
-        if not isinstance(message, (*_STORE_REQUESTS, requests.ClaimPop)):
+        if not isinstance(message, (*_STORE_REQUESTS, requests.ClaimPop, requests.MovePop)):
             return await self.store.answer(sender, message)
         if not self.domain.joined:
             raise NotServing(f"this node is no member of domain {self.name}; ask one that is")
+        if isinstance(message, requests.ClaimPop | requests.MovePop) and self.name != GLOBAL:
+            raise Invalid(f"PoP {message.pop} is not for PoP {self.name} to give away")
+        if isinstance(message, requests.MovePop):
+            await self.store.move_pop(message.pop, message.before, message.after, time_left_s())
+            return requests.Done()
         if isinstance(message, requests.ClaimPop):
-            if self.name != GLOBAL:
-                raise Invalid(f"PoP {message.pop} is not for PoP {self.name} to give away")
             wanted = message.pop, message.node, message.incarnation
             claim = await self.store.claim_pop(*wanted, time_left_s(), message.index)
             return requests.ClaimPopReply(claim)

@@ -195,6 +195,66 @@ class RecoverReply(Message, frozen=True, tag=210):
     recovery: RecoveryLine
 
 
+@message
+class RecoverPop(Message, frozen=True, tag=220):
+    """All disks of the PoP are gone: this new node of it begins its domain anew, with what other PoPs have copied.
+
+    Without `accept_data_loss` it is refused with what it would mean. Answered with `RecoverReply`.
+    """
+
+    name: str
+    accept_data_loss: bool
+    timeout_s: float
+
+
+@message
+class AskPops(Message, frozen=True, tag=221):
+    """Which PoPs are there, and who keeps copies of them?"""
+
+
+class CopyLine(Struct, frozen=True):
+    """One copy of a domain. `age_s`: how old its least covered tablet is, -1 while one was never covered.
+
+    `open`: groups of which more was heard than the copy has; they may be older. `node_id`, `pop`: who keeps it.
+    """
+
+    domain: str
+    age_s: float
+    open: int
+    generation: int
+    node_id: str = ""
+    pop: str = ""
+
+
+class PopLine(Struct, frozen=True):
+    """`members`: of domain `global`, from this PoP. `backups`: copies of its domain in other PoPs."""
+
+    name: str
+    index: int
+    founder: str
+    members: tuple[NodeLine, ...]
+    backups: tuple[CopyLine, ...]
+    global_copies: tuple[CopyLine, ...]
+
+
+@message
+class PopsReply(Message, frozen=True, tag=222):
+    """By index. `silent`: members of `global` that were asked for their copies and did not answer."""
+
+    pops: tuple[PopLine, ...]
+    silent: tuple[str, ...]
+
+
+@message
+class AskCopies(Message, frozen=True, tag=223):
+    """A node asks another one which copies that keeps."""
+
+
+@message
+class CopiesReply(Message, frozen=True, tag=224):
+    copies: tuple[CopyLine, ...]
+
+
 def plain(value: Struct) -> dict[str, Any]:
     """The message as JSON-ready names and values."""
     result: dict[str, Any] = {}

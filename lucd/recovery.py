@@ -37,9 +37,14 @@ class Recoverer:
         record = self._unfinished() if request.accept_data_loss else None
         if record is None:
             record = await generations.recover(named, accept_data_loss=request.accept_data_loss)
+        return await self.finish(record, request.timeout_s)
+
+    async def finish(self, record: Recovery, timeout_s: float) -> RecoverReply:
+        """See to the data once its tablets are served. Raises Unavailable when that does not end in time."""
+        generations = self._domain.generations
         try:
-            await self._served(time.monotonic() + request.timeout_s)
-            findings = await self._salvage(request.timeout_s)
+            await self._served(time.monotonic() + timeout_s)
+            findings = await self._salvage(timeout_s)
         except DhtError as error:
             await generations.note(record, [f"not repaired yet: {error.message}"])
             raise Unavailable(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from dht.wire.identity import NodeIdentity
 from lucd import messages, version
 from lucd.counters import Counters
 from lucd.domain_node import DomainNode
-from lucd.messages import NodeLine, TabletLine
+from lucd.messages import CopyLine, NodeLine, TabletLine
 from lucd.recovery import Recoverer
+
+COPIES_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Parts:
     `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `own`, `wide`: the domain
     of the PoP, and `global`. `store`: any group, wherever it lives; `home`: of a database, a PoP, "global" or "local";
     raises NotFound. `locate`: the PoP of a group of a local family; `hint`: what the overlay says of it. `far`: the
-    nodes of another PoP. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters now.
+    nodes of another PoP. `recover_pop`: see `PopRecoverer.order`. `copies`: what this node keeps; `holders`: whom to
+    `ask` what others keep. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters now.
     `warnings`: of the daemon's own parts.
     """
 
@@ -48,6 +52,10 @@ class Parts:
     locate: Callable[[GroupKey], Awaitable[str]]
     hint: Callable[[GroupKey], Awaitable[str | None]]
     far: Callable[[str], FarStore]
+    recover_pop: Callable[[messages.RecoverPop], Awaitable[messages.RecoverReply]]
+    copies: Callable[[], tuple[CopyLine, ...]]
+    ask: Callable[[NodeId, Message, float], Awaitable[Struct]]
+    holders: Callable[[], Sequence[NodeId]]
     alive: Callable[[NodeId], bool]
     contacts: Callable[[], dict[NodeId, tuple[str, str]]]
     counters: Callable[[], dict[str, Counters]]
@@ -76,6 +84,10 @@ class Report:
                 return await self.where(message.key)
             case messages.RecoverDomain():
                 return await self._recoveries[self._node(message.name).name].order(message)
+            case messages.RecoverPop():
+                return await self._parts.recover_pop(message)
+            case messages.AskPops():
+                return await self.pops()
             case messages.DrainNode():
                 return await self.drain(message.node_id, lost=message.lost)
             case _:
@@ -199,6 +211,43 @@ class Report:
                 figures = {name: m[name] for name in ("to_copy", "to_copy_bytes", "to_take_over")}
                 return msgspec.structs.replace(line, **figures)
         return line
+
+    async def pops(self) -> messages.PopsReply:
+        """All PoPs, with the copies that the members of `global` say they keep. Raises Unavailable without the list."""
+        parts = self._parts
+        claims = await parts.store.pops()
+        others = [node for node in parts.holders() if node != parts.identity.node_id]
+        found = [*parts.copies()]
+        silent = []
+        answers = await asyncio.gather(*(self._copies_at(node) for node in others))
+        for node, lines in zip(others, answers, strict=True):
+            if lines is None:
+                silent.append(node.hex())
+            else:
+                found += lines
+        roster = parts.wide.domain.chain.newest
+        members = [self._member_line(roster, m) for m in roster.members] if roster is not None else []
+        return messages.PopsReply(
+            tuple(
+                messages.PopLine(
+                    name,
+                    claim.index,
+                    claim.node.hex(),
+                    tuple(m for m in members if m.pop == name),
+                    tuple(line for line in found if line.domain == name),
+                    tuple(line for line in found if line.domain == GLOBAL and line.pop == name),
+                )
+                for name, claim in claims.items()
+            ),
+            tuple(silent),
+        )
+
+    async def _copies_at(self, node: NodeId) -> tuple[CopyLine, ...] | None:
+        try:
+            reply = await self._parts.ask(node, messages.AskCopies(), COPIES_TIMEOUT_S)
+        except DhtError:
+            return None
+        return reply.copies if isinstance(reply, messages.CopiesReply) else None
 
     async def where(self, key: GroupKey) -> messages.WhereReply:
         """Asked of the PoP that the group lives in, if it is another. Raises Unavailable if that cannot be learned."""

@@ -46,6 +46,7 @@ from dht.domain.messages import (
     TellTablets,
 )
 from dht.domain.news import News
+from dht.domain.recovery import restored
 from dht.domain.repair import Repair
 from dht.domain.roster import Member, Roster, TabletReplicas
 from dht.domain.rules import RULES, DomainRules
@@ -130,6 +131,7 @@ class Domain:
         self._rules = rules
         self._tasks: list[asyncio.Task[None]] = []
         self._refreshing: asyncio.Task[None] | None = None
+        self._greeting: asyncio.Task[None] | None = None
         self._views: tuple[TabletReplicas, ...] = ()
         self._look_now = asyncio.Event()
         self._rounds = 0
@@ -308,6 +310,24 @@ class Domain:
         await self.chain.durable()
         self._changed()
 
+    async def restore(self, before: Sequence[Roster], floors: Sequence[Ballot]) -> Roster:
+        """Begin the next generation alone, with what was put into this new node's file out of a copy (rule 8).
+
+        `before`: the domain's links so far; `floors`: of each tablet. A human says that nobody of them is left.
+        """
+        if self.chain.newest is not None or not before:
+            raise Invalid(f"domain {self.name} cannot be restored here: this node knows it already, or nothing of it")
+        link = restored(before[-1], self.local.member())
+        batch = Batch()
+        for tablet, floor in enumerate(floors):
+            self.tablets.initialise(batch, tablet, link.epoch, before[-1].tablet_epochs[tablet], floor)
+        self.tablets.submit(batch)
+        for one in (*before, link):
+            self.chain.append(one)
+        await self.chain.durable()
+        self._changed()
+        return link
+
     async def start(self) -> None:
         """Begin the background work. `answer` works before, too."""
         loop = asyncio.get_running_loop()
@@ -330,18 +350,26 @@ class Domain:
     async def stop(self) -> None:
         """End it. Nothing durable is half done."""
         await self._news.stop()
-        tasks = [*self._tasks, *(t for t in (self._refreshing, self.generations.meeting) if t is not None)]
+        now_and_then = (self._refreshing, self._greeting, self.generations.meeting)
+        tasks = [*self._tasks, *(t for t in now_and_then if t is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks = []
 
     def met(self, node: NodeId) -> None:
-        """A link to the node came up: see at once whether one of the two has missed writes."""
+        """A link to the node came up: see at once whether one of the two has missed writes, or a generation."""
         newest = self.chain.newest
         if newest is not None and newest.member(node) is not None:
             self.repair.returned(node)
+        elif self.joined and self.chain.generation_epoch:
+            # It may be one that this generation began without, and that no link known here lists.
+            self._greeting = asyncio.get_running_loop().create_task(self._greet(node))
         self.look()
+
+    async def _greet(self, node: NodeId) -> None:
+        asked = AskStatus(self.name, self.chain.epoch, self.generation, self.chain.branch)
+        await ask_each(self.ask, [node], asked, Status)
 
     def look(self) -> None:
         """What this node was waiting for to join may be the case now."""

@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from dht.domain.chain import Chain
-from dht.domain.copy import Copy, is_chosen
+from dht.domain.copy import Copy, Coverage, is_chosen
 from dht.domain.messages import (
     AskChanges,
     AskHeaders,
@@ -136,6 +136,11 @@ class Follower:
             return min(HURRIED_S, self._interval_s)
         self._hurried = 0
         return self._interval_s * self._chance.uniform(0.8, 1.2)
+
+    def noted(self) -> Coverage:
+        """What the copy covers by wall-clock time, as of now."""
+        self.copy.note(self._clock.monotonic(), self._clock.wall())
+        return self.copy.noted
 
     # ---- a round
 

@@ -316,6 +316,36 @@ class Changes(Message, frozen=True, tag=91):
 
 
 @message
+class AskCopy(DomainMessage, frozen=True, tag=94):
+    """What does your copy of the domain cover?"""
+
+
+@message
+class CopyCovers(Message, frozen=True, tag=95):
+    """`wall_s`, `open`: see `dht.domain.copy.Coverage`. `epoch`, `generation`: of the newest link that it holds."""
+
+    epoch: int
+    generation: int
+    wall_s: tuple[float, ...]
+    open: dict[GroupKey, float]
+
+
+@message
+class AskCopyLinks(DomainMessage, frozen=True, tag=96):
+    """The links that the copy came with, as `AskLinks`; answered with `Links`."""
+
+    after: int
+
+
+@message
+class AskCopyPage(DomainMessage, frozen=True, tag=97):
+    """Registers of the tablet in your copy, behind `after`: answered with `Registers` that fit, none at the end."""
+
+    tablet: int
+    after: GroupKey
+
+
+@message
 class AskMarks(DomainMessage, frozen=True, tag=92):
     """Where do these registers of the tablet stand, at a replica that serves it at `epoch`?"""
 

@@ -14,7 +14,7 @@ import msgspec
 
 from dht.domain.placement import score
 from dht.domain.plan import choose_voters
-from dht.domain.roster import REPLICAS, Roster, digest, quorums
+from dht.domain.roster import REPLICAS, Member, Roster, digest, quorums
 from dht.errors import Invalid, StorageError
 from dht.model import NodeId, Struct
 from dht.world import Batch, Disk, Space
@@ -81,6 +81,22 @@ def recovered(roster: Roster, survivors: Sequence[NodeId]) -> Roster:
         members,
         choose_voters(members, [v for v in roster.voters if v in ids], ids),
         tuple(tablets),
+        (epoch,) * len(tablets),
+    )
+
+
+def restored(roster: Roster, member: Member) -> Roster:
+    """The link with which one new node begins the next generation, out of a follower's copy: nobody else is left."""
+    epoch = roster.epoch + 1
+    tablets = ((member.node_id,),) * len(roster.tablets)
+    return Roster(
+        roster.domain,
+        roster.generation + 1,
+        epoch,
+        digest(roster),
+        (member,),
+        (member.node_id,),
+        tablets,
         (epoch,) * len(tablets),
     )
 

@@ -195,13 +195,16 @@ def check_step(before: Roster, after: Roster) -> None:
 
 
 def _check_recovery(before: Roster, after: Roster) -> None:
-    """Rule 8: the first link of a generation has members of the link before only, and new epochs everywhere."""
+    """Rule 8: the first link of a generation has members of the link before only, and new epochs everywhere.
+
+    Or it has one member that is new: nobody of the link before is left, and that one begins with a follower's copy.
+    """
     if after.epoch != before.epoch + 1 or after.previous != digest(before):
         _refuse(after, f"does not follow the link {before.epoch} held here", generation=after.generation)
     check_shape(after)
     if len(after.tablets) != len(before.tablets):
         _refuse(after, "changes the number of tablets, which is fixed for the domain's life")
-    if any(not before.lists(m.node_id, m.incarnation) for m in after.members):
+    if len(after.members) > 1 and any(not before.lists(m.node_id, m.incarnation) for m in after.members):
         _refuse(after, "begins a generation with members that the link before does not have")
     if set(after.tablet_epochs) != {after.epoch}:
         _refuse(after, "begins a generation and leaves tablets at epochs of the one before")

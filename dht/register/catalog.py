@@ -6,6 +6,7 @@ reads their column 0 only (dht.model.CATALOG_TABLE).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import msgspec
@@ -19,6 +20,7 @@ from dht.model import (
     LOCAL,
     POPS_MAX,
     Change,
+    Columns,
     GroupKey,
     Op,
     Part,
@@ -106,6 +108,12 @@ def pop_claimed(pop: str, claim: PopClaim) -> Part:
     return Part(POPS_GROUP, changes=(named, Change(Op.INSERT, 0, (claim.index,), {0: pop})))
 
 
+def pop_moved(pop: str, before: PopClaim, after: PopClaim) -> Part:
+    """The claim goes over to another node, if it is still as it was; of two that want it one meets Conflict."""
+    guards: Columns = {0: before.node, 1: before.incarnation}
+    return Part(POPS_GROUP, changes=(Change(Op.UPDATE, 0, (pop,), {0: after.node, 1: after.incarnation}, guards),))
+
+
 def pops_of(rows: Mapping[RowKey, bytes]) -> dict[str, PopClaim]:
     """All PoPs, by index."""
     out = {}
@@ -150,6 +158,12 @@ def shards_of(rows: Mapping[RowKey, bytes]) -> tuple[str, ...]:
 
 def database_removed(name: str) -> Part:
     return Part(REGISTRY_GROUP, changes=(Change(Op.DELETE, 0, (name,)),))
+
+
+@functools.lru_cache(maxsize=16_384)
+def database_of(key: GroupKey) -> str:
+    """The database that the group belongs to."""
+    return split_group_key(key)[0]
 
 
 def catalog_group(database: str) -> GroupKey:

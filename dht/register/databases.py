@@ -84,6 +84,11 @@ class Databases:
                     Transaction(self._context.chance.randbytes(16), "", 0, (part,)), 0, deadline
                 )
 
+    async def move_pop(self, pop: str, before: PopClaim, after: PopClaim, deadline: float) -> None:
+        """See `catalog.pop_moved`. Raises Conflict if somebody else has the claim by now."""
+        part = catalog.pop_moved(pop, before, after)
+        await self._transactions.commit(Transaction(self._context.chance.randbytes(16), "", 0, (part,)), 0, deadline)
+
     def mark(self, database: str) -> Value:
         """What tells a database, as last read of the registry, from one of the same name that was dropped."""
         return self._names.get(database)

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 
 from dht.domain.copy import NEVER_S, Copy
 from dht.limits import FIND_ROWS_MAX, READ_GROUPS_MAX
-from dht.model import CATALOG_FAMILY, ZERO, Ballot, FindQuery, FindResult, FoundRow, GroupKey, GroupRead, RowKey
+from dht.model import (
+    CATALOG_FAMILY,
+    ZERO,
+    Ballot,
+    FindQuery,
+    FindResult,
+    FoundRow,
+    GroupKey,
+    GroupRead,
+    RowKey,
+    TableSpec,
+)
 from dht.register import catalog
 from dht.register.group import is_system
 from dht.rows import encode_value, split_group_key
@@ -19,6 +30,7 @@ from dht.world import Batch, Disk
 
 GROUPS_BYTES_MAX = 12 * 1024 * 1024
 """Of whole groups that come with a find; more are asked of the voters."""
+DATABASES_KEPT_MAX = 1_000
 
 
 class FollowedReads:
@@ -29,6 +41,7 @@ class FollowedReads:
         self._file = copy.registers
         self._disk = disk
         self._catalog_suffix = encode_value(CATALOG_FAMILY)
+        self._specs: dict[str, tuple[Ballot, tuple[TableSpec, ...]]] = {}
         copy.on_change = self._changed
 
     def read(self, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None) -> tuple[list[GroupRead], float]:
@@ -49,6 +62,17 @@ class FollowedReads:
     def covered_s(self, database: str) -> float:
         """Up to which moment everything of the database is covered."""
         return self._copy.prefix_covered_s(encode_value(database))
+
+    def specs(self, database: str) -> tuple[TableSpec, ...]:
+        """Of the database's tables, by the catalog that is here."""
+        key = catalog.catalog_group(database)
+        ballot, specs = self._specs.get(database, (ZERO, ()))
+        if ballot != self._copy.standing(key):
+            if len(self._specs) >= DATABASES_KEPT_MAX:
+                self._specs.clear()
+            specs = tuple(catalog.catalog_of(self._rows(key))[1])
+            self._specs[database] = self._copy.standing(key), specs
+        return specs
 
     def version(self, database: str) -> int:
         """Of the catalog that the copy has, and that its indexes follow then."""

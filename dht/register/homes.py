@@ -144,6 +144,10 @@ class FarStore:
         message = requests.ClaimPop(pop, node, incarnation, index)
         return (await self.ask(message, requests.ClaimPopReply, timeout_s)).claim
 
+    async def move_pop(self, pop: str, before: PopClaim, after: PopClaim, timeout_s: float | None = None) -> None:
+        """See `Databases.move_pop`."""
+        await self.ask(requests.MovePop(pop, before, after), requests.Done, timeout_s, repeatable=False)
+
 
 class Registry(requests.Store, Protocol):
     """The store of domain `global`, which keeps the lists of databases and of PoPs."""
@@ -151,6 +155,8 @@ class Registry(requests.Store, Protocol):
     async def claim_pop(
         self, pop: str, node: NodeId, incarnation: bytes, timeout_s: float | None = None, index: int | None = None
     ) -> PopClaim: ...
+
+    async def move_pop(self, pop: str, before: PopClaim, after: PopClaim, timeout_s: float | None = None) -> None: ...
 
 
 class HomedStore:

@@ -278,6 +278,10 @@ class StoreNode:
         """See `Databases.claim_pop`."""
         return await self._databases.claim_pop(pop, node, incarnation, self._deadline(timeout_s), index)
 
+    async def move_pop(self, pop: str, before: PopClaim, after: PopClaim, timeout_s: float | None = None) -> None:
+        """See `Databases.move_pop`."""
+        await self._databases.move_pop(pop, before, after, self._deadline(timeout_s))
+
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return await self._databases.create(name, self._deadline(timeout_s), home)
 

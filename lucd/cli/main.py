@@ -9,7 +9,7 @@ import click
 
 from dht.errors import DhtError, Unavailable
 from lucd import version
-from lucd.cli import cluster, database, show
+from lucd.cli import cluster, database, pop, show
 from lucd.cli.output import fail
 
 
@@ -93,6 +93,7 @@ for command in (
     show.node,
     show.domain,
     show.data,
+    pop.pop,
     database.database,
 ):
     lucd.add_command(command)

@@ -173,10 +173,10 @@ def domain_show(name: str, config: Path | None, socket: Path | None, form: str) 
             for t in reply.tablets
         ],
     )
-    _show_recoveries(reply.recoveries)
+    show_recoveries(reply.recoveries)
 
 
-def _show_recoveries(recoveries: tuple[messages.RecoveryLine, ...]) -> None:
+def show_recoveries(recoveries: tuple[messages.RecoveryLine, ...]) -> None:
     for line in recoveries:
         when = f" at {line.when}" if line.when else ""
         click.echo(f"\ngeneration {line.generation} began{when} at link {line.epoch} without a majority")
@@ -211,11 +211,11 @@ def domain_recover(
     with client(config, socket, 2 * timeout + 30) as daemon:
         reply = daemon.call(messages.RecoverDomain(survivors, accept_data_loss, timeout, name))
     if isinstance(reply, messages.RecoverReply):
-        _show_recoveries((reply.recovery,))
-    _fit_unique_entries(name, config, socket)
+        show_recoveries((reply.recovery,))
+    fit_unique_entries(name, config, socket)
 
 
-def _fit_unique_entries(domain: str, config: Path | None, socket: Path | None) -> None:
+def fit_unique_entries(domain: str, config: Path | None, socket: Path | None) -> None:
     """Unique entries and sequences follow the rows that survived; indexes are built from rows anyway."""
     from nova_bridge.sql.database import Database  # pulls in the SQL door, which other commands do without
     from nova_bridge.sql.repair import check

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from oslo_config import cfg, types
 
 from dht import limits
+from dht.domain import backups, follower
 from dht.model import GLOBAL, LOCAL
+from dht.register import copies
 
 
 class Endpoint(NamedTuple):
@@ -125,6 +127,27 @@ LIMITS: list[Any] = [
         min=64 * 1024,
         max=1 << 40,
         help="Bandwidth at which this node copies what it missed while it was away.",
+    ),
+    cfg.FloatOpt(
+        "follow_interval_s",
+        default=follower.FOLLOW_INTERVAL_S,
+        min=0.05,
+        max=60.0,
+        help="Seconds between two questions of a follower to the domain that it copies.",
+    ),
+    cfg.FloatOpt(
+        "staleness_max_s",
+        default=copies.STALENESS_MAX_S,
+        min=0.0,
+        max=3600.0,
+        help="How old what is read from a copy of domain global may be; past it, the domain itself is asked.",
+    ),
+    cfg.IntOpt(
+        "backup_pops",
+        default=backups.BACKUP_POPS,
+        min=0,
+        max=8,
+        help="How many other PoPs keep a copy of each PoP's data, for the day it is lost. The same on every node.",
     ),
 ]
 

@@ -44,6 +44,9 @@ class Settings:
     remove_after_s: float
     copy_bytes_per_s: int
     repair_bytes_per_s: int
+    follow_interval_s: float
+    staleness_max_s: float
+    backup_pops: int
     nova: NovaSettings
 
 
@@ -162,6 +165,9 @@ def _settings(conf: Any, where: str) -> Settings:
         remove_after_s=values["limits", "remove_after_s"],
         copy_bytes_per_s=values["limits", "copy_bytes_per_s"],
         repair_bytes_per_s=values["limits", "repair_bytes_per_s"],
+        follow_interval_s=values["limits", "follow_interval_s"],
+        staleness_max_s=values["limits", "staleness_max_s"],
+        backup_pops=values["limits", "backup_pops"],
         nova=NovaSettings(
             workers=values["nova", "workers"],
             worker_threads=values["nova", "worker_threads"],

@@ -75,7 +75,7 @@ class Beside:
             return [machine.node_id for machine in self.world.cluster.machines]
 
         clock = self.world.cluster.machines[0].clock
-        name = self.world.domain(0).name
+        name = self.world.running()[0].domain.name
         return Follower(name, clock, random.Random(2), self.line, self.disk, contacts, TABLETS, self.rules)
 
     def restart(self) -> None:

@@ -1,0 +1,25 @@
+"""Which PoPs keep a copy of a PoP's domain, for the day on which it loses all its disks (DESIGN section 8). Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Final
+
+BACKUP_POPS: Final = 1
+
+
+def backups_of(pop: str, pops: Iterable[str], count: int) -> tuple[str, ...]:
+    """The PoPs that follow it, best first, by rendezvous hashing: a PoP more or less moves few copies."""
+    others = {other for other in pops if other != pop}
+    return tuple(sorted(others, key=lambda other: (_score(pop, other), other), reverse=True)[:count])
+
+
+def followed_by(pop: str, pops: Iterable[str], count: int) -> tuple[str, ...]:
+    """The PoPs that this one follows, sorted."""
+    known = {*pops, pop}
+    return tuple(sorted(other for other in known if pop in backups_of(other, known, count)))
+
+
+def _score(pop: str, other: str) -> bytes:
+    return hashlib.sha256(f"{pop}\0{other}".encode()).digest()

@@ -1,0 +1,142 @@
+"""A domain that lost all its disks, begun anew by one new node out of followers' copies (DESIGN section 8).
+
+Of each tablet the copy that covers it furthest is taken, whole: another one might still have what was deleted and
+collected since. The registers are put into the new node's file, where nobody sees them until the domain begins its next
+generation with them (`Domain.restore`). No accept of an earlier generation is admitted any more; a transaction that saw
+an absent group before is not applied to it now, for the floor of every tablet is above all that was promised then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeVar
+
+from dht.domain.asking import Ask, ask_each
+from dht.domain.copy import Copy
+from dht.domain.follower import Follower
+from dht.domain.messages import (
+    AskCopy,
+    AskCopyLinks,
+    AskCopyPage,
+    CopyCovers,
+    DomainMessage,
+    Links,
+    RegisterCopy,
+    Registers,
+)
+from dht.domain.roster import Roster
+from dht.domain.source import REPLY_BYTES_MAX
+from dht.errors import Invalid, NotFound, RemoteProtocolError
+from dht.model import Ballot, GroupKey, NodeId, Struct
+from dht.storage.registers import RegisterFile
+from dht.world import Batch, Disk
+
+LINKS_PER_PAGE: Final = 100
+PAGE_KEYS_MAX: Final = 500
+QUESTIONS: Final = (AskCopy, AskCopyLinks, AskCopyPage)
+R = TypeVar("R", bound=Struct)
+
+
+def hand_over(follower: Follower | None, question: DomainMessage) -> CopyCovers | Links | Registers:
+    """What a follower tells a node that restores the domain. Raises NotFound where it has no copy of it."""
+    if follower is None or follower.chain.newest is None:
+        raise NotFound(f"there is no copy of domain {question.domain} on this node")
+    match question:
+        case AskCopyLinks():
+            return Links(follower.chain.after(question.after, LINKS_PER_PAGE), follower.chain.epoch)
+        case AskCopyPage():
+            return Registers(tuple(_page(follower.copy, question.tablet, question.after)))
+        case _:
+            noted, newest = follower.noted(), follower.chain.newest
+            return CopyCovers(newest.epoch, newest.generation, noted.wall_s, noted.open)
+
+
+def _page(copy: Copy, tablet: int, after: GroupKey) -> Iterable[RegisterCopy]:
+    size_bytes = 0
+    for key in copy.registers.keys(tablet, after, PAGE_KEYS_MAX):
+        header = copy.registers.header(key)
+        if size_bytes and size_bytes + header.size_bytes > REPLY_BYTES_MAX:
+            return
+        size_bytes += header.size_bytes
+        yield RegisterCopy(key, header, copy.registers.rows(key))
+
+
+class Restoration:
+    """`sources[t]`: whose copy of the tablet is taken; `covered_s[t]`: up to which wall-clock time it covers it.
+
+    `open`: registers that are covered up to an earlier moment, with that.
+    """
+
+    def __init__(self, domain: str, ask: Ask, found: dict[NodeId, CopyCovers]) -> None:
+        generation = max(covers.generation for covers in found.values())
+        self._domain = domain
+        self._ask = ask
+        self._found = {node: covers for node, covers in found.items() if covers.generation == generation}
+        tablets = max(len(covers.wall_s) for covers in self._found.values())
+        self.sources: list[NodeId] = []
+        self.covered_s: list[float] = []
+        for tablet in range(tablets):
+            best = max(self._found, key=lambda node: (self._wall_s(node, tablet), node))
+            self.sources.append(best)
+            self.covered_s.append(self._wall_s(best, tablet))
+        self.open: dict[GroupKey, float] = {}
+        self.registers = 0
+
+    def _wall_s(self, node: NodeId, tablet: int) -> float:
+        walls = self._found[node].wall_s
+        return walls[tablet] if tablet < len(walls) else 0.0
+
+    async def links(self) -> list[Roster]:
+        """The domain's links, from the copy that has the most of them."""
+        node = max(self._found, key=lambda n: (self._found[n].epoch, n))
+        links: list[Roster] = []
+        while True:
+            asked = AskCopyLinks(self._domain, links[-1].epoch if links else 0)
+            page = _expect(await self._ask(node, asked), Links).links
+            links += page
+            if len(page) < LINKS_PER_PAGE:
+                return links
+
+    async def fetch(self, file: RegisterFile, disk: Disk) -> None:
+        """Put all registers into the file, durably. What an earlier attempt left there goes."""
+        for tablet, node in enumerate(self.sources):
+            for key in file.keys(tablet):
+                batch = Batch()
+                file.erase(batch, key)
+                disk.submit(batch)
+            after = b""
+            while copies := _expect(await self._ask(node, AskCopyPage(self._domain, tablet, after)), Registers).copies:
+                number = 0
+                for copy in copies:
+                    batch = Batch()
+                    file.replace(batch, copy.key, copy.header, copy.rows)
+                    number = disk.submit(batch)
+                    self.registers += 1
+                await disk.durable(number)
+                after = copies[-1].key
+            opened = self._found[node].open
+            self.open.update({key: wall_s for key, wall_s in opened.items() if file.tablet(key) == tablet})
+
+
+async def find_copies(domain: str, ask: Ask, nodes: Sequence[NodeId]) -> Restoration:
+    """Ask the nodes what their copies cover. Raises Invalid if none has one that was ever complete."""
+    found = await ask_each(ask, nodes, AskCopy(domain), CopyCovers)
+    complete = {node: covers for node, covers in found.items() if covers.wall_s and all(covers.wall_s)}
+    if not complete:
+        raise Invalid(
+            f"none of the {len(found)} copies of domain {domain} that were found among {len(nodes)} nodes is complete; "
+            "start the nodes of the PoPs that back it up, and see `lucd pop list`"
+        )
+    return Restoration(domain, ask, complete)
+
+
+def floors_after(before: Roster) -> list[Ballot]:
+    """Of each tablet, above all that was promised in the generation that ends."""
+    floor = Ballot(before.generation, before.epoch + 1, 0, b"", 0, 0)
+    return [floor] * len(before.tablets)
+
+
+def _expect(reply: Struct, kind: type[R]) -> R:
+    if not isinstance(reply, kind):
+        raise RemoteProtocolError(f"a follower answered with {type(reply).__name__} where {kind.__name__} was due")
+    return reply

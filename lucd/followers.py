@@ -1,0 +1,262 @@
+"""The copies that this node keeps of domains that it follows: `global`, and PoPs whose backup its own PoP is.
+
+A member of `global` follows all of it, so that every PoP reads it without asking another one; and the members of
+`global` in a PoP keep the copies of the PoPs that it backs up (`dht.domain.backups`). Each copy is a file of its own in
+the data directory; the voting code never answers from one. A copy that is not wanted any more, because other PoPs
+came, is deleted after a while; that of a PoP which is gone stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+from urllib.parse import quote
+
+from dht.codec import Message
+from dht.domain import restore
+from dht.domain.backups import followed_by
+from dht.domain.domain import Domain
+from dht.domain.follower import Follower
+from dht.domain.messages import DomainMessage
+from dht.domain.roster import Roster
+from dht.domain.wide import GLOBAL_TABLETS
+from dht.errors import DhtError
+from dht.limits import TABLETS_PER_DOMAIN
+from dht.model import GLOBAL, NodeId, Struct
+from dht.register import copies
+from dht.register.following import FollowedReads
+from dht.storage.disk import SqliteDisk
+from dht.wire.identity import NodeIdentity
+from dht.wire.links import parse_address
+from dht.world import Chance, Clock, Network
+from lucd.conf.settings import Settings
+from lucd.counters import Counters
+from lucd.domain_node import open_file
+from lucd.messages import CopyLine
+
+log = logging.getLogger(__name__)
+COPIES: Final = "copies"
+COPY_RESERVE_BYTES: Final = 4 * 1024 * 1024
+LOOK_EVERY_S: Final = 1.0
+UNWANTED_AFTER_S: Final = 600.0
+
+Contacts = Callable[[str], Awaitable[Sequence[NodeId]]]
+"""Nodes that keep the domain of that name."""
+
+
+class Addresses(Network, Protocol):
+    """The part of `dht.wire.links.LinkNetwork` that is needed here."""
+
+    def set_address(self, node_id: NodeId, host: str, port: int) -> None: ...
+
+    def forget(self, node_id: NodeId) -> None: ...
+
+
+@dataclass(slots=True)
+class Kept:
+    """One copy. `nodes`: those that it is pulled from, by address."""
+
+    disk: SqliteDisk
+    follower: Follower
+    reads: FollowedReads
+    nodes: dict[NodeId, str]
+
+
+class Followers:
+    """`contacts`: see `Contacts`. `needed`: whether this node wants a link to that one anyway."""
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: NodeIdentity,
+        settings: Settings,
+        clock: Clock,
+        chance: Chance,
+        network: Addresses,
+        global_network: Network,
+        wide: Domain,
+        contacts: Contacts,
+        needed: Callable[[NodeId], bool],
+    ) -> None:
+        self._directory = directory / COPIES
+        self._identity = identity
+        self._settings = settings
+        self._clock = clock
+        self._chance = chance
+        self._network = network
+        self._global_network = global_network
+        self._wide = wide
+        self._contacts = contacts
+        self._needed = needed
+        self._kept: dict[str, Kept] = {}
+        self._failed: dict[str, str] = {}
+        self._unwanted_s: dict[str, float] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._looking = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        for name in list(self._kept):
+            await self._end(name)
+
+    # ---- what is copied
+
+    def kept(self, name: str) -> Kept | None:
+        """The copy of the domain of that name."""
+        return self._kept.get(name)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._kept))
+
+    def reads(self) -> FollowedReads | None:
+        """Of domain `global`."""
+        kept = self._kept.get(GLOBAL)
+        return None if kept is None else kept.reads
+
+    def near(self) -> Sequence[NodeId]:
+        """Other nodes of this PoP that follow `global`, those that are heard first."""
+        newest = self._wide.chain.newest
+        members = () if newest is None else newest.members
+        own, pop = self._identity.node_id, self._settings.pop
+        near = [m.node_id for m in members if m.pop == pop and m.node_id != own]
+        return sorted(near, key=lambda node: not self._network.alive(node))
+
+    def answer(self, question: Struct) -> Message:
+        """Serve a node of this PoP that follows nothing."""
+        return copies.answer(self.reads(), self._clock, question)
+
+    def hand_over(self, question: DomainMessage) -> Message:
+        """Serve a new node of a PoP that lost all its disks."""
+        kept = self._kept.get(question.domain)
+        return restore.hand_over(None if kept is None else kept.follower, question)
+
+    def lines(self) -> tuple[CopyLine, ...]:
+        """The copies, for humans."""
+        node, pop = self._identity.node_id.hex(), self._settings.pop
+        out = []
+        for name, kept in sorted(self._kept.items()):
+            age_s, copy = self.age_s(name), kept.follower.copy
+            shown = round(age_s, 1) if age_s < float("inf") else -1.0
+            out.append(CopyLine(name, shown, copy.open_count(), copy.noted.generation, node, pop))
+        return tuple(out)
+
+    def acquainted(self, node: NodeId) -> bool:
+        """Whether a copy is pulled from that node."""
+        return any(node in kept.nodes for kept in self._kept.values())
+
+    def age_s(self, name: str) -> float:
+        """How old the least covered tablet of the copy is; infinite before all are covered."""
+        kept = self._kept[name]
+        return self._clock.monotonic() - kept.follower.copy.prefix_covered_s(b"")
+
+    def warnings(self) -> list[str]:
+        """Sentences for humans."""
+        return [f"the copy of domain {name} is not kept: {why}" for name, why in sorted(self._failed.items())]
+
+    @property
+    def counters(self) -> Counters:
+        """Sums over the copies, and the age of that of `global` (seconds, -1 while it is not covered)."""
+        total: dict[str, int | float] = {"copies": len(self._kept), "open": 0}
+        for kept in self._kept.values():
+            follower = kept.follower
+            total["open"] += follower.copy.open_count()
+            for name, value in {**follower.counters, **follower.copy.counters}.items():
+                total[name] = total.get(name, 0) + value
+        age_s = self.age_s(GLOBAL) if GLOBAL in self._kept else float("inf")
+        total["global_age_s"] = round(age_s, 3) if age_s < float("inf") else -1
+        return total
+
+    # ---- which are
+
+    def wanted(self) -> tuple[str, ...]:
+        """Domains that this node is to follow; none while it is no member of `global`."""
+        newest = self._wide.chain.newest
+        if newest is None or not self._wide.joined:
+            return ()
+        pops = {m.pop for m in newest.members}
+        return GLOBAL, *followed_by(self._settings.pop, pops, self._settings.backup_pops)
+
+    async def _run(self) -> None:
+        while True:
+            for name in self.wanted():
+                self._unwanted_s.pop(name, None)
+                if name not in self._kept:
+                    await self._begin(name)
+            await self._drop_unwanted()
+            await self._clock.sleep(LOOK_EVERY_S * self._chance.uniform(0.8, 1.2))
+
+    async def _drop_unwanted(self) -> None:
+        """Copies of PoPs that others back up now; not that of a PoP which `global` knows no more."""
+        wanted, newest = self.wanted(), self._wide.chain.newest
+        if not wanted or newest is None:
+            return
+        pops = {m.pop for m in newest.members}
+        now_s = self._clock.monotonic()
+        for name in [n for n in self._kept if n not in wanted and n in pops]:
+            if now_s - self._unwanted_s.setdefault(name, now_s) >= UNWANTED_AFTER_S:
+                log.info("domain %s is followed by other PoPs now; its copy here is deleted", name)
+                await self._end(name)
+                for path in self._directory.glob(f"{self._path(name).name}*"):
+                    path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{quote(name, safe='')}.sqlite"
+
+    async def _begin(self, name: str) -> None:
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            disk = open_file(self._path(name), self._identity, 0, COPY_RESERVE_BYTES)
+        except (DhtError, OSError) as error:
+            if name not in self._failed:
+                log.error("the copy of domain %s cannot be opened: %s", name, error)
+            self._failed[name] = str(error)
+            return
+        self._failed.pop(name, None)
+        nodes: dict[NodeId, str] = {}
+
+        async def contacts() -> Sequence[NodeId]:
+            return await self._contacts(name)
+
+        follower = Follower(
+            name,
+            self._clock,
+            self._chance,
+            self._global_network if name == GLOBAL else self._network,
+            disk,
+            contacts,
+            GLOBAL_TABLETS if name == GLOBAL else TABLETS_PER_DOMAIN,
+            interval_s=self._settings.follow_interval_s,
+            bytes_per_s=self._settings.copy_bytes_per_s,
+            on_roster=lambda roster: self._acquaint(nodes, roster),
+        )
+        self._kept[name] = Kept(disk, follower, FollowedReads(follower.copy, disk), nodes)
+        await follower.start()
+        log.info("this node follows domain %s", name)
+
+    def _acquaint(self, nodes: dict[NodeId, str], roster: Roster) -> None:
+        """Links to the members of a followed domain, for as long as they are members."""
+        addresses = {m.node_id: m.address for m in roster.members if m.node_id != self._identity.node_id}
+        for node, address in addresses.items():
+            if nodes.get(node) != address:
+                self._network.set_address(node, *parse_address(address))
+        gone = [node for node in nodes if node not in addresses]
+        nodes.clear()
+        nodes.update(addresses)
+        for node in gone:
+            if not self._needed(node) and not self.acquainted(node):
+                self._network.forget(node)
+
+    async def _end(self, name: str) -> None:
+        kept = self._kept.pop(name)
+        with contextlib.suppress(DhtError):
+            await kept.follower.stop()
+        kept.disk.close()

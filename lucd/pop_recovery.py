@@ -1,0 +1,152 @@
+"""`lucd pop recover`: a PoP lost all its disks, and a new node of it begins anew with what other PoPs have copied.
+
+Order: the copies are found and fetched into this node's empty file; then the PoP's claim in `global` goes over to this
+node, by compare-and-set, so that of two such orders one is refused; then the domain begins its next generation here.
+Whatever breaks off before is done again by the next order. Members that were only cut off meet the higher generation,
+stop, and keep their files (DESIGN section 8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from dht.domain.messages import AskLinks, DomainMessage, Links
+from dht.domain.recovery import Recovery, keep_record
+from dht.domain.restore import Restoration, find_copies, floors_after
+from dht.domain.roster import Roster
+from dht.errors import Conflict, DhtError, Indeterminate, Invalid
+from dht.limits import REQUEST_TIMEOUT_S
+from dht.model import NodeId, PopClaim, Struct
+from dht.register.homes import Registry
+from dht.rows import split_group_key
+from dht.world import Clock, Network
+from lucd.domain_node import DomainNode
+from lucd.messages import RecoverPop, RecoverReply
+from lucd.recovery import Recoverer
+
+log = logging.getLogger(__name__)
+PAGE_TIMEOUT_S = 10.0
+OPEN_SHOWN_MAX = 20
+
+
+class PopRecoverer:
+    """`holders`: nodes of other PoPs that may have copies; `met`: nodes of this PoP that are heard."""
+
+    def __init__(
+        self,
+        own: DomainNode,
+        incarnation: bytes,
+        clock: Clock,
+        network: Network,
+        registry: Callable[[], Registry],
+        holders: Callable[[], Sequence[NodeId]],
+        met: Callable[[], Sequence[NodeId]],
+    ) -> None:
+        self._own = own
+        self._incarnation = incarnation
+        self._clock = clock
+        self._network = network
+        self._registry = registry
+        self._holders = holders
+        self._met = met
+
+    async def order(self, request: RecoverPop) -> RecoverReply:
+        """Raises Invalid where it is not allowed, Conflict if another node has recovered the PoP meanwhile."""
+        domain, node = self._own.domain, self._own.domain.local.node_id
+        await self._refuse_unless_lost(request)
+        claim = await self._claim()
+        found = await find_copies(domain.name, self._ask, self._holders())
+        before = await found.links()
+        if not request.accept_data_loss:
+            raise Invalid(
+                f"what PoP {domain.name} acknowledged after {_moment(min(found.covered_s))} may not be in the copies "
+                "and is lost then; its old members stop if they come back. Be sure that their disks are gone, then say "
+                "--accept-data-loss"
+            )
+        await found.fetch(self._own.registers, self._own.disk)
+        if (claim.node, claim.incarnation) != (node, self._incarnation):
+            await self._move(claim, PopClaim(node, self._incarnation, claim.index))
+        link = await domain.restore(before, floors_after(before[-1]))
+        record = self._record(link, before[-1], found)
+        await self._own.disk.durable(keep_record(self._own.disk, domain.name, record))
+        log.warning("PoP %s begins anew in generation %d, data loss accepted", domain.name, link.generation)
+        return await Recoverer(domain, self._own.store.salvage).finish(record, request.timeout_s)
+
+    async def _refuse_unless_lost(self, request: RecoverPop) -> None:
+        domain = self._own.domain
+        if request.name != domain.name:
+            raise Invalid(
+                f"this node belongs to PoP {domain.name}; PoP {request.name} is recovered on a new node of its own "
+                f"(pop = {request.name}, an empty data_dir, bootstrap at nodes of other PoPs)"
+            )
+        if domain.chain.newest is not None:
+            raise Invalid(
+                f"this node knows domain {domain.name} already; a PoP is recovered on a node with an empty data_dir. "
+                "If some of its nodes are left, but no majority, `lucd domain recover` on one goes on with those"
+            )
+        for node in self._met():
+            with contextlib.suppress(DhtError):
+                reply = await self._network.call(node, AskLinks(domain.name, 0, 1), REQUEST_TIMEOUT_S / 5)
+                if isinstance(reply, Links) and reply.newest:
+                    raise Invalid(f"node {node.hex()} of PoP {domain.name} answers: nothing is lost for good")
+
+    async def _claim(self) -> PopClaim:
+        name = self._own.domain.name
+        claim = (await self._registry().pops()).get(name)
+        if claim is None:
+            raise Invalid(f"there never was a PoP {name}; this node founds it by itself")
+        return claim
+
+    async def _move(self, before: PopClaim, after: PopClaim) -> None:
+        name = self._own.domain.name
+        try:
+            await self._registry().move_pop(name, before, after)
+        except Indeterminate:
+            now = await self._claim()
+            if now != after:
+                raise
+        except Conflict:
+            now = await self._claim()
+            if now != after:
+                raise Conflict(
+                    f"PoP {name} is being recovered on node {now.node.hex()}: nothing was changed here; join that one"
+                ) from None
+
+    def _record(self, link: Roster, before: Roster, found: Restoration) -> Recovery:
+        every = tuple(range(len(before.tablets)))
+        lost = tuple(m.node_id for m in before.members)
+        node = self._own.domain.local.node_id
+        wall_s = self._clock.wall()
+        return Recovery(wall_s, node, link.generation, link.epoch, (node,), lost, every, (), _findings(found))
+
+    async def _ask(self, node: NodeId, message: DomainMessage) -> Struct:
+        return await self._network.call(node, message, PAGE_TIMEOUT_S)
+
+
+def _moment(wall_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(wall_s))
+
+
+def _findings(found: Restoration) -> tuple[str, ...]:
+    """What the copies cover, in sentences."""
+    sources = ", ".join(sorted({node.hex() for node in found.sources}))
+    first, last = min(found.covered_s), max(found.covered_s)
+    lines = [
+        f"{found.registers} groups were taken from the copies at {sources}",
+        f"every write acknowledged before {_moment(first)} is covered (the furthest tablet: {_moment(last)})",
+    ]
+    behind = sorted(found.open.items(), key=lambda item: item[1])
+    for key, wall_s in behind[:OPEN_SHOWN_MAX]:
+        name = "/".join(str(value) for value in _flat(key))
+        lines.append(f"group {name} is covered before {_moment(wall_s)} only: it was being written")
+    if len(behind) > OPEN_SHOWN_MAX:
+        lines.append(f"and so are {len(behind) - OPEN_SHOWN_MAX} other groups")
+    return tuple(lines)
+
+
+def _flat(key: bytes) -> tuple[object, ...]:
+    database, family, values = split_group_key(key)
+    return database, family, *values

@@ -1,0 +1,170 @@
+"""A domain without any of its disks begins anew with a follower's copy; whoever comes back all the same stops."""
+
+from __future__ import annotations
+
+import pytest
+
+from dht.domain.messages import DomainMessage
+from dht.domain.restore import find_copies, floors_after, hand_over
+from dht.domain.roster import check_step
+from dht.errors import Invalid, NotServing, RemoteProtocolError
+from dht.model import NodeId, Struct
+from dht.world import Batch
+from tests.dht.domain.small_world import ROW, TABLETS, World, key, outcome, play, value
+from tests.dht.domain.test_follower import Beside
+from tests.dht.domain.test_recovery import link
+
+KEYS = [key(i) for i in range(20)]
+
+
+async def restore(world: World, number: int, *besides: Beside) -> None:
+    """Machine `number`, which is new, restores the domain out of these copies."""
+
+    async def ask(node: NodeId, question: DomainMessage) -> Struct:
+        return hand_over(besides[node[0]].follower, question)
+
+    node = world.node(number)
+    found = await find_copies(node.domain.name, ask, [bytes([i]) * 20 for i in range(len(besides))])
+    await found.fetch(node.registers, node.boot.disk)
+    before = await found.links()
+    await node.domain.restore(before, floors_after(before[-1]))
+
+
+async def destroyed(world: World) -> tuple[Beside, int]:
+    """Three members with data, all switched off; a follower that has it; a new machine."""
+    await world.grow(3)
+    for i, k in enumerate(KEYS):
+        await world.put(0, k, f"v{i}")
+    beside = Beside(world)
+    await beside.rounds(3)
+    for number in range(3):
+        world.cluster.shut(number)
+    number = world.cluster.add()
+    await world.cluster.start(number)
+    return beside, number
+
+
+def test_restore_new_node_serves_what_the_copy_has_and_others_join_it() -> None:
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+        old = beside.follower.chain.newest
+        assert old is not None
+        await restore(world, number, beside)
+        domain = world.domain(number)
+        assert domain.joined
+        assert (domain.generation, domain.chain.epoch) == (old.generation + 1, old.epoch + 1)
+        for i, k in enumerate(KEYS):
+            assert await world.get(number, k) == value(f"v{i}")
+        other = world.cluster.add()
+        await world.cluster.start(other)
+        await world.until(lambda: world.domain(other).joined, what="joining")
+        await world.put(other, KEYS[0], "after")
+        assert await world.get(number, KEYS[0]) == value("after")
+
+    play(story)
+
+
+def test_restore_old_members_that_come_back_stop_and_keep_their_files() -> None:
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+        await restore(world, number, beside)
+        for old in (0, 1):
+            await world.cluster.start(old)
+        await world.until(lambda: all(world.domain(n).generations.stopped for n in (0, 1)), 60.0, "stopping")
+        tablet = world.node(0).registers.tablet(KEYS[0])
+        with pytest.raises(NotServing):
+            world.domain(0).admit(tablet, beside.follower.chain.epoch)
+        assert world.node(0).registers.row(KEYS[0], ROW) == value("v0")
+        await world.put(number, KEYS[0], "after")
+        assert await world.get(number, KEYS[0]) == value("after")
+
+    play(story)
+
+
+def test_restore_member_that_joined_after_the_copy_saw_the_roster_stops_too() -> None:
+    """The copy's newest link does not list it, so nobody knows that it is to be told; it is told when it is met."""
+
+    async def story(world: World) -> None:
+        await world.grow(1)
+        beside = Beside(world)
+        await beside.rounds(3)
+        late = await world.add()
+        await world.settled()
+        world.cluster.shut(0)
+        world.cluster.shut(late)
+        number = world.cluster.add()
+        await world.cluster.start(number)
+        await restore(world, number, beside)
+        await world.cluster.start(late)
+        world.domain(number).met(world.cluster.machines[late].node_id)
+        await world.until(lambda: bool(world.domain(late).generations.stopped), 60.0, "stopping")
+
+    play(story)
+
+
+def test_restore_takes_each_tablet_from_the_copy_that_covers_it_furthest() -> None:
+    async def story(world: World) -> None:
+        await world.grow(3)
+        older, newer = Beside(world), Beside(world)
+        k = KEYS[0]
+        await world.put(0, k, "deleted since")
+        for beside in (older, newer):
+            await beside.rounds(3)
+        await world.cluster.machines[0].clock.sleep(5.0)
+        for number in range(3):
+            node, batch = world.node(number), Batch()
+            node.registers.erase(batch, k)
+            node.boot.disk.submit(batch)
+        newer.restart()
+        await newer.rounds(4)
+        for number in range(3):
+            world.cluster.shut(number)
+        number = world.cluster.add()
+        await world.cluster.start(number)
+        await restore(world, number, older, newer)
+        assert await world.get(number, k) is None
+
+    play(story)
+
+
+def test_restore_without_a_complete_copy_or_on_a_member_is_refused() -> None:
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+        assert isinstance(await outcome(restore(world, number)), Invalid)
+        empty = Beside(world)
+        assert isinstance(await outcome(restore(world, number, empty)), Invalid)
+        await restore(world, number, beside)
+        before = list(beside.follower.chain.after(0, 100))
+        assert isinstance(await outcome(world.domain(number).restore(before, floors_after(before[-1]))), Invalid)
+
+    play(story)
+
+
+def test_restore_again_after_it_broke_off_leaves_nothing_of_the_first_attempt() -> None:
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+        node, batch = world.node(number), Batch()
+        stray = key(999)
+        header = beside.copy.registers.header(KEYS[0])
+        node.registers.replace(batch, stray, header, {ROW: value("stray")})
+        node.boot.disk.submit(batch)
+        await restore(world, number, beside)
+        assert await world.get(number, stray) is None
+        assert len(world.domain(number).roster.tablets) == TABLETS
+
+    play(story)
+
+
+def test_first_link_of_a_generation_with_several_new_members_is_refused() -> None:
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+        await restore(world, number, beside)
+        old = beside.follower.chain.newest
+        new = world.domain(number).roster
+        assert old is not None
+        check_step(old, new)
+        members = tuple(sorted((*new.members, old.members[0]), key=lambda m: m.node_id))
+        with pytest.raises(RemoteProtocolError):
+            check_step(old, link(new, 2, members=members))
+
+    play(story)

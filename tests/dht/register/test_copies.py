@@ -1,0 +1,357 @@
+"""Reads of `global` out of a copy: what may be read so, how old it may be, and what this node's clients saw before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from dht.domain.copy import Copy
+from dht.domain.messages import RegisterCopy
+from dht.errors import Conflict, DhtError, Unavailable
+from dht.model import (
+    ZERO,
+    Applied,
+    Ballot,
+    Change,
+    Comparison,
+    Constraint,
+    FindQuery,
+    FindResult,
+    GroupKey,
+    GroupRead,
+    NodeId,
+    Op,
+    Part,
+    Reading,
+    Struct,
+    TableSpec,
+    Transaction,
+)
+from dht.register import catalog, copies
+from dht.register.copies import CopiedRegistry
+from dht.register.following import FollowedReads
+from dht.register.seen import Seen
+from dht.rows import encode_row, encode_value, encode_values, group_key, row_key
+from dht.sim import loop as virtual
+from dht.sim.clock import SimClock
+from dht.storage.memory import MemoryDisk
+from dht.storage.registers import Header
+
+FLAVOR, KEYPAIR, USAGE, QUOTA = 1, 2, 3, 4
+SPECS = tuple(
+    TableSpec(table, (0,), (), read=read, groups=(encode_values((family,)),))
+    for table, family, read in (
+        (FLAVOR, "flavor", Reading.FOLLOW | Reading.SERVE_STALE),
+        (KEYPAIR, "keypair", Reading.SERVE_STALE),
+        (USAGE, "usage", 0),
+        (QUOTA, "quota", Reading.FOLLOW),
+    )
+)
+FLAVORS = group_key("api", "flavor", ())
+KEYPAIRS = group_key("api", "keypair", ("u",))
+USAGES = group_key("api", "usage", ("p",))
+QUOTAS = group_key("api", "quota", ("p",))
+CATALOG = catalog.catalog_group("api")
+QUERY = FindQuery("api", FLAVOR, 1, (Constraint(1, Comparison.EQ, ("m1",)),))
+
+
+def ballot(round: int) -> Ballot:
+    return Ballot(1, 1, round, b"p", 1, round)
+
+
+class Voters:
+    """Domain `global`: every group at one ballot, newer than any copy; `cut` when it is out of reach."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.round = 9
+        self.cut = False
+        self.refusal: DhtError | None = None
+
+    def _answer(self) -> None:
+        self.asked += 1
+        if self.cut:
+            raise Unavailable("domain global cannot be asked")
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def read(self, keys: Sequence[GroupKey], *_: object) -> tuple[GroupRead, ...]:
+        self._answer()
+        return tuple(GroupRead(key, ballot(self.round), {}) for key in keys)
+
+    async def find(self, *_: object) -> FindResult:
+        self._answer()
+        return FindResult(())
+
+    async def commit(self, transaction: Transaction, *_: object) -> Applied:
+        self._answer()
+        return Applied(tuple(ballot(self.round) for _ in transaction.parts))
+
+
+class Following:
+    """A copy, covered when the test says so."""
+
+    def __init__(self) -> None:
+        disk = MemoryDisk()
+        self.copy = Copy(disk, 4)
+        self.reads = FollowedReads(self.copy, disk)
+        self.clock = SimClock()
+        rows = {row_key(0, (0,)): encode_row({0: 1})}
+        rows |= {row_key(0, (s.table,)): encode_row({0: msgspec.msgpack.encode(s)}) for s in SPECS}
+        self.put(CATALOG, 1, rows)
+        for table, key in ((FLAVOR, FLAVORS), (KEYPAIR, KEYPAIRS), (USAGE, USAGES), (QUOTA, QUOTAS)):
+            self.put(key, 1, {row_key(table, (1,)): encode_row({0: 1, 1: "m1"})})
+        self.cover()
+
+    def put(self, key: GroupKey, round: int, rows: dict[bytes, bytes]) -> None:
+        self.copy.install([RegisterCopy(key, Header(ZERO, ballot(round), ballot(round)), rows)])
+
+    def cover(self) -> None:
+        for tablet in range(4):
+            self.copy.cover(tablet, self.clock.monotonic())
+
+
+class Link:
+    """To followers of this PoP by name."""
+
+    def __init__(self, followers: dict[NodeId, Following]) -> None:
+        self.followers = followers
+        self.asked: list[tuple[NodeId, Struct]] = []
+
+    async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
+        self.asked.append((to, message))
+        following = self.followers[to]
+        return copies.answer(following.reads, following.clock, message)
+
+
+class Bed:
+    def __init__(self, *, beside: int = 0) -> None:
+        """`beside`: this node follows nothing; so many others of its PoP do."""
+        self.clock = SimClock()
+        self.voters = Voters()
+        self.own = Following()
+        self.link = Link({bytes([65 + i]) * 20: Following() for i in range(beside)})
+        self.store = CopiedRegistry(
+            self.clock,
+            self.link,  # type: ignore[arg-type]
+            lambda: self.voters,  # type: ignore[arg-type,return-value]
+            lambda: None if beside else self.own.reads,
+            lambda: list(self.link.followers),
+        )
+
+    async def round_of(self, *keys: GroupKey) -> int:
+        return min(group.ballot.round for group in await self.store.read(keys))
+
+    async def asked_of_voters(self, work: Coroutine[Any, Any, Any]) -> bool:
+        before = self.voters.asked
+        await work
+        return self.voters.asked > before
+
+
+def play(story: Coroutine[Any, Any, None]) -> None:
+    virtual.run(story, time_limit_s=1000.0)
+
+
+def update(key: GroupKey) -> Transaction:
+    return Transaction(b"t" * 16, "api", 1, (Part(key, None, (Change(Op.UPDATE, 1, (1,), {1: "x"}),)),))
+
+
+def test_followed_table_is_read_from_the_copy_within_the_bound_and_from_the_voters_past_it() -> None:
+    async def story() -> None:
+        bed = Bed()
+        assert await bed.round_of(FLAVORS) == 1
+        assert len((await bed.store.find(QUERY)).rows) == 1
+        assert bed.voters.asked == 0
+        await asyncio.sleep(copies.STALENESS_MAX_S + 0.1)
+        assert await bed.round_of(FLAVORS) == 9
+        assert await bed.asked_of_voters(bed.store.find(QUERY))
+
+    play(story())
+
+
+@pytest.mark.parametrize("key", [KEYPAIRS, USAGES, CATALOG, group_key("api", "other", (1,))])
+def test_other_tables_and_catalogs_are_read_from_the_voters(key: GroupKey) -> None:
+    async def story() -> None:
+        bed = Bed()
+        assert await bed.round_of(key) == 9
+        assert await bed.round_of(FLAVORS, key) == 9
+
+    play(story())
+
+
+def test_group_written_or_read_here_is_never_older_from_the_copy() -> None:
+    async def story() -> None:
+        bed = Bed()
+        bed.voters.round = 2
+        await bed.store.commit(update(FLAVORS))
+        assert await bed.round_of(FLAVORS) == 2
+        assert await bed.round_of(QUOTAS) == 1, "a group that nobody touched is read from the copy all the same"
+        bed.own.put(FLAVORS, 2, {})
+        before = bed.voters.asked
+        assert await bed.round_of(FLAVORS) == 2
+        assert bed.voters.asked == before
+
+    play(story())
+
+
+def test_find_after_a_commit_waits_until_the_copy_covers_it() -> None:
+    async def story() -> None:
+        bed = Bed()
+        await bed.store.find(QUERY)
+        await bed.store.commit(update(FLAVORS))
+        assert await bed.asked_of_voters(bed.store.find(QUERY))
+        bed.own.put(FLAVORS, 9, {row_key(FLAVOR, (1,)): encode_row({0: 1, 1: "m1"})})
+        await asyncio.sleep(0.1)
+        bed.own.cover()
+        assert not await bed.asked_of_voters(bed.store.find(QUERY))
+
+    play(story())
+
+
+def test_row_found_in_the_copy_below_a_ballot_seen_here_is_not_told() -> None:
+    async def story() -> None:
+        bed = Bed()
+        bed.voters.round = 5
+        await bed.store.commit(update(FLAVORS))
+        await asyncio.sleep(0.1)
+        bed.own.cover()
+        assert await bed.asked_of_voters(bed.store.find(QUERY)), "covered, and yet behind: the node's clients saw more"
+
+    play(story())
+
+
+def test_conflict_at_a_commit_sends_the_next_read_to_the_voters() -> None:
+    async def story() -> None:
+        bed = Bed()
+        bed.voters.refusal = Conflict("a guard failed")
+        with pytest.raises(Conflict):
+            await bed.store.commit(update(FLAVORS))
+        bed.voters.refusal = None
+        assert await bed.round_of(QUOTAS) == 9
+        await asyncio.sleep(0.1)
+        bed.own.cover()
+        assert await bed.round_of(group_key("api", "quota", ("q",))) == 0
+
+    play(story())
+
+
+def test_voters_out_of_reach_stale_tables_and_the_catalog_are_served_others_are_not() -> None:
+    async def story() -> None:
+        bed = Bed()
+        await asyncio.sleep(60.0)
+        bed.voters.cut = True
+        assert await bed.round_of(FLAVORS) == 1
+        assert await bed.round_of(KEYPAIRS) == 1
+        assert await bed.round_of(CATALOG) == 1
+        assert len((await bed.store.find(QUERY)).rows) == 1
+        assert 59.0 < bed.store.counters["stale_s_most"] < 61.0
+        for key in (QUOTAS, USAGES):
+            with pytest.raises(Unavailable):
+                await bed.store.read([key])
+
+    play(story())
+
+
+def test_voters_out_of_reach_nothing_older_than_what_was_seen_is_served() -> None:
+    async def story() -> None:
+        bed = Bed()
+        assert await bed.round_of(KEYPAIRS) == 9
+        bed.voters.cut = True
+        with pytest.raises(Unavailable):
+            await bed.store.read([KEYPAIRS])
+
+    play(story())
+
+
+def test_register_that_the_copy_heard_more_of_is_read_from_the_voters_when_it_is_too_old() -> None:
+    async def story() -> None:
+        bed = Bed()
+        bed.own.copy.open(FLAVORS, doubtful=True)
+        assert await bed.round_of(FLAVORS) == 1
+        await asyncio.sleep(copies.STALENESS_MAX_S + 0.1)
+        bed.own.cover()
+        assert await bed.round_of(FLAVORS) == 9
+        assert await bed.round_of(QUOTAS) == 1
+        assert await bed.asked_of_voters(bed.store.find(QUERY))
+
+    play(story())
+
+
+def test_node_that_follows_nothing_asks_a_follower_of_its_pop_and_says_what_was_seen() -> None:
+    async def story() -> None:
+        bed = Bed(beside=2)
+        assert await bed.round_of(FLAVORS) == 1
+        assert bed.voters.asked == 0
+        assert {type(message) for _, message in bed.link.asked} == {copies.AskSpecs, copies.ReadCopy}
+        bed.voters.round = 2
+        await bed.store.commit(update(FLAVORS))
+        assert await bed.round_of(FLAVORS) == 2
+        for following in list(bed.link.followers.values())[1:]:
+            following.put(FLAVORS, 2, {})
+        before = bed.voters.asked
+        assert await bed.round_of(FLAVORS) == 2
+        assert bed.voters.asked == before, "the second follower has it"
+
+    play(story())
+
+
+def test_find_at_another_follower_than_before_is_not_older_than_what_that_one_may_have_told() -> None:
+    async def story() -> None:
+        bed = Bed(beside=2)
+        first, second = bed.link.followers
+        assert await bed.asked_of_voters(bed.store.find(QUERY)), "nothing is known of who told what before"
+        await asyncio.sleep(0.1)
+        for following in bed.link.followers.values():
+            following.cover()
+        assert not await bed.asked_of_voters(bed.store.find(QUERY))
+        newer = bed.link.followers[first]
+        newer.put(group_key("api", "flavor", ("new",)), 3, {row_key(FLAVOR, (2,)): encode_row({0: 2, 1: "m1"})})
+        assert len((await bed.store.find(QUERY)).rows) == 2
+        del bed.link.followers[first]
+        assert await bed.asked_of_voters(bed.store.find(QUERY))
+        await asyncio.sleep(0.1)
+        bed.link.followers[second].cover()
+        assert not await bed.asked_of_voters(bed.store.find(QUERY))
+
+    play(story())
+
+
+def test_find_of_another_catalog_version_is_asked_of_the_voters() -> None:
+    async def story() -> None:
+        bed = Bed()
+        assert await bed.asked_of_voters(bed.store.find(msgspec.structs.replace(QUERY, catalog_version=2)))
+
+    play(story())
+
+
+def test_finds_that_the_voters_answered_do_not_keep_the_next_ones_from_the_copy() -> None:
+    async def story() -> None:
+        bed = Bed()
+        await asyncio.sleep(copies.STALENESS_MAX_S + 0.1)
+        assert await bed.asked_of_voters(bed.store.find(QUERY))
+        bed.own.cover()
+        await asyncio.sleep(1.0)
+        assert await bed.asked_of_voters(bed.store.find(QUERY)) is False
+
+    play(story())
+
+
+def test_seen_what_was_forgotten_of_a_group_counts_for_its_database() -> None:
+    seen = Seen(groups_max=1)
+    seen.note(FLAVORS, ballot(2), 5.0)
+    seen.note(FLAVORS, ballot(1), 6.0)
+    assert (seen.ballot(FLAVORS), seen.beyond_s(encode_value("api"))) == (ballot(2), float("-inf"))
+    seen.note(group_key("other", "f", ()), ballot(1), 7.0)
+    assert (seen.ballot(FLAVORS), seen.beyond_s(encode_value("api"))) == (ZERO, 7.0)
+    assert seen.beyond_s(encode_value("other")) == float("-inf")
+
+
+def test_seen_databases_that_were_forgotten_count_for_all() -> None:
+    seen = Seen(databases_max=1)
+    seen.note_database(b"a", 5.0)
+    seen.note_database(b"b", 4.0)
+    assert (seen.beyond_s(b"a"), seen.beyond_s(b"b"), seen.beyond_s(b"c")) == (5.0, 5.0, 5.0)
