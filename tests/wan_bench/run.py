@@ -105,6 +105,9 @@ def opened(kind: str, sites: int, daemons: int, each: int) -> Iterator[tuple[Wan
 @click.option("--daemons", default=1, show_default=True, help="Of lucd in each site.")
 @click.option("--instances", default=500, show_default=True, help="Created and deleted in all, spread over the sites.")
 @click.option("--life-s", default=LIFE_LIMIT_S, show_default=True, help="Limit of that; the rest is projected.")
+@click.option(
+    "--times", type=int, default=None, help="Repetitions of a single transaction at a site; 40, or 12 with --quick."
+)
 @click.option("--quick", is_flag=True, help="Fewer repetitions, a short limit for the instances and the cut.")
 @click.option("--cut", "cutting", is_flag=True, help="Instead: cut a site off under load, and let it come back.")
 @click.option("--cut-s", type=float, default=None, help="For how long; 60, or 20 with --quick.")
@@ -119,6 +122,7 @@ def main(
     daemons: int,
     instances: int,
     life_s: float,
+    times: int | None,
     quick: bool,
     cutting: bool,
     cut_s: float | None,
@@ -141,7 +145,7 @@ def main(
             return
         for each in controllers:
             click.echo(f"  {key['rtt_ms']} ms, {each} controllers a site, load {os.getloadavg()[0]:.1f}")
-            cell = Cell(wan, crew, each, QUICK_TIMES if quick else TIMES, LIMIT_S)
+            cell = Cell(wan, crew, each, times or (QUICK_TIMES if quick else TIMES), LIMIT_S)
             found = measure_cell(cell, wanted, instances, life_s)
             results.merge(out, key | {"controllers": each}, found, run)
 
