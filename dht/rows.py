@@ -130,6 +130,14 @@ def split_group_key(group: GroupKey) -> tuple[str, str, tuple[Value, ...]]:
     return parts[0], parts[1], parts[2:]
 
 
+def group_name(group: GroupKey) -> str:
+    """For messages to humans: DATABASE/FAMILY/VALUE, as `lucd data where` takes it."""
+    try:
+        return "/".join(str(value) for value in decode_values(group))
+    except Invalid:
+        return group.hex()
+
+
 def row_key(table: int, pk: tuple[Value, ...]) -> RowKey:
     """The name of a row inside its group."""
     return encode_values((table, *pk))

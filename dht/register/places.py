@@ -42,7 +42,7 @@ from dht.model import (
 )
 from dht.register import catalog
 from dht.requests import Store
-from dht.rows import split_group_key
+from dht.rows import group_name, split_group_key
 from dht.storage.search import row_order
 from dht.world import Clock
 
@@ -212,8 +212,9 @@ class Places:
             silent = search.silent[key]
             missing = {pop: why for pop, why in silent.items() if unlisted or pop in listed or pop == self._pop}
             if missing:
+                where = ", ".join(sorted(missing))
                 raise Unavailable(
-                    f"group {key.hex()} is in no PoP that can be asked, and it may be in {', '.join(sorted(missing))}: "
+                    f"group {group_name(key)} is in no PoP that can be asked, and it may be in {where}: "
                     f"{next(iter(missing.values()))}; try again when the network is whole",
                     pops=sorted(missing),
                 )

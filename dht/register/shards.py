@@ -189,7 +189,7 @@ class Shard:
                 await self._store.create_database(database, self._left_s(deadline), shard)
                 continue
             changes = _difference(here.rows or {}, home.rows or {})
-            if newest <= current or not changes:
+            if not changes:
                 return current
             try:
                 part = Part(key, here.ballot, changes)

@@ -160,6 +160,9 @@ async def test_group_that_moved_is_found_where_it_is_now(pops):
     await make(other, 1)
     assert await value(store, 1) == [1]
     assert store.known_place(key_of(1)) == "b"
+    await other.commit(transaction(part(1, Op.DELETE), created=()))
+    assert await value(store, 1) == []
+    assert store.known_place(key_of(1)) is None
 
 
 async def test_ballot_of_an_absent_group_is_not_taken_for_rows(pops):
@@ -171,6 +174,22 @@ async def test_ballot_of_an_absent_group_is_not_taken_for_rows(pops):
     await make(pops.places("c"), 1)
     (found,) = await far.read([key_of(1)], [applied.ballots[0]])
     assert found.rows, "the tombstone's ballot stood for the group"
+
+
+async def test_ballot_of_ones_own_delete_is_not_taken_for_rows(pops):
+    await make(pops.places("a"), 1)
+    store = pops.places("b")
+    await value(store, 1)
+    applied = await store.commit(transaction(part(1, Op.DELETE), created=()))
+    await make(pops.places("c"), 1)
+    (found,) = await store.read([key_of(1)], [applied.ballots[0]])
+    assert found.rows
+
+
+async def test_refusal_names_the_group_for_humans(pops):
+    pops.cut("b")
+    with pytest.raises(Unavailable, match=r"group d/~f/1 is in no PoP that can be asked"):
+        await pops.places("a").read([key_of(1)])
 
 
 async def test_commit_over_two_pops_is_refused_and_says_where_its_parts_live(pops):
@@ -286,9 +305,9 @@ async def test_ids_of_two_pops_are_never_the_same_and_go_on_above_what_is_there(
     first, second = await a.reserve_ids("d", "~16", 3), await b.reserve_ids("d", "~16", 3)
     assert (first % IDS_APART, second % IDS_APART) == (0, 1)
     assert await a.reserve_ids("d", "~16", 1) == first + 3 * IDS_APART
-    assert await b.reserve_ids("d", "~16", 1, above=100_000) > 100_000
+    assert 100_000 < await b.reserve_ids("d", "~16", 1, above=100_000) < 100_000 + 2 * IDS_APART
     await a.raise_sequence("d", "~16", 200_001)
-    assert await a.reserve_ids("d", "~16", 1) > 200_001
+    assert 200_001 < await a.reserve_ids("d", "~16", 1) < 200_001 + 2 * IDS_APART
 
 
 async def test_id_that_no_column_holds_is_refused(pops):

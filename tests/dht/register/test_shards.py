@@ -14,7 +14,7 @@ from dht import requests
 from dht.errors import NotFound, SchemaChanged, Unavailable
 from dht.model import Change, Comparison, Constraint, FindQuery, IndexSpec, Op, Part, Scope, TableSpec, Transaction
 from dht.register import catalog
-from dht.register.shards import _version_of, is_about_shard
+from dht.register.shards import Shard, _version_of, is_about_shard
 from dht.rows import group_key
 
 TABLE = 16
@@ -118,8 +118,28 @@ async def test_copy_never_goes_back(pops):
         await shard.commit(write(4, 3))
 
 
+async def test_copy_that_was_overtaken_is_not_installed(pops):
+    """Between the reading of a catalog and its installation another node of the PoP installs a newer one."""
+    slow, fast = pops.shards["a"], Shard("a", pops.pops["a"], pops.registry, pops.clock, random.Random(1))
+    await slow.commit(write(1))
+    publish(pops, 2, 2)
+    ask = slow._home_catalog
+
+    async def overtaken(database, timeout_s):
+        found = await ask(database, timeout_s)
+        if copied(pops)[0] == 1:
+            publish(pops, 3, 2, 3)
+            await fast.commit(write(3, 2))
+        return found
+
+    slow._home_catalog = overtaken
+    with pytest.raises(SchemaChanged):
+        await slow.commit(write(2, 3))
+    assert copied(pops)[0] == 3
+
+
 async def test_two_nodes_of_a_pop_copy_at_once(pops):
-    other = type(pops.shards["a"])("a", pops.pops["a"], pops.registry, pops.clock, random.Random(1))
+    other = Shard("a", pops.pops["a"], pops.registry, pops.clock, random.Random(1))
     await asyncio.gather(pops.shards["a"].commit(write(1, 1)), other.commit(write(1, 2)))
     assert copied(pops)[0] == 1
 

@@ -10,7 +10,7 @@ import pytest
 from dht.limits import IDS_APART
 from dht.model import Applied, Ballot, GroupKey, GroupRead, Reading, Scope, Transaction
 from dht.rows import group_key, is_local
-from nova_bridge.sql import families
+from nova_bridge.sql import families, plan
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database, _above
 from tests.nova_bridge.sql.conftest import NAME, CountingStore
@@ -149,6 +149,27 @@ def test_scan_may_leave_pops_out_but_no_look_up_and_no_statement_that_writes(
         connection.execute(statement)
         wanted = [Scope.REACHABLE] if number < 2 else [Scope.NEAR, Scope.POPS] if " id " in statement else [Scope.POPS]
         assert [q.scope for q in store.questions] == wanted, statement
+
+
+def test_long_list_of_keys_is_a_look_up_too(
+    connect: Callable[..., Connection], store: SpanningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = connect(foreign_keys=False)
+    connection.execute(MAPPINGS)
+    monkeypatch.setattr(plan, "PRODUCT_MAX", 1)
+    connection.execute("SELECT * FROM instance_mappings WHERE instance_uuid IN ('u', 'v')").fetchall()
+    assert [q.scope for q in store.questions] == [Scope.POPS]
+
+
+def test_copy_of_a_row_into_its_group_makes_no_group(connect: Callable[..., Connection], store: SpanningStore) -> None:
+    connection = connect(foreign_keys=False)
+    connection.execute(MAPPINGS)
+    connection.execute(MAPPINGS.replace("instance_mappings", "_alembic_tmp_instance_mappings"))
+    connection.execute("INSERT INTO instance_mappings (instance_uuid) VALUES ('u')")
+    connection.commit()
+    connection.execute("INSERT INTO _alembic_tmp_instance_mappings SELECT * FROM instance_mappings")
+    connection.commit()
+    assert [len(sent.created) for sent in store.committed[-2:]] == [1, 0]
 
 
 def test_ids_of_local_tables_are_drawn_in_steps(connect: Callable[..., Connection], store: SpanningStore) -> None:
