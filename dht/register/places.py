@@ -25,9 +25,10 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
-from dht.errors import Indeterminate, Invalid, Unavailable
+from dht.errors import Conflict, Indeterminate, Invalid, Unavailable
 from dht.limits import FIND_ROWS_MAX, IDS_APART, REQUEST_TIMEOUT_S, SPANNING_ID_MAX
 from dht.model import (
+    ZERO,
     Applied,
     Ballot,
     FindQuery,
@@ -300,6 +301,8 @@ class Places:
         """Raises Invalid where the parts live in several PoPs: `homes` of its detail has that of each part."""
         deadline = self._deadline(timeout_s)
         pop = self._sent.get(transaction.id)
+        if pop is None and attempt:
+            return await self._ended(transaction, deadline)
         if pop is None:
             homes = await self.homes_of(transaction, transaction.parts, self._left_s(deadline))
             if len(set(homes.values())) > 1:
@@ -346,21 +349,55 @@ class Places:
     async def outcome(
         self, id: TransactionId, key: GroupKey, seen: Ballot | None = None, timeout_s: float | None = None
     ) -> str:
-        """Where the transaction was sent, or the group is; of neither is anything known, every PoP is asked."""
+        """Where the transaction was sent; where that is not known any more, every PoP is asked.
+
+        The group may be elsewhere by now, if it was deleted and made again: there nothing is known of it.
+        """
         deadline = self._deadline(timeout_s)
-        pop = self._sent.get(id) or self.known_place(key)
+        pop = self._sent.get(id)
         if pop is not None:
             return await self._store(pop).outcome(id, key, seen, self._left_s(deadline))
         said: dict[str, str] = {}
+        silent: dict[str, Unavailable] = {}
 
         async def ask(pop: str) -> None:
-            said[pop] = await self._store(pop).outcome(id, key, seen, self._left_s(deadline))
+            try:
+                said[pop] = await self._store(pop).outcome(id, key, seen, self._left_s(deadline))
+            except Unavailable as error:
+                silent[pop] = error
 
         await self._over_pops(split_group_key(key)[0], ask, lambda: "applied" in said.values(), deadline)
+        if silent and "applied" not in said.values():
+            raise next(iter(silent.values()))
         for outcome in ("applied", "unknown"):
             if outcome in said.values():
                 return outcome
         return "not_applied"
+
+    async def _ended(self, transaction: Transaction, deadline: float) -> Applied:
+        """A retry, and this node has forgotten where the first attempt went: nothing is sent a second time.
+
+        What is applied was so at ballots that are not known: they are ZERO, which no cache believes.
+        """
+        first = transaction.parts[0]
+        try:
+            outcome = await self.outcome(transaction.id, first.key, first.seen, self._left_s(deadline))
+        except Unavailable as error:
+            raise Indeterminate(f"what became of an earlier attempt cannot be asked: {error.message}") from None
+        if outcome == "applied":
+            return Applied((ZERO,) * len(transaction.parts))
+        if outcome == "not_applied":
+            raise Conflict(
+                "the transaction was interrupted, and was ended in all PoPs without being applied; run it again",
+                part=0,
+                what="intent",
+                index=0,
+            )
+        raise Indeterminate(
+            f"nobody knows any more what became of transaction {transaction.id.hex()}; read the rows to see whether it "
+            "was applied",
+            forgotten=True,
+        )
 
     # Finds.
 

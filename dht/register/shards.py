@@ -10,7 +10,8 @@ PoP, an older one changes nothing. A shard is made by the first commit in its Po
 database's home: a PoP that is not listed has no rows. Where there is no shard a search finds nothing.
 
 A shard notes of which creation of the database it is: one that a drop left behind is emptied before a database of the
-same name, whose versions are higher, uses it.
+same name uses it. The last version of a catalog, which a drop leaves, is never taken for a copy: the home's is raised
+above it, so that the PoP never knows one version with two contents.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Final, TypeVar
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Conflict, Duplicate, NotFound, Unavailable
+from dht.errors import Conflict, Duplicate, Invalid, NotFound, Unavailable
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.model import (
     CATALOG_TABLE,
@@ -170,10 +171,11 @@ class Shard:
     async def _copied(self, database: str, version: int, deadline: float, create: bool) -> int:
         key = catalog.catalog_group(database)
         shard = (await self._store.homes(self._left_s(deadline))).get(database)
+        believed = catalog.is_shard(shard)
         for _ in range(INSTALL_ATTEMPTS):
             (here,) = await self._store.read([key], None, self._left_s(deadline))
             current = _version_of(here.rows or {})
-            if shard is not None and current and current >= version:
+            if believed and current >= version and _has_tables(here):
                 return current
             if shard is None and not create:
                 raise catalog.no_such_database(database)
@@ -183,13 +185,15 @@ class Shard:
                 raise catalog.schema_changed(database, version, newest)
             await self._list(database, deadline)
             if shard != catalog.shard_home(mark):
-                if shard is not None:
-                    await self._store.drop_database(database, self._left_s(deadline))
-                shard = catalog.shard_home(mark)
-                await self._store.create_database(database, self._left_s(deadline), shard)
+                await self._make(database, mark, shard, here, deadline)
+                shard, believed = catalog.shard_home(mark), False
                 continue
             changes = _difference(here.rows or {}, home.rows or {})
-            if not changes:
+            if newest <= current and _has_tables(home) and any(change.pk != _HEAD for change in changes):
+                # A drop left this version here, and the replicas know it as one without tables.
+                await self._raise_version(database, home, current + 1, deadline)
+                continue
+            if newest <= current or not changes:
                 return current
             try:
                 part = Part(key, here.ballot, changes)
@@ -199,6 +203,25 @@ class Shard:
                 continue  # another node of this PoP was faster
             return newest
         raise Unavailable(f"the catalog of {database} keeps changing; try again")
+
+    async def _make(self, database: str, mark: bytes, shard: str | None, here: GroupRead, deadline: float) -> None:
+        """Make the shard, in place of what the registry has. Raises Invalid rather than drop a database of the PoP."""
+        if shard is not None and not catalog.is_shard(shard) and _has_tables(here):
+            raise Invalid(
+                f"PoP {self._pop} has a database {database!r} of its own, which domain global does not list: drop the "
+                "one that is listed, so that this one is entered into the list again"
+            )
+        if shard is not None:
+            await self._store.drop_database(database, self._left_s(deadline))
+        await self._store.create_database(database, self._left_s(deadline), catalog.shard_home(mark))
+
+    async def _raise_version(self, database: str, home: GroupRead, version: int, deadline: float) -> None:
+        """At the database's home, whose catalog stays the same but for its version."""
+        raised = Change(Op.UPDATE, CATALOG_TABLE, _HEAD, {0: version}, {0: _version_of(home.rows or {})})
+        part = Part(catalog.catalog_group(database), home.ballot, (raised,))
+        with contextlib.suppress(Conflict):
+            transaction = Transaction(self._chance.randbytes(16), database, 0, (part,))
+            await self._registry().commit(transaction, 0, self._left_s(deadline))
 
     async def _list(self, database: str, deadline: float) -> None:
         """Before the shard is made; and again with each new version, should a recovery have lost it."""
@@ -229,6 +252,11 @@ def _version_of(rows: Mapping[RowKey, bytes]) -> int:
             version = decode_row(data).get(0)
             return version if isinstance(version, int) else 0
     return 0
+
+
+def _has_tables(group: GroupRead) -> bool:
+    """Whether a catalog has more than its version, which is what a drop leaves of it."""
+    return any(split_row_key(key) != (CATALOG_TABLE, _HEAD) for key in group.rows or {})
 
 
 def _difference(here: Mapping[RowKey, bytes], home: Mapping[RowKey, bytes]) -> tuple[Change, ...]:

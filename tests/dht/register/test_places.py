@@ -11,6 +11,7 @@ from dht.errors import Conflict, Duplicate, Indeterminate, Invalid, Unavailable
 from dht.limits import IDS_APART, SPANNING_ID_MAX
 from dht.model import (
     ZERO,
+    Applied,
     Change,
     Comparison,
     Constraint,
@@ -259,6 +260,54 @@ async def test_outcome_that_this_node_knows_nothing_of_is_asked_of_all(pops):
     pops.cut("c")
     with pytest.raises(Unavailable):
         await pops.places("b").outcome(b"n" * 16, key_of(1))
+
+
+async def deleted_and_made_elsewhere(pops):
+    """What b sent, the reply of which was lost, and b, which knows only where the group is by now."""
+    store = pops.places("b")
+    await make(pops.places("a"), 1)
+    await value(store, 1)
+    sent = transaction(part(1, Op.DELETE), created=())
+    pops.pops["a"].lost = True
+    with pytest.raises(Indeterminate):
+        await store.commit(sent)
+    pops.pops["a"].lost = False
+    await make(pops.places("c"), 1)
+    store = pops.places("b")
+    assert await value(store, 1) == [1]
+    assert store.known_place(key_of(1)) == "c"
+    return sent, store
+
+
+async def test_outcome_is_not_told_by_the_pop_that_made_the_group_anew(pops):
+    sent, store = await deleted_and_made_elsewhere(pops)
+    assert await store.outcome(sent.id, key_of(1)) == "applied"
+
+
+async def test_retry_whose_first_attempt_is_forgotten_is_not_sent_where_the_group_is_now(pops):
+    sent, store = await deleted_and_made_elsewhere(pops)
+    assert await store.commit(sent, 1) == Applied((ZERO,))
+    assert await value(store, 1) == [1]
+
+
+async def test_retry_whose_first_attempt_never_arrived_is_a_conflict(pops):
+    store = pops.places("b")
+    await make(pops.places("a"), 1)
+    with pytest.raises(Conflict, match="without being applied") as refused:
+        await store.commit(transaction(part(1, Op.UPDATE, 6), created=()), 1)
+    assert refused.value.detail["what"] == "intent"
+    assert await value(store, 1) == [1]
+    pops.cut("a")
+    with pytest.raises(Indeterminate, match="a is cut off"):
+        await store.commit(transaction(part(1, Op.UPDATE, 6), created=()), 1)
+
+
+async def test_outcome_that_one_pop_knows_needs_no_other(pops):
+    await make(pops.places("a"), 1)
+    sent = transaction(part(1, Op.UPDATE, 6), created=())
+    await pops.places("a").commit(sent)
+    pops.cut("c")
+    assert await pops.places("b").outcome(sent.id, key_of(1)) == "applied"
 
 
 def query(order=None, limit=None, scope=Scope.POPS, **more):

@@ -11,7 +11,7 @@ import pytest
 from spanning_cluster import Spanning
 
 from dht import requests
-from dht.errors import NotFound, SchemaChanged, Unavailable
+from dht.errors import Invalid, NotFound, SchemaChanged, Unavailable
 from dht.model import Change, Comparison, Constraint, FindQuery, IndexSpec, Op, Part, Scope, TableSpec, Transaction
 from dht.register import catalog
 from dht.register.shards import Shard, _version_of, is_about_shard
@@ -29,12 +29,16 @@ def pops():
 
 def publish(pops, version, *indexes, again=False):
     """A new version of the catalog at the database's home, with these indexes; `again`: after the database was gone."""
+    publish_at(pops.home.memory, version, *indexes, again=again)
+
+
+def publish_at(memory, version, *indexes, again=False):
     specs = TableSpec(TABLE, (1,), tuple(IndexSpec(n, (n,)) for n in indexes))
     op = Op.INSERT if version == 1 else Op.UPDATE
     head = Change(op, 0, (0,), {0: version, 1: TABLE + version})
     table = Change(Op.INSERT if again else op, 0, (TABLE,), {0: msgspec.msgpack.encode(specs), 1: b"names"})
     part = Part(catalog.catalog_group("d"), None, (head, table))
-    pops.home.memory.commit(Transaction(os.urandom(16), "d", 0, (part,)))
+    memory.commit(Transaction(os.urandom(16), "d", 0, (part,)))
 
 
 def write(version, number=1):
@@ -182,3 +186,57 @@ def test_request_of_another_pop_is_told_by_its_keys_to_be_about_the_shard(local)
     ):
         assert is_about_shard(message) is local
     assert not is_about_shard(requests.ListDatabases())
+
+
+def own_catalog(pops, *versions):
+    """A database of PoP a's own, with a table, that was dropped since."""
+    memory = pops.pops["a"].memory
+    memory.create_database("d")
+    for version in versions:
+        publish_at(memory, version)
+    memory.drop_database("d")
+
+
+async def test_version_that_a_drop_left_in_the_pop_is_no_copy_of_the_catalog(pops):
+    """Else finds would be served at a version of which no index is built, or nothing at all for ever."""
+    own_catalog(pops, 1, 2, 3)
+    publish(pops, 2, 2)
+    shard = pops.shards["a"]
+    with pytest.raises(SchemaChanged) as refused:
+        await shard.commit(write(2))
+    version = refused.value.detail["version"]
+    assert version > 4, "above what the drop left"
+    assert _version_of(pops.home.memory.read([catalog.catalog_group("d")])[0].rows) == version
+    await shard.commit(write(version))
+    found = await shard.find(FindQuery("d", TABLE, version, (Constraint(2, Comparison.EQ, (5,)),)))
+    assert len(found.rows) == 1
+    assert copied(pops)[1] == pops.home.memory.read([catalog.catalog_group("d")])[0].rows
+
+
+async def test_version_that_a_drop_left_is_no_copy_though_the_home_comes_to_the_same(pops):
+    own_catalog(pops, 1)
+    publish(pops, 2, 2)
+    with pytest.raises(SchemaChanged):
+        await pops.shards["a"].commit(write(2))
+    assert copied(pops)[0] == 3
+    assert copied(pops)[1] == pops.home.memory.read([catalog.catalog_group("d")])[0].rows
+
+
+async def test_shard_that_was_made_and_has_no_catalog_yet_takes_the_homes(pops):
+    """Its maker stopped half way."""
+    own_catalog(pops, 1, 2, 3)
+    mark = catalog.databases_of(pops.home.memory.read([catalog.REGISTRY_GROUP])[0].rows)["d"]
+    pops.pops["a"].memory.create_database("d", None, catalog.shard_home(mark))
+    with pytest.raises(SchemaChanged):
+        await pops.shards["a"].commit(write(1))
+    assert copied(pops)[0] == 5
+
+
+async def test_database_of_the_pops_own_that_the_list_lost_is_not_dropped_for_a_shard(pops):
+    memory = pops.pops["a"].memory
+    memory.create_database("d")
+    publish_at(memory, 1)
+    memory.commit(write(1, 7))
+    with pytest.raises(Invalid, match="a database 'd' of its own"):
+        await pops.shards["a"].commit(write(1))
+    assert memory.read([group_key("d", "~f", (7,))])[0].rows
