@@ -40,7 +40,7 @@ class NovaSite:
             f"[database]\nconnection = {manage.url(cell)}\n[api_database]\nconnection = {manage.url(API)}\n",
         )
         common = (
-            f"state_path = {self.path}\ntransport_url = lucd://{door.socket}\nrpc_response_timeout = 30\n"
+            f"state_path = {self.path}\ntransport_url = lucd://{door.socket}?bus={cell}\nrpc_response_timeout = 30\n"
             f"[oslo_messaging_notifications]\ndriver = noop\n"
             f"[lucd]\nsocket = {door.socket}\nserver = {conductor_host}\n"
         )
