@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Collection
+from typing import Any
 
-from dht.model import Value
+from dht.errors import Conflict, SchemaChanged
+from dht.model import Guard, GuardKind, Part, Reading, Value
+from dht.model import Transaction as StoreTransaction
 from nova_bridge.sql.access import entry_owner, equal
 from nova_bridge.sql.errors import ForeignKeyError, unique_failed
 from nova_bridge.sql.schema import Foreign, Record, Schema, Table
@@ -80,12 +84,40 @@ def check_child(tx: Transaction, table: Table, record: Record, changed: Collecti
         parent, positions = parent_of(tx.schema, foreign)
         key = [coerce(parent.affinities[p], v) for p, v in zip(positions, values, strict=True)]
         found = equal(tx, parent, dict(zip(positions, key, strict=True)))
+        if not found and _voters_have(tx, parent, positions, key):
+            continue
         if not found:
             raise _foreign_failed(table, foreign)
         stored = tx.pending(parent, found[0]).base
         if stored is not None and all(stored.values[p] == v for p, v in zip(positions, key, strict=True)):
             columns = [(parent.number_of(p), v) for p, v in zip(positions, key, strict=True) if p not in parent.primary]
             tx.guard_parent(stored.group, parent, stored.pk, tuple(columns))
+
+
+def _voters_have(tx: Transaction, parent: Table, positions: tuple[int, ...], key: list[Any]) -> bool:
+    """Whether a parent that was not found is only newer than the copy that it was looked for in.
+
+    Asked by a transaction that changes nothing: what it guards is judged by the voters.
+    """
+    if not parent.definition.read & Reading.FOLLOW or positions != parent.primary:
+        return False
+    if not (parent.whole or set(parent.family_key) <= set(positions)):
+        return False
+    group = parent.family_group(tuple([key[positions.index(p)] for p in parent.family_key]))
+    if not (parent.whole or parent.family_key):
+        group = parent.row_group(tuple(key))
+    guard = Guard(GuardKind.HAS, parent.number, tuple(key), {}, "foreign_key")
+    database = tx.database
+    part = Part(group, None, (), (guard,))
+    try:
+        database.store.commit(
+            StoreTransaction(os.urandom(16), database.name, tx.schema.version, (part,)), 0, database.timeout_s
+        )
+    except SchemaChanged:
+        raise
+    except Conflict:
+        return False
+    return True
 
 
 def children_of(

@@ -26,12 +26,15 @@ pytestmark = pytest.mark.cluster
 RTT_S = 0.06
 TIMES = 15
 A, B, C = 0, 1, 2
+CELLS = "CREATE TABLE cell_mappings (id INTEGER PRIMARY KEY, uuid VARCHAR(36) NOT NULL UNIQUE)"
 MAPPINGS = """CREATE TABLE instance_mappings (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36) NOT NULL UNIQUE,
-    project_id VARCHAR(255))"""
-INSERT = "INSERT INTO instance_mappings (instance_uuid, project_id) VALUES (?, 'p')"
+    cell_id INTEGER REFERENCES cell_mappings(id), project_id VARCHAR(255))"""
+INSERT = "INSERT INTO instance_mappings (instance_uuid, cell_id, project_id) VALUES (?, 1, 'p')"
 UPDATE = "UPDATE instance_mappings SET project_id = ? WHERE instance_uuid = ?"
 ONE = "SELECT project_id FROM instance_mappings WHERE instance_uuid = ?"
-ALL = "SELECT instance_uuid FROM instance_mappings WHERE project_id LIKE 'p%'"
+ALL = """SELECT m.instance_uuid, c.uuid FROM instance_mappings m LEFT JOIN cell_mappings c ON m.cell_id = c.id
+    WHERE m.project_id LIKE 'p%'"""
+"""Local rows, and global ones that each PoP has a copy of."""
 
 
 class Doors:
@@ -52,7 +55,9 @@ class Doors:
         return found
 
     def listed(self, pop: int) -> list[str]:
-        return sorted(uuid for (uuid,) in self.ask(pop, ALL))
+        found = self.ask(pop, ALL)
+        assert {cell for _, cell in found} == {"cell"}
+        return sorted(uuid for uuid, _ in found)
 
     def places(self, pop: int) -> dict[str, int]:
         counters: dict[str, int] = self.cluster.nodes[pop].status()["counters"]["places"]
@@ -69,7 +74,9 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     ):
         started.nodes[C].store().create_database("api", home=GLOBAL)
         made = Doors(started)
+        made.ask(C, CELLS)
         made.ask(C, MAPPINGS)
+        made.ask(C, "INSERT INTO cell_mappings (id, uuid) VALUES (1, 'cell')")
         for pop in (A, B, C):
             made.ask(pop, INSERT, f"first-{pop}")
         yield made

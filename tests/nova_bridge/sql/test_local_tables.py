@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from dht.limits import IDS_APART
-from dht.model import Applied, Ballot, GroupKey, GroupRead, Reading, Scope, Transaction
+from dht.model import ZERO, Applied, Ballot, GroupKey, GroupRead, Reading, Scope, Transaction
 from dht.rows import group_key, is_local
 from nova_bridge.sql import families, plan
 from nova_bridge.sql.connection import Connection
@@ -29,6 +29,7 @@ class SpanningStore(CountingStore):
         self.lives = home
         self.read_near: list[tuple[GroupKey, bool]] = []
         self.committed: list[Transaction] = []
+        self.behind = b""
 
     def home(self, database: str, timeout_s: float | None = None) -> str:
         return self.lives
@@ -41,7 +42,8 @@ class SpanningStore(CountingStore):
         near: bool = False,
     ) -> tuple[GroupRead, ...]:
         self.read_near += [(key, near) for key in keys if is_local(key)]
-        return super().read(keys, known, timeout_s)
+        found = super().read(keys, known, timeout_s)
+        return tuple(GroupRead(g.key, ZERO, {}) if g.key == self.behind else g for g in found)
 
     def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
         self.committed.append(transaction)
@@ -114,6 +116,22 @@ def test_insert_asks_only_the_own_pop_and_says_that_it_makes_the_group(
     connection.commit()
     assert store.read_near[1:] == [(key, False)]
     assert store.committed[-1].created == ()
+
+
+def test_parent_that_a_copy_does_not_have_yet_is_asked_of_the_voters(
+    connect: Callable[..., Connection], store: SpanningStore
+) -> None:
+    first, second = connect(), connect()
+    first.execute(CELLS)
+    first.execute(MAPPINGS)
+    first.execute("INSERT INTO cell_mappings (uuid) VALUES ('c')")
+    first.commit()
+    store.behind = group_key(NAME, "cell", ())
+    second.execute("INSERT INTO instance_mappings (instance_uuid, cell_id) VALUES ('u', 1)")
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+        second.execute("INSERT INTO instance_mappings (instance_uuid, cell_id) VALUES ('v', 2)")
+    second.commit()
+    assert first.execute("SELECT instance_uuid FROM instance_mappings").fetchall() == [("u",)]
 
 
 def test_group_that_the_process_has_seen_is_looked_for_everywhere_before_a_row_is_inserted(
