@@ -17,7 +17,7 @@ DEVIATIONS ?= 2
 VMS ?= 200
 JOBS ?= $(shell nproc)
 
-.PHONY: demo demo-pops test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 other-suites control-plane demo-control-plane upgrade bench bench-wan rabbitmq sample clean
+.PHONY: demo demo-pops test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 other-suites control-plane demo-control-plane demo-control-planes upgrade bench bench-wan rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -29,6 +29,10 @@ demo-pops: $(VENV)/.demo
 # The whole of Nova and Placement on three daemons, driven through the REST API.
 demo-control-plane: $(VENV)/.plane
 	$(VENV)/bin/lucd demo --control-plane
+
+# One in each of three PoPs, 50 ms apart; one PoP is cut off, boots and deletes its own. Needs root; takes some minutes.
+demo-control-planes: $(VENV)/.plane
+	$(VENV)/bin/lucd demo --control-plane --pops 3 --latency-ms 50 --instances 5
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint

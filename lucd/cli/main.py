@@ -59,7 +59,7 @@ def config_sample() -> None:
     default=1,
     show_default=True,
     type=click.IntRange(1, 8),
-    help="More than one: a conductor and a cell in each PoP, and one PoP is cut off (as root).",
+    help="More than one: a conductor and a cell in each PoP, or a control plane; one PoP is cut off (as root).",
 )
 @click.option(
     "--latency-ms",
@@ -71,6 +71,10 @@ def config_sample() -> None:
 def demo(keep: bool, instances: int, control_plane: bool, computes: int, pops: int, latency_ms: float) -> None:
     """Show it: three daemons on this machine keep Nova's state while one of them is killed."""
     # These need the nova extra, which a daemon does without.
+    if pops > 1 and control_plane:
+        from lucd.demo.pops import planes
+
+        sys.exit(planes.play(pops, latency_ms, instances=instances, keep=keep))
     if pops > 1:
         from lucd.demo.pops import story as pops_story
 

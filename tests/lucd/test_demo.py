@@ -72,3 +72,17 @@ def test_without_the_right_to_make_networks_the_demo_says_what_it_needs(
     told = capsys.readouterr().err
     assert "needs root, TUN devices" in told
     assert "`lucd demo` shows one PoP" in told
+
+
+def test_control_plane_in_each_pop_boots_and_deletes_its_own_while_one_is_cut_off() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    command = ["demo", "--control-plane", "--pops", "2", "--latency-ms", "20", "--instances", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lucd.cli.main", *command], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The cables of pop1 are pulled out" in done.stdout
+    assert "every PoP's API lists the servers of all again" in done.stdout
+    assert "5 servers ACTIVE, no ERROR" in done.stdout
+    assert "FAILED" not in done.stdout

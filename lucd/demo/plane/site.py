@@ -35,6 +35,8 @@ class Place:
     cell: str = CELL1
     placement: str = PLACEMENT
     """Both by the names of their databases."""
+    api: str = CELL0
+    """The database that is nova-api's own."""
     prefix: str = ""
     """What the names of its hosts begin with."""
     launcher: Sequence[str] = ()
@@ -235,7 +237,7 @@ class ControlPlane:
             f"[keystone]\nendpoint_override = {neighbours}/v3\n"
             "[vnc]\nenabled = false\n"
         )
-        for number, database in enumerate((CELL0, self.place.cell)):
+        for number, database in enumerate((self.place.api, self.place.cell)):
             host = self._controller(number)
             self._write(
                 f"{host}.conf",
