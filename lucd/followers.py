@@ -183,7 +183,7 @@ class Followers:
         if newest is None or not self._wide.joined:
             return ()
         pops = {m.pop for m in newest.members}
-        return GLOBAL, *followed_by(self._settings.pop, pops, self._settings.backup_pops)
+        return followed_by(self._settings.pop, pops, self._settings.backup_pops)
 
     async def _run(self) -> None:
         while True:
@@ -214,7 +214,8 @@ class Followers:
     async def _begin(self, name: str) -> None:
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            disk = open_file(self._path(name), self._identity, 0, COPY_RESERVE_BYTES)
+            # Beside the loop: a large file takes long to be looked through.
+            disk = await asyncio.to_thread(open_file, self._path(name), self._identity, 0, COPY_RESERVE_BYTES)
         except (DhtError, OSError) as error:
             if name not in self._failed:
                 log.error("the copy of domain %s cannot be opened: %s", name, error)

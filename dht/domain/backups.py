@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import Final
 
+from dht.model import GLOBAL
+
 BACKUP_POPS: Final = 1
 
 
@@ -16,9 +18,14 @@ def backups_of(pop: str, pops: Iterable[str], count: int) -> tuple[str, ...]:
 
 
 def followed_by(pop: str, pops: Iterable[str], count: int) -> tuple[str, ...]:
-    """The PoPs that this one follows, sorted."""
+    """The domains that this PoP follows: `global` first, then PoPs, sorted.
+
+    A PoP that is alone follows nothing: the voters of `global` are its own nodes.
+    """
     known = {*pops, pop}
-    return tuple(sorted(other for other in known if pop in backups_of(other, known, count)))
+    if len(known) == 1:
+        return ()
+    return GLOBAL, *sorted(other for other in known if pop in backups_of(other, known, count))
 
 
 def _score(pop: str, other: str) -> bytes:

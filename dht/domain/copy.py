@@ -45,9 +45,10 @@ _decode = msgspec.msgpack.Decoder(Coverage).decode
 
 @dataclass(slots=True)
 class Open:
-    """`doubtful`: the register's replicas have to be asked where it stands."""
+    """`doubtful`: the register's replicas must be asked where it stands. `floor`: the tablet's when it was opened."""
 
     since_s: float
+    floor: Ballot
     doubtful: bool
 
 
@@ -64,6 +65,7 @@ class Copy:
         self._disk = disk
         self._rules = rules
         self._open: dict[int, dict[GroupKey, Open]] = {}
+        self._collected: dict[int, dict[GroupKey, Ballot]] = {}
         value = disk.get(Space.META, _KEY)
         try:
             self.noted = Coverage() if value is None else _decode(value)
@@ -90,8 +92,26 @@ class Copy:
                 covered_s = min([covered_s, *(one.since_s for key, one in keys.items() if key.startswith(prefix))])
         return covered_s
 
-    def cover(self, tablet: int, begin_s: float) -> None:
-        """A round that began then is over: what its replicas named is here, or open."""
+    def told_at(self, key: GroupKey) -> Ballot:
+        """The ballot of the state that is here; of none, a floor that nothing of the group can be below any more.
+
+        What was heard of a register since it was opened may be below the floor that the tablet has now.
+        """
+        standing = self.standing(key)
+        if standing != ZERO:
+            return standing
+        opened = self.opened(key)
+        return self.floors.get(self.registers.tablet(key), ZERO) if opened is None else opened.floor
+
+    def cover(self, tablet: int, begin_s: float, floor: Ballot = ZERO) -> None:
+        """A round that began then is over: what its replicas named is here, or open. `floor`: as they told it then."""
+        self.floors[tablet] = floor = max(floor, self.floors.get(tablet, ZERO))
+        collected = self._collected.get(tablet, {})
+        for key in [key for key, at in collected.items() if at <= floor]:
+            if self.standing(key) == collected.pop(key):
+                batch = Batch()
+                self.registers.erase(batch, key)
+                self._disk.submit(batch)
         self.as_of_s[tablet] = max(begin_s, self.as_of_s.get(tablet, NEVER_S))
 
     def open(self, key: GroupKey, *, doubtful: bool) -> None:
@@ -100,7 +120,8 @@ class Copy:
         opened = self._open.setdefault(tablet, {})
         known = opened.get(key)
         since_s = self.as_of_s.get(tablet, NEVER_S) if known is None else known.since_s
-        opened[key] = Open(since_s, doubtful or (known is not None and known.doubtful))
+        floor = self.floors.get(tablet, ZERO) if known is None else known.floor
+        opened[key] = Open(since_s, floor, doubtful or (known is not None and known.doubtful))
 
     def opened(self, key: GroupKey) -> Open | None:
         return self._open.get(self.registers.tablet(key), {}).get(key)
@@ -153,23 +174,35 @@ class Copy:
             self.on_change(changed)
         return number
 
-    def erase(self, key: GroupKey) -> None:
-        """The register is gone from its replicas: it was deleted, and collected since."""
+    def collect(self, key: GroupKey, floors: Sequence[Ballot]) -> bool:
+        """The register is gone from its replicas: deleted, and collected. `floors`: as they told them, ascending.
+
+        A tombstone takes its place until the tablet has its floor here, too: the lowest that is above where it stood.
+        A higher one may be of a later collection, and above what was made in its place since. False if there is none.
+        """
+        floor = next((floor for floor in floors if floor >= self.standing(key)), None)
+        if floor is None:
+            return False
         batch = Batch()
-        self.registers.erase(batch, key)
+        self.registers.replace(batch, key, Header(floor, floor, floor, bytes(16), True), {})
         self._disk.submit(batch)
+        self._collected.setdefault(self.registers.tablet(key), {})[key] = floor
         self.counters["erased"] += 1
         self.on_change([key])
+        return True
 
     def begin_again(self, generation: int) -> None:
         """Forget everything: the domain went on without some of it. Submitted in pieces, the generation last."""
         self.as_of_s.clear()
         self._open.clear()
+        self._collected.clear()
         self.floors.clear()
         self._note(Coverage(self.noted.generation))
         for tablet in range(self.tablets):
             for key in self.registers.keys(tablet):
-                self.erase(key)
+                batch = Batch()
+                self.registers.erase(batch, key)
+                self._disk.submit(batch)
         self.noted = Coverage(generation)
         self._note(self.noted)
 

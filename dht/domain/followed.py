@@ -63,8 +63,9 @@ class Followed:
         if len(request.keys) > PAGE_KEYS_MAX or any(self._registers.tablet(k) != request.tablet for k in request.keys):
             raise RemoteProtocolError(f"{len(request.keys)} marks were asked for that cannot be told of one tablet")
         marks = tuple(self._mark(key) for key in request.keys)
+        floor = self._tablets.state(request.tablet).agreed
         await self._durable()
-        return Marks(marks)
+        return Marks(marks, floor)
 
     def _mark(self, key: GroupKey) -> RegisterMark:
         header = self._registers.header(key)

@@ -216,9 +216,8 @@ class Follower:
             serving = [n for n in answered if self._serves(n, tablet) == replicas.epoch]
             need = quorums(len(replicas.nodes))[0] if self._rules.cover_by_quorum else 1
             if len(serving) >= need:
-                floors = [self._served[n][tablet].floor for n in serving]
-                self.copy.floors[tablet] = max([*floors, self.copy.floors.get(tablet, ZERO)])
-                self.copy.cover(tablet, until_s)
+                floor = max(self._served[node][tablet].floor for node in serving)
+                self.copy.cover(tablet, until_s, floor)
 
     def _serves(self, node: NodeId, tablet: int) -> int:
         """At which epoch the node served the tablet when it answered last, 0 if it did not."""
@@ -324,10 +323,11 @@ class Follower:
         self.counters["examined"] += len(keys)
         question = AskMarks(self.name, tablet, replicas.epoch, tuple(keys))
         answers = await asyncio.gather(*(self._try_marks(node, question) for node in serving))
-        told = {node: marks for node, marks in zip(serving, answers, strict=True) if marks is not None}
+        told = {node: reply.marks for node, reply in zip(serving, answers, strict=True) if reply is not None}
         need = quorums(len(replicas.nodes))[0]
         if len(told) < need:
             return
+        floors = sorted(reply.floor for reply in answers if reply is not None)
         wanted: dict[NodeId, list[GroupKey]] = {}
         ballots: dict[GroupKey, Ballot] = {}
         for at, key in enumerate(keys):
@@ -337,9 +337,8 @@ class Follower:
             chosen = len(holders) >= need or any(marks[node].chosen == highest for node in holders)
             standing = self.copy.standing(key)
             if highest == ZERO:
-                if standing != ZERO:
-                    self.copy.erase(key)
-                self.copy.close(key)
+                if standing == ZERO or self.copy.collect(key, floors):
+                    self.copy.close(key)
             elif chosen and highest == standing:
                 self.copy.close(key)
             elif chosen and highest > standing:
@@ -348,12 +347,12 @@ class Follower:
         for node, some in wanted.items():
             await self._fetch(node, tablet, replicas.epoch, some, ballots, settles=True)
 
-    async def _try_marks(self, node: NodeId, question: AskMarks) -> tuple[RegisterMark, ...] | None:
+    async def _try_marks(self, node: NodeId, question: AskMarks) -> Marks | None:
         try:
-            marks = (await self._ask(node, question, Marks)).marks
+            reply = await self._ask(node, question, Marks)
         except DhtError:
             return None
-        return marks if [mark.key for mark in marks] == list(question.keys) else None
+        return reply if [mark.key for mark in reply.marks] == list(question.keys) else None
 
     # ---- comparing with a node as a whole
 

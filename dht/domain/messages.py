@@ -356,6 +356,7 @@ class AskMarks(DomainMessage, frozen=True, tag=92):
 
 @message
 class Marks(Message, frozen=True, tag=93):
-    """In the order of the question, durable; of a register without a value all ballots are ZERO."""
+    """In the order of the question, durable; a register without a value has ZERO everywhere. `floor`: as `Served`."""
 
     marks: tuple[RegisterMark, ...]
+    floor: Ballot

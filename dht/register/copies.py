@@ -158,6 +158,7 @@ class CopiedRegistry:
         self._staleness_max_s = staleness_max_s
         self._seen = Seen()
         self._found_at: NodeId | None = None
+        self._found_since_s = NEVER_S
         self._specs: dict[str, tuple[float, tuple[TableSpec, ...]]] = {}
         self._starts: dict[str, tuple[tuple[TableSpec, ...], dict[bytes, int]]] = {}
 
@@ -247,7 +248,8 @@ class CopiedRegistry:
         return asked.groups
 
     async def _find_in_copy(self, prefix: bytes, query: FindQuery, age_max_s: float) -> FindResult | None:
-        age_s = min(self._age_s(prefix, age_max_s), self._age_s(_found(prefix), age_max_s))
+        since_s = self._clock.monotonic() - self._found_since_s
+        age_s = min(self._age_s(prefix, age_max_s), self._age_s(_found(prefix), age_max_s), since_s)
         asked = await self._ask_copy(FindInCopy(query, age_s), FindInCopyReply, age_max_s)
         if asked is None or any(row.ballot < self._seen.ballot(row.group) for row in asked.result.rows):
             return None
@@ -264,8 +266,7 @@ class CopiedRegistry:
         for node in [None] if own is not None else others:
             if isinstance(question, FindInCopy) and node != self._found_at:
                 # What is newer in one copy than it is covered may not be in another one yet.
-                self._found_at = node
-                self._seen.note_all(self._clock.monotonic())
+                self._found_at, self._found_since_s = node, self._clock.monotonic()
                 return None
             try:
                 if node is None:

@@ -55,9 +55,8 @@ class FollowedReads:
         return groups, covered_s if len(groups) == len(keys) else NEVER_S
 
     def ballot(self, key: GroupKey) -> Ballot:
-        """Of the state that is here; of none: a floor below which nothing of the group can be any more."""
-        standing = self._copy.standing(key)
-        return standing if standing != ZERO else self._copy.floors.get(self._file.tablet(key), ZERO)
+        """See `Copy.told_at`."""
+        return self._copy.told_at(key)
 
     def covered_s(self, database: str) -> float:
         """Up to which moment everything of the database is covered."""

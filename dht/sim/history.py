@@ -104,8 +104,8 @@ class History:
         return self.moment
 
     def moment_of(self, time_s: float) -> int:
-        """The first moment that was not before this time: what had returned by then had an earlier one."""
-        return bisect.bisect_left(self.times_s, time_s) + 1
+        """The last moment before this time: what returned later has a higher one."""
+        return bisect.bisect_left(self.times_s, time_s)
 
     def counts(self) -> dict[str, int]:
         """How much a run exercised, for its report."""

@@ -114,6 +114,18 @@ def write(stage: Stage, k: GroupKey, round: int, text: str, *numbers: int, chose
         stage.write(number, k, round, text, chosen=chosen, epoch=2)
 
 
+FLOOR = Ballot(1, 2, 9, b"", 0, 0)
+
+
+def collected(stage: Stage, k: GroupKey) -> None:
+    """The register is erased everywhere, under a floor that all have."""
+    for number in (0, 1, 2):
+        node, batch = stage.world.node(number), Batch()
+        node.domain.tablets.agree(batch, stage.tablet, FLOOR)
+        node.registers.erase(batch, k)
+        node.domain.tablets.submit(batch)
+
+
 def follow_rules(**off: bool) -> FollowRules:
     return msgspec.structs.replace(FOLLOW_RULES, **off)
 
@@ -270,15 +282,14 @@ def test_gone_is_erased_group_that_was_deleted_and_collected_unseen_leaves_the_c
         write(stage, k, 1, "old", 0, 1, 2, chosen=True)
         await beside.rounds()
         assert beside.row(k) == value("old")
-        for number in (0, 1, 2):
-            node, batch = stage.world.node(number), Batch()
-            node.registers.erase(batch, k)
-            node.boot.disk.submit(batch)
+        collected(stage, k)
         at_s = await beside.wait()
         beside.restart()
         await beside.rounds(4)
         assert beside.copy.covered_s(k) >= at_s
         assert beside.row(k) == (None if on else value("old"))
+        if on:
+            assert (beside.copy.standing(k), beside.copy.told_at(k)) == (ZERO, FLOOR)
 
     staged(story, 3)
 
@@ -385,6 +396,60 @@ def test_tombstone_that_was_collected_reads_as_the_floor() -> None:
         await beside.rounds()
         assert beside.copy.standing(stage.keys[0]) == ZERO
         assert beside.copy.floors[stage.tablet] == floor
+
+    staged(story, 3)
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["goes on", "restarted"])
+def test_group_that_was_collected_during_the_round_is_told_at_the_floor_and_not_below_where_it_stood(
+    restarted: bool,
+) -> None:
+    async def story(stage: Stage) -> None:
+        beside = await three(stage)
+        k = stage.keys[0]
+        write(stage, k, 1, "old", 0, 1, 2, chosen=True)
+        await beside.rounds()
+        stood = beside.copy.standing(k)
+        asked: set[int] = set()
+
+        async def after(number: int, message: Struct) -> None:
+            if isinstance(message, AskChanges):
+                asked.add(number)
+            if asked == {0, 1, 2}:
+                asked.add(-1)
+                collected(stage, k)
+
+        beside.line.after = after
+        beside.copy.open(k, doubtful=True)
+        await beside.rounds()
+        if restarted:
+            beside.restart()
+            await beside.rounds(4)
+        assert beside.row(k) is None
+        assert beside.copy.told_at(k) == FLOOR > stood
+        await beside.rounds()
+        assert (beside.copy.standing(k), beside.copy.told_at(k)) == (ZERO, FLOOR)
+
+    staged(story, 3)
+
+
+def test_group_that_is_not_here_yet_is_not_told_at_a_floor_above_what_was_heard_of_it() -> None:
+    """It was made before the floor was raised; the follower knows the floor, but not yet whether it is chosen."""
+
+    async def story(stage: Stage) -> None:
+        beside = await three(stage)
+        k, other = stage.keys[:2]
+        write(stage, k, 1, "new", 0)
+        collected(stage, other)
+        beside.line.deaf = {1}
+        await beside.rounds()
+        assert beside.copy.floors[stage.tablet] == FLOOR
+        told = beside.copy.told_at(k)
+        write(stage, k, 1, "new", 1)
+        beside.line.deaf = set()
+        await beside.rounds()
+        assert beside.row(k) == value("new")
+        assert told <= beside.copy.told_at(k) < FLOOR
 
     staged(story, 3)
 

@@ -8,7 +8,7 @@ from dht.domain.messages import DomainMessage
 from dht.domain.restore import find_copies, floors_after, hand_over
 from dht.domain.roster import check_step
 from dht.errors import Invalid, NotServing, RemoteProtocolError
-from dht.model import NodeId, Struct
+from dht.model import Ballot, NodeId, Struct
 from dht.world import Batch
 from tests.dht.domain.small_world import ROW, TABLETS, World, key, outcome, play, value
 from tests.dht.domain.test_follower import Beside
@@ -113,8 +113,10 @@ def test_restore_takes_each_tablet_from_the_copy_that_covers_it_furthest() -> No
         await world.cluster.machines[0].clock.sleep(5.0)
         for number in range(3):
             node, batch = world.node(number), Batch()
+            tablet = node.registers.tablet(k)
+            node.domain.tablets.agree(batch, tablet, Ballot(1, node.domain.tablets.serves(tablet), 999, b"", 0, 0))
             node.registers.erase(batch, k)
-            node.boot.disk.submit(batch)
+            node.domain.tablets.submit(batch)
         newer.restart()
         await newer.rounds(4)
         for number in range(3):
