@@ -73,9 +73,9 @@ class Daemon:
         self._steps = contextlib.AsyncExitStack()
         self._met: dict[NodeId, None] = {}
         clock, chance = LoopClock(), random.SystemRandom()
-        disk = self._open(opened.store_file, opened.stored_boot)
+        disk = self._open(opened.store_file, settings.pop, opened.stored_boot)
         global_disk = self._open(
-            opened.global_file, opened.stored_boot if opened.global_stored else 0, GLOBAL_RESERVE_BYTES
+            opened.global_file, GLOBAL, opened.stored_boot if opened.global_stored else 0, GLOBAL_RESERVE_BYTES
         )
         cluster = Cluster(opened.cluster.cluster_id, opened.cluster.secret)
         self.network = LinkNetwork(self.identity, cluster, BootBook(disk).accept)
@@ -214,8 +214,8 @@ class Daemon:
         await self._keep(self._workers)
         self._state = ""
 
-    def _open(self, path: Path, noted_boot: int, reserve_bytes: int = RESERVE_BYTES) -> SqliteDisk:
-        disk = open_file(path, self.identity, noted_boot, reserve_bytes)
+    def _open(self, path: Path, domain: str, noted_boot: int, reserve_bytes: int = RESERVE_BYTES) -> SqliteDisk:
+        disk = open_file(path, self.identity, noted_boot, reserve_bytes, domain)
         self._steps.callback(disk.close)
         return disk
 

@@ -15,6 +15,7 @@ from dht.domain.domain import Domain, LocalNode
 from dht.domain.wide import Wide
 from dht.errors import Invalid, NotServing, StorageError
 from dht.model import GLOBAL, GroupKey, NodeId, Struct
+from dht.overlay.messages import pop_prefix
 from dht.register.node import StoreNode
 from dht.register.shards import is_about_shard
 from dht.rows import is_local
@@ -30,6 +31,7 @@ from lucd.door import ask_store
 
 _OWNER_KEY = b"node"
 _BOOT_KEY = b"boot"
+_DOMAIN_KEY = b"domain"
 _STORE_REQUESTS = (
     requests.ReadGroups,
     requests.Find,
@@ -108,6 +110,8 @@ class DomainNode:
             await self.store.move_pop(message.pop, message.before, message.after, time_left_s())
             return requests.Done()
         if isinstance(message, requests.ClaimPop):
+            if sender != message.node or not sender.startswith(pop_prefix(message.pop)):
+                raise Invalid(f"PoP {message.pop} is claimed by its own nodes, each for itself")
             wanted = message.pop, message.node, message.incarnation
             claim = await self.store.claim_pop(*wanted, time_left_s(), message.index)
             return requests.ClaimPopReply(claim)
@@ -133,11 +137,18 @@ class DomainNode:
         }
 
 
-def open_file(path: Path, identity: NodeIdentity, noted_boot: int, reserve_bytes: int = RESERVE_BYTES) -> SqliteDisk:
-    """The file, made sure of. `noted_boot`: the newest start that is known to be noted in it, 0 for a new file."""
+def open_file(
+    path: Path, identity: NodeIdentity, noted_boot: int, reserve_bytes: int = RESERVE_BYTES, domain: str = ""
+) -> SqliteDisk:
+    """The file, made sure of. `noted_boot`: the newest start that is known to be noted in it, 0 for a new file.
+
+    `domain`: the one that the node votes in by what the file holds.
+    """
     disk = SqliteDisk(path, reserve_bytes=reserve_bytes)
     try:
         _refuse_foreign_file(disk, path, identity)
+        if domain:
+            _refuse_other_domains_file(disk, path, domain)
         _refuse_older_file(disk, path, noted_boot)
     except BaseException:
         disk.close()
@@ -166,6 +177,20 @@ def _refuse_foreign_file(disk: Disk, path: Path, identity: NodeIdentity) -> None
         raise StorageError(
             f"{path.name} in the data directory belongs to another node or incarnation; put the right file back, or "
             "wipe the directory and join again"
+        )
+
+
+def _refuse_other_domains_file(disk: Disk, path: Path, domain: str) -> None:
+    """A node has two files, each with the promises of one domain: exchanged, both would be forgotten."""
+    noted = disk.get(Space.META, _DOMAIN_KEY)
+    if noted is None:
+        batch = Batch()
+        batch.put(Space.META, _DOMAIN_KEY, domain.encode())
+        disk.submit(batch)
+    elif noted != domain.encode():
+        raise StorageError(
+            f"{path} is the file of domain {noted.decode()}, and the one of {domain} is expected there: put the right "
+            "file back, or wipe the directory and join again"
         )
 
 

@@ -122,7 +122,7 @@ class Pops:
     def others(self) -> set[str]:
         """The other PoPs, as far as the nodes tell that are known here."""
         known = {contact.pop for contact in self._overlay.contacts()} | {peer.pop for peer in self._network.peers()}
-        return (known | self._gateways.keys()) - {self.name}
+        return (known | self._gateways.keys()) - {self.name, GLOBAL}
 
     async def gateways(self, pop: str) -> Sequence[NodeId]:
         """Nodes of the PoP to ask, those that are heard first. Looks for some where none is."""

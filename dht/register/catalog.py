@@ -129,6 +129,8 @@ def next_pop_index(rows: Mapping[RowKey, bytes], had: int | None = None) -> int:
     """The lowest that was never given, or the one that the PoP `had`. Raises Invalid when all were, or that was."""
     given = {split_row_key(key)[1][0] for key in rows}
     if had is not None:
+        if not 0 <= had < POPS_MAX:
+            raise Invalid(f"{had} is no index of a PoP: there are {POPS_MAX}, from 0 on")
         if had in given:
             raise Invalid(f"the PoP's index {had} was given to another one meanwhile: its ids are no longer its own")
         return had
@@ -186,6 +188,11 @@ def catalog_of(rows: Mapping[RowKey, bytes]) -> tuple[int, list[TableSpec]]:
             except msgspec.MsgspecError as error:
                 raise Invalid(f"the catalog's row {pk} has no table spec in column 0: {error}") from None
     return version, specs
+
+
+def has_tables(rows: Mapping[RowKey, bytes]) -> bool:
+    """Whether a catalog's rows are more than its version, which is what a drop leaves of it."""
+    return any(key != row_key(CATALOG_TABLE, (0,)) for key in rows)
 
 
 def emptied(key: GroupKey, rows: Mapping[RowKey, bytes]) -> dict[RowKey, bytes | None]:

@@ -122,6 +122,9 @@ class Databases:
     async def create(self, name: str, deadline: float, home: str = "") -> bool:
         """False if it exists. With a PoP for its `home` only the name is taken: the database itself lives there."""
         catalog.check_database_name(name)
+        if not home and catalog.is_shard((await self.homes(deadline)).get(name)):
+            # Left behind by a database of this name that was dropped: its rows are not this one's.
+            await self.drop(name, deadline)
         added = catalog.database_added(name, self._context.chance.randbytes(8), home)
         return await self._register(added, name, deadline)
 

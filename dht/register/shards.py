@@ -175,7 +175,7 @@ class Shard:
         for _ in range(INSTALL_ATTEMPTS):
             (here,) = await self._store.read([key], None, self._left_s(deadline))
             current = _version_of(here.rows or {})
-            if believed and current >= version and _has_tables(here):
+            if believed and current >= version and catalog.has_tables(here.rows or {}):
                 return current
             if shard is None and not create:
                 raise catalog.no_such_database(database)
@@ -189,7 +189,11 @@ class Shard:
                 shard, believed = catalog.shard_home(mark), False
                 continue
             changes = _difference(here.rows or {}, home.rows or {})
-            if newest <= current and _has_tables(home) and any(change.pk != _HEAD for change in changes):
+            if (
+                newest <= current
+                and catalog.has_tables(home.rows or {})
+                and any(change.pk != _HEAD for change in changes)
+            ):
                 # A drop left this version here, and the replicas know it as one without tables.
                 await self._raise_version(database, home, current + 1, deadline)
                 continue
@@ -206,7 +210,7 @@ class Shard:
 
     async def _make(self, database: str, mark: bytes, shard: str | None, here: GroupRead, deadline: float) -> None:
         """Make the shard, in place of what the registry has. Raises Invalid rather than drop a database of the PoP."""
-        if shard is not None and not catalog.is_shard(shard) and _has_tables(here):
+        if shard is not None and not catalog.is_shard(shard) and catalog.has_tables(here.rows or {}):
             raise Invalid(
                 f"PoP {self._pop} has a database {database!r} of its own, which domain global does not list: drop the "
                 "one that is listed, so that this one is entered into the list again"
@@ -252,11 +256,6 @@ def _version_of(rows: Mapping[RowKey, bytes]) -> int:
             version = decode_row(data).get(0)
             return version if isinstance(version, int) else 0
     return 0
-
-
-def _has_tables(group: GroupRead) -> bool:
-    """Whether a catalog has more than its version, which is what a drop leaves of it."""
-    return any(split_row_key(key) != (CATALOG_TABLE, _HEAD) for key in group.rows or {})
 
 
 def _difference(here: Mapping[RowKey, bytes], home: Mapping[RowKey, bytes]) -> tuple[Change, ...]:

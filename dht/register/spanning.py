@@ -73,7 +73,11 @@ class SpanningStore:
                 raise
             if not catalog.is_shard((await self._own.homes(timeout_s)).get(database)):
                 raise
-            return await self._own.read(keys, known, timeout_s)
+            copy = await self._own.read(keys, None, timeout_s)
+            if not catalog.has_tables(copy[0].rows or {}):
+                # Its maker stopped half way: that is no catalog to start with.
+                raise
+            return copy
 
     async def find(self, query: FindQuery, timeout_s: float | None = None) -> FindResult:
         if query.scope is Scope.HOME:

@@ -41,6 +41,9 @@ class World:
         self.slept_s: list[float] = []
         self.turn = asyncio.Event()
 
+    def peers(self) -> list[Any]:
+        return []
+
     def pops_on(self, disk: MemoryDisk) -> Pops:
         stand_in: Any = self
         return Pops(
@@ -173,6 +176,14 @@ async def test_members_of_global_in_the_own_pop_are_asked_first_and_others_not_a
     world.members = [member(1, "lyon"), member(2, "nice"), member(3, "nice")]
     world.heard = {member(1, "lyon").node_id, member(3, "nice").node_id}
     assert await pops.gateways(GLOBAL) == [member(3, "nice").node_id, member(2, "nice").node_id]
+
+
+async def test_global_is_none_of_the_other_pops(world: World, pops: Pops) -> None:
+    world.members = [member(1, "lyon")]
+    world.there = [contact(1)]
+    await pops.gateways(GLOBAL)
+    await pops.gateways("lyon")
+    assert pops.others() == {"lyon"}
 
 
 async def test_few_members_of_global_elsewhere_are_asked_where_the_own_pop_has_none(world: World, pops: Pops) -> None:

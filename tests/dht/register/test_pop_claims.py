@@ -39,6 +39,9 @@ async def test_pop_that_was_founded_already_gets_the_index_that_it_had_or_none(c
     assert (await cluster[1].claim_pop("nice", node(2), b"i" * 16, index=7)).index == 7
     with pytest.raises(Invalid, match="index 7 was given to another"):
         await cluster[1].claim_pop("metz", node(3), b"i" * 16, index=7)
+    for senseless in (-1, 255, 300):
+        with pytest.raises(Invalid, match="no index of a PoP"):
+            await cluster[1].claim_pop("metz", node(3), b"i" * 16, index=senseless)
     assert (await cluster[2].claim_pop("brest", node(4), b"i" * 16)).index == 1
 
 

@@ -15,6 +15,7 @@ from dht.errors import Invalid, NotFound, SchemaChanged, Unavailable
 from dht.model import Change, Comparison, Constraint, FindQuery, IndexSpec, Op, Part, Scope, TableSpec, Transaction
 from dht.register import catalog
 from dht.register.shards import Shard, _version_of, is_about_shard
+from dht.register.spanning import SpanningStore
 from dht.rows import group_key
 
 TABLE = 16
@@ -230,6 +231,23 @@ async def test_shard_that_was_made_and_has_no_catalog_yet_takes_the_homes(pops):
     with pytest.raises(SchemaChanged):
         await pops.shards["a"].commit(write(1))
     assert copied(pops)[0] == 5
+
+
+async def test_catalog_out_of_reach_is_read_from_the_shard_unless_that_was_never_copied(pops):
+    """A process that starts would take an empty one for a database without tables."""
+    store = SpanningStore(pops.registry, pops.places("a"), pops.pops["a"])
+    key = catalog.catalog_group("d")
+    own_catalog(pops, 1, 2, 3)
+    pops.pops["a"].memory.create_database("d", None, catalog.shard_home(b"mark"))
+    pops.home.away = Unavailable("global is cut off")
+    with pytest.raises(Unavailable, match="global is cut off"):
+        await store.read([key])
+    pops.home.away = None
+    publish(pops, 7, 2)
+    await pops.shards["a"].commit(write(7))
+    pops.home.away = Unavailable("global is cut off")
+    (found,) = await store.read([key])
+    assert _version_of(found.rows) == 7
 
 
 async def test_database_of_the_pops_own_that_the_list_lost_is_not_dropped_for_a_shard(pops):

@@ -379,6 +379,17 @@ async def test_shard_of_a_database_is_served_but_is_not_at_home_here():
     await cluster.stop()
 
 
+async def test_shard_left_behind_is_no_part_of_the_pops_own_database_of_that_name():
+    cluster = Cluster(3)
+    await cluster[0].create_database("db", home=shard_home(b"mark"))
+    await cluster[2].commit(transaction(insert("a")))
+    assert await cluster[1].create_database("db")
+    assert await cluster[0].list_databases() == ("db",)
+    (found,) = await cluster[1].read([transaction(insert("a")).parts[0].key])
+    assert found.rows == {}
+    await cluster.stop()
+
+
 async def test_sequence_of_a_local_table_is_raised_by_a_recovery_like_any_other():
     assert is_sequence(sequence_group("db", "~16"))
     assert sequence_group("db", "~16") != sequence_group("db", "16")
