@@ -7,7 +7,6 @@ Times are of the ways between the PoPs, which are long here, so that nothing els
 from __future__ import annotations
 
 import sqlite3
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -82,13 +81,14 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
         yield made
 
 
-def median_s(ask: Callable[[], object], count: int) -> float:
+def fastest_s(ask: Callable[[], object], count: int) -> float:
+    """Of some: what the ways cost, whatever else the machine does."""
     took = []
     for _ in range(count):
         began_s = time.monotonic()
         ask()
         took.append(time.monotonic() - began_s)
-    return statistics.median(took)
+    return min(took)
 
 
 def test_row_made_in_one_pop_is_read_and_changed_from_another_and_listed_from_the_third(doors: Doors) -> None:
@@ -128,11 +128,11 @@ def test_own_rows_ask_no_other_pop_and_far_ones_take_one_round_trip(doors: Doors
     }
     for name, (ask, trips) in cases.items():
         before = doors.places(A)["asked_far"]
-        took_s = median_s(ask, TIMES)
+        took_s = fastest_s(ask, TIMES)
         print(f"{name}: {took_s * 1000:.1f} ms")
         assert doors.places(A)["asked_far"] - before == trips * TIMES, name
         assert trips * RTT_S <= took_s < (trips + 0.9) * RTT_S, name
-    print(f"far read, place not known: {median_s(lambda: doors.ask(A, ONE, f'first-{C}'), 1) * 1000:.1f} ms")
+    print(f"far read, place not known: {fastest_s(lambda: doors.ask(A, ONE, f'first-{C}'), 1) * 1000:.1f} ms")
     doors.ask(A, "DELETE FROM instance_mappings WHERE instance_uuid LIKE 'q%'")
 
 

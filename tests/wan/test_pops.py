@@ -7,7 +7,6 @@ Times are of the ways between the PoPs, which are long here, so that nothing els
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -56,13 +55,14 @@ def read(store: BlockingStore) -> object:
     return decode_row(row)[0]
 
 
-def median_s(ask: Callable[[], object], count: int = 15) -> float:
+def fastest_s(ask: Callable[[], object], count: int = 15) -> float:
+    """Of some: what the ways cost, whatever else the machine does."""
     took = []
     for _ in range(count):
         began_s = time.monotonic()
         ask()
         took.append(time.monotonic() - began_s)
-    return statistics.median(took)
+    return min(took)
 
 
 def passed_on(cluster: WanCluster, number: int) -> int:
@@ -99,7 +99,7 @@ def test_name_of_another_pop_is_taken(cluster: WanCluster) -> None:
 def test_at_home_nothing_waits_for_another_pop(cluster: WanCluster) -> None:
     store = cluster.nodes[HOME].store()
     before = passed_on(cluster, HOME)
-    took_s = median_s(lambda: (write(store, 1), read(store)))
+    took_s = fastest_s(lambda: (write(store, 1), read(store)))
     print(f"a write and a read at home: {took_s * 1000:.1f} ms")
     assert took_s < RTT_S
     assert passed_on(cluster, HOME) == before
@@ -107,8 +107,8 @@ def test_at_home_nothing_waits_for_another_pop(cluster: WanCluster) -> None:
 
 def test_far_read_and_far_write_take_one_round_trip_more_than_at_home(cluster: WanCluster) -> None:
     home, far = cluster.nodes[HOME].store(), cluster.nodes[OTHER].store()
-    reads = median_s(lambda: read(far)), median_s(lambda: read(home))
-    writes = median_s(lambda: write(far, 2)), median_s(lambda: write(home, 2))
+    reads = fastest_s(lambda: read(far)), fastest_s(lambda: read(home))
+    writes = fastest_s(lambda: write(far, 2)), fastest_s(lambda: write(home, 2))
     print(
         f"far and home, ms: reads {[round(s * 1000, 1) for s in reads]}, writes {[round(s * 1000, 1) for s in writes]}"
     )
@@ -152,7 +152,7 @@ def test_cut_off_pop_goes_on_with_its_own_and_is_unavailable_never_empty_to_the_
     cluster.wan.cut([1], [0, 2])
     try:
         time.sleep(1.0)
-        assert median_s(lambda: (write(home, 11), read(home))) < RTT_S
+        assert fastest_s(lambda: (write(home, 11), read(home))) < RTT_S
         for store in (other, third):
             for ask in (
                 lambda store=store: read(store),
@@ -198,7 +198,7 @@ def test_bus_brings_calls_to_another_pop_and_goes_on_after_a_cut(cluster: WanClu
         asked, theirs = (clients.of(cluster.nodes[number].socket, "wan") for number in (FOUNDING, HOME))
         far = asked.prepare(server="home")
         assert far.call({}, "ask") == "home"
-        took_s = median_s(lambda: far.call({}, "ask"), 5)
+        took_s = fastest_s(lambda: far.call({}, "ask"), 5)
         print(f"a call to another PoP: {took_s * 1000:.1f} ms")
         assert took_s >= RTT_S
         cluster.wan.cut([1], [0, 2])
