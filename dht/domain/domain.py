@@ -21,6 +21,7 @@ from dht.domain.followed import Followed
 from dht.domain.generations import Generations
 from dht.domain.health import health
 from dht.domain.joining import LINKS_PER_PAGE, Joining
+from dht.domain.lookout import RETURN_AFTER_S, STATUS_INTERVAL_S, Lookout
 from dht.domain.membership import Membership
 from dht.domain.messages import (
     AskChanges,
@@ -55,8 +56,8 @@ from dht.domain.tablets import Tablets
 from dht.domain.takeover import Takeover
 from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
-from dht.domain.wide import Wide, Word, asked, is_large, neighbours, rounds_for_all, word_of_pop
-from dht.errors import DhtError, Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
+from dht.domain.wide import Wide, Word, is_large, neighbours, rounds_for_all, word_of_pop
+from dht.errors import Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
 from dht.limits import (
     COLLECT_INTERVAL_S,
     COPY_BYTES_PER_S,
@@ -70,10 +71,6 @@ from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk, Network
 
 log = logging.getLogger(__name__)
-STATUS_INTERVAL_S: Final = 1.0
-RETURN_AFTER_S: Final = 2.5 * STATUS_INTERVAL_S
-LEFT_OUT_ROUNDS: Final = 5
-"""Every so many status rounds those are asked, too, that a recovery left out: they may have begun another one."""
 JOIN_TIMEOUT_S: Final = 15.0
 PAGE_TIMEOUT_S: Final = 10.0
 R = TypeVar("R", bound=Struct)
@@ -130,11 +127,8 @@ class Domain:
         self._disk = disk
         self._rules = rules
         self._tasks: list[asyncio.Task[None]] = []
-        self._refreshing: asyncio.Task[None] | None = None
         self._greeting: asyncio.Task[None] | None = None
         self._views: tuple[TabletReplicas, ...] = ()
-        self._look_now = asyncio.Event()
-        self._rounds = 0
         node = local.node_id
         self.watch = Watch(node, clock.monotonic())
         self._acceptor = DecreeAcceptor(self.chain, disk, node, local.incarnation, rules)
@@ -191,6 +185,26 @@ class Domain:
         instance = local.incarnation + local.boot.to_bytes(8, "big")
         self._followed = Followed(instance, self.chain, self.tablets, registers, disk, self.admit, rules)
         self._joining = Joining(local.member, self, self.chain, clock, chance, self.ask, contacts, self._catch_up, wide)
+        self._lookout = Lookout(
+            self._member,
+            self,
+            self.chain,
+            self.tablets,
+            self.watch,
+            self._membership,
+            self._joining,
+            self.generations,
+            self.repair,
+            self.collection,
+            clock,
+            chance,
+            network,
+            disk,
+            self.ask,
+            self._catch_up,
+            self._looked,
+            wide,
+        )
         self._news = News(name, clock, self.ask, self.status, self._others_near)
         self._changed()
 
@@ -246,7 +260,7 @@ class Domain:
             if replicas.epoch == epoch and self.local.node_id in replicas.nodes:
                 return
         if newest is None or epoch > newest.epoch:
-            self._refresh_soon()
+            self._lookout.refresh()
         raise NotServing(
             f"tablet {tablet} of domain {self.name} is not served here at epoch {epoch} (initialised at "
             f"{state.current}, sealed at {state.sealed}); fetch the roster and ask its replicas",
@@ -287,14 +301,9 @@ class Domain:
         One round at a time, shared by all callers. Returns also when nothing newer was found; raises nothing.
         """
         for _ in range(1 if at_least is None or at_least <= self.chain.epoch else 2):
-            await asyncio.shield(self._refresh_soon())
+            await asyncio.shield(self._lookout.refresh())
             if at_least is None or self.chain.epoch >= at_least:
                 return
-
-    def _refresh_soon(self) -> asyncio.Task[None]:
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.get_running_loop().create_task(self._ask_statuses(only_alive=True))
-        return self._refreshing
 
     # ---- life
 
@@ -332,7 +341,7 @@ class Domain:
         """Begin the background work. `answer` works before, too."""
         loop = asyncio.get_running_loop()
         work: list[Coroutine[Any, Any, None]] = [
-            self._watch_loop(),
+            self._lookout.run(),
             self._takeover.run(STATUS_INTERVAL_S),
             self.repair.run(),
             self.collection.run(),
@@ -350,8 +359,8 @@ class Domain:
     async def stop(self) -> None:
         """End it. Nothing durable is half done."""
         await self._news.stop()
-        now_and_then = (self._refreshing, self._greeting, self.generations.meeting)
-        tasks = [*self._tasks, *(t for t in now_and_then if t is not None)]
+        await self._lookout.stop()
+        tasks = [*self._tasks, *(t for t in (self._greeting, self.generations.meeting) if t is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -374,7 +383,7 @@ class Domain:
     def look(self) -> None:
         """What this node was waiting for to join may be the case now."""
         if not self.joined and not self.removed:
-            self._look_now.set()
+            self._lookout.soon()
 
     def word(self, nodes: Sequence[NodeId]) -> Word:
         """What this domain of one PoP, as far as this node can tell, says of these nodes of it."""
@@ -486,7 +495,7 @@ class Domain:
             self.generation,
             self.chain.branch,
         ) and message.epoch > self.chain.epoch:
-            self._refresh_soon()
+            self._lookout.refresh()
 
     def _taken_over(self, tablet: int) -> None:
         self.repair.initialised(tablet)
@@ -501,7 +510,7 @@ class Domain:
         if newest is not None and newest.member(sender) is not None and message.generation == self.generation:
             self.watch.told(sender, message.tablets)
             if message.epoch > self.chain.epoch:
-                self._refresh_soon()
+                self._lookout.refresh()
             self._changed(announce=False)
         return Newest(self.chain.epoch)
 
@@ -519,7 +528,7 @@ class Domain:
         me = self.local.node_id
         if self._wide is None or not is_large(newest):
             return newest.others(me)
-        return tuple(sorted(neighbours(newest, me, self._held())))
+        return tuple(sorted(neighbours(newest, me, self._lookout.held())))
 
     async def _hand_over(self, sender: NodeId, message: DomainMessage) -> Message:
         match message:
@@ -592,97 +601,11 @@ class Domain:
             return Word()
         return self._wide.word([m.node_id for m in newest.members if m.pop == self.local.pop])
 
-    # ---- background
+    def _member(self) -> Member:
+        return self.local.member()
 
-    async def _watch_loop(self) -> None:
-        while True:
-            try:
-                if self._wide is not None and not self.joined and not self._keeps_tablets():
-                    await self._joining.look_on(self._wide)
-                    if not self.joined:
-                        await self._next_look()
-                    continue
-                await self._ask_statuses(only_alive=False)
-                if not self.joined and not self.removed:
-                    await self._joining.join()
-                    if self.joined:
-                        continue  # where the tablets stand is asked at once
-                elif self.joined:
-                    await self._announce()
-                    await self._membership.mend()
-            except DhtError as error:
-                if self._disk.failed is not None:
-                    log.error("domain %s stops: %s", self.name, error)
-                    return
-                log.info("domain %s: %s", self.name, error)
-            await self._next_look()
-
-    async def _next_look(self) -> None:
-        """Until the next status is due, or a node is met through which this one may join."""
-        self._look_now.clear()
-        pause = asyncio.ensure_future(self._clock.sleep(STATUS_INTERVAL_S * self._chance.uniform(0.8, 1.2)))
-        met = asyncio.ensure_future(self._look_now.wait())
-        try:
-            await asyncio.wait((pause, met), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            pause.cancel()
-            met.cancel()
-
-    async def _ask_statuses(self, *, only_alive: bool) -> None:
-        """One round to the other members; links that they have and this node lacks are fetched."""
-        newest = self.chain.newest
-        if newest is None:
-            return
-        if not only_alive:
-            self._rounds += 1
-        others = list(self._asked(newest))
-        if only_alive:
-            others = [n for n in others if self._network.alive(n)] or others
-        if self.generations.superseded:
-            return
-        if not only_alive and self._rounds % LEFT_OUT_ROUNDS == 0:
-            others += [n for n in self.chain.left_out if n not in others and newest.member(n) is None]
-        branch = self.chain.branch
-        asked = AskStatus(self.name, self.chain.epoch, self.generation, branch)
-        for node, status in (await ask_each(self.ask, others, asked, Status)).items():
-            if (status.generation, status.branch) != (self.generation, branch) or newest.member(node) is None:
-                if self.generations.is_higher(status.generation, status.branch):
-                    self.generations.meet_soon(node, status.generation)
-                continue
-            now_s = self._clock.monotonic()
-            if self.watch.silent_s(now_s).get(node, 0.0) > RETURN_AFTER_S:
-                self.repair.returned(node)
-            self.watch.heard(node, status, now_s)
-            self.collection.hear(status.tablets)
-            if status.epoch > self.chain.epoch:
-                try:
-                    await self._catch_up(status.epoch, node)
-                except DhtError as error:
-                    log.info("domain %s: %s", self.name, error)
+    def _looked(self) -> None:
         self._changed(announce=False)
-
-    def _asked(self, newest: Roster) -> tuple[NodeId, ...]:
-        """The members to ask in this round: all, but in a large domain."""
-        return (
-            asked(newest, self.local.node_id, self._held(), self._rounds)
-            if self._wide
-            else newest.others(self.local.node_id)
-        )
-
-    def _held(self) -> tuple[int, ...]:
-        return tuple(t for t in self.tablets.known() if self.tablets.state(t).initialised)
-
-    def _keeps_tablets(self) -> bool:
-        """Whether there is something here to hand over, or to let go of, as a member or after having been one."""
-        return bool(self._held())
-
-    async def _announce(self) -> None:
-        """Have the roster say where this node is now, if it says otherwise."""
-        me = self.roster.member(self.local.node_id)
-        own = self.local.member()
-        if me is None or (me.pop, me.failure_domain, me.address) == (own.pop, own.failure_domain, own.address):
-            return
-        await self._membership.join(self.local.node_id, AskJoin(self.name, own))
 
     def _changed(self, *, announce: bool = True) -> None:
         """The chain, a tablet or what is known of others changed: new views, look for work, tell the registers."""
