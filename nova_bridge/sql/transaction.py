@@ -569,6 +569,16 @@ class Transaction:
                 target.pop(key, None)
             else:
                 target[key] = old
+        self._forget_near()
+
+    def _forget_near(self) -> None:
+        """Where nothing is made any more of a group that the own PoP does not have, the others have not been asked."""
+        made = {group for own in self.overlay.values() for group, _ in own}
+        for key in [key for key in self._near if key not in made and self.is_empty(key)]:
+            self._keep_reads(key)
+            self._near.discard(key)
+            self._ballots.pop(key, None)
+            self.seen.pop(key, None)
 
 
 def _row_key(record: Record) -> RowKey:

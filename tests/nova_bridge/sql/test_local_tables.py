@@ -30,6 +30,7 @@ class SpanningStore(CountingStore):
         self.read_near: list[tuple[GroupKey, bool]] = []
         self.committed: list[Transaction] = []
         self.behind = b""
+        self.elsewhere = b""
 
     def home(self, database: str, timeout_s: float | None = None) -> str:
         return self.lives
@@ -43,7 +44,8 @@ class SpanningStore(CountingStore):
     ) -> tuple[GroupRead, ...]:
         self.read_near += [(key, near) for key in keys if is_local(key)]
         found = super().read(keys, known, timeout_s)
-        return tuple(GroupRead(g.key, ZERO, {}) if g.key == self.behind else g for g in found)
+        hidden = (self.behind, self.elsewhere if near else b"")
+        return tuple(GroupRead(g.key, ZERO, {}) if g.key in hidden else g for g in found)
 
     def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
         self.committed.append(transaction)
@@ -132,6 +134,35 @@ def test_parent_that_a_copy_does_not_have_yet_is_asked_of_the_voters(
         second.execute("INSERT INTO instance_mappings (instance_uuid, cell_id) VALUES ('v', 2)")
     second.commit()
     assert first.execute("SELECT instance_uuid FROM instance_mappings").fetchall() == [("u",)]
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_group_whose_insert_is_undone_is_looked_for_everywhere_by_a_read(
+    connect: Callable[..., Connection], store: SpanningStore, failed: bool
+) -> None:
+    connection, other = connect(), Connection(Database(store, NAME), "", False)
+    connection.execute(CELLS)
+    connection.execute(MAPPINGS)
+    other.execute("INSERT INTO instance_mappings (instance_uuid, project_id) VALUES ('u', 'p')")
+    other.commit()
+    other.close()
+    store.elsewhere = group_key(NAME, "~instance_mapping", ("u",))
+    connection.execute("INSERT INTO instance_mappings (instance_uuid) VALUES ('v')")
+    if failed:
+        with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+            connection.execute("INSERT INTO instance_mappings (instance_uuid, cell_id) VALUES ('u', 9)")
+    else:
+        connection.execute("SAVEPOINT s")
+        connection.execute("INSERT INTO instance_mappings (instance_uuid) VALUES ('u')")
+        connection.execute("ROLLBACK TO SAVEPOINT s")
+    store.read_near.clear()
+    select = "SELECT project_id FROM instance_mappings WHERE instance_uuid = '{}'"
+    assert connection.execute(select.format("v")).fetchall() == [(None,)]
+    assert store.read_near == [], "what is made stays as it was met"
+    assert connection.execute(select.format("u")).fetchall() == [("p",)]
+    connection.execute("UPDATE instance_mappings SET project_id = 'q' WHERE instance_uuid = 'u'")
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        connection.execute("INSERT INTO instance_mappings (instance_uuid) VALUES ('u')")
 
 
 def test_group_that_the_process_has_seen_is_looked_for_everywhere_before_a_row_is_inserted(
