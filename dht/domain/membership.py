@@ -11,6 +11,8 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
+import msgspec
+
 from dht.domain.asking import Ask, ask_each
 from dht.domain.chain import Chain
 from dht.domain.decree import DecreeProposer
@@ -67,7 +69,7 @@ class Membership:
         member = request.member
         if sender != member.node_id and not (self._wide and self._newest().member(sender)):
             raise Invalid("a node can ask for its own membership only")
-        if self._passes_on():
+        if not request.passed_on and self._passes_on():
             return await self._ask_a_voter(request)
         async with self._changing:
             for _ in range(CHANGE_ATTEMPTS_MAX):
@@ -96,7 +98,7 @@ class Membership:
 
     async def leave(self, request: AskLeave) -> Newest:
         """Mark the member as leaving; its tablets move, then it goes. Idempotent."""
-        if self._passes_on():
+        if not request.passed_on and self._passes_on():
             return await self._ask_a_voter(request)
         async with self._changing:
             for _ in range(CHANGE_ATTEMPTS_MAX):
@@ -124,6 +126,8 @@ class Membership:
         return self._wide and is_large(roster) and self._node not in roster.voters
 
     async def _ask_a_voter(self, request: AskJoin | AskLeave) -> Newest:
+        """Who gets it does it, also where its own roster is another: so it is not sent to and fro."""
+        request = msgspec.structs.replace(request, passed_on=True)
         near = self._watch.reachable(self._clock.monotonic())
         for voter in self._newest().voters:
             if voter in near:

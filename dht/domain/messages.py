@@ -212,17 +212,25 @@ class TellTablets(DomainMessage, frozen=True, tag=68):
 
 @message
 class AskJoin(DomainMessage, frozen=True, tag=70):
-    """Make the sender (or a member whose address changed) a member."""
+    """Make the sender (or a member whose address changed) a member.
+
+    `passed_on`: by a member, to be done by this one.
+    """
 
     member: Member
+    passed_on: bool = False
 
 
 @message
 class AskLeave(DomainMessage, frozen=True, tag=71):
-    """Take a member out. `drain`: it is alive and its tablets move first; else it counts as lost."""
+    """Take a member out. `drain`: it is alive and its tablets move first; else it counts as lost.
+
+    `passed_on`: by a member, to be done by this one.
+    """
 
     node: NodeId
     drain: bool
+    passed_on: bool = False
 
 
 @message

@@ -66,7 +66,7 @@ class FarStore:
         """One node's reply. `repeatable`: another is asked when one is lost after it may have served the request."""
         deadline = self._clock.monotonic() + (REQUEST_TIMEOUT_S if timeout_s is None else timeout_s)
         why = "none of its nodes is known here"
-        for node in await self._gateways(self.pop):
+        for node in await self._nodes(deadline):
             left_s = deadline - self._clock.monotonic()
             if left_s <= 0:
                 break
@@ -81,6 +81,14 @@ class FarStore:
                     raise
                 why = error.message
         raise Unavailable(f"{self._name} cannot be asked: {why}", pop=self.pop)
+
+    async def _nodes(self, deadline: float) -> Sequence[NodeId]:
+        try:
+            async with asyncio.timeout(deadline - self._clock.monotonic()):
+                return await self._gateways(self.pop)
+        except TimeoutError:
+            why = "its nodes were not found in time"
+            raise Unavailable(f"{self._name} cannot be asked: {why}", pop=self.pop) from None
 
     async def read(
         self,

@@ -186,13 +186,24 @@ class Places:
 
     async def _ask_hinted(self, search: _Search, deadline: float) -> None:
         keys = list(search.open)[:HINTS_AT_ONCE]
-        hints = await asyncio.gather(*(self._hint(key) for key in keys))
+        hints = await self._hints(keys, self._left_s(deadline) / 2)
         asked: dict[str, list[GroupKey]] = {}
         for key, pop in zip(keys, hints, strict=True):
             if pop is not None and pop not in search.asked[key]:
                 asked.setdefault(pop, []).append(key)
         self.counters["hinted"] += len(asked)
         await asyncio.gather(*(self._ask(search, pop, of, {}, deadline) for pop, of in asked.items()))
+
+    async def _hints(self, keys: Sequence[GroupKey], limit_s: float) -> list[str | None]:
+        """Those that are found by then: a hint only saves asking, so it never takes the time that asking needs."""
+        looking = [asyncio.ensure_future(self._hint(key)) for key in keys]
+        try:
+            await asyncio.wait(looking, timeout=limit_s)
+            return [look.result() if look.done() else None for look in looking]
+        finally:
+            for look in looking:
+                look.cancel()
+            await asyncio.gather(*looking, return_exceptions=True)
 
     async def _ask_all(self, search: _Search, database: str, deadline: float) -> None:
         """All PoPs that were not asked yet, until every group is found or all have answered."""

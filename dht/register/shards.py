@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
+from weakref import WeakValueDictionary
 
 from dht import requests
 from dht.codec import Message
@@ -67,7 +68,8 @@ class Shard:
         self._clock = clock
         self._chance = chance
         self._versions: dict[str, int] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Only of names that are being followed: anybody may ask for names, as many as he likes."""
 
     async def read(
         self,
@@ -160,7 +162,10 @@ class Shard:
         if self._versions.get(database, -1) >= version:
             return limit_s
         deadline = self._clock.monotonic() + limit_s
-        async with self._locks.setdefault(database, asyncio.Lock()):
+        lock = self._locks.get(database)
+        if lock is None:
+            lock = self._locks[database] = asyncio.Lock()
+        async with lock:
             if self._versions.get(database, -1) < version:
                 current = await self._copied(database, version, deadline, create)
                 if len(self._versions) >= SHARDS_KNOWN_MAX:

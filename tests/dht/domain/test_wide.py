@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,9 +12,11 @@ import pytest
 
 from dht.domain import wide
 from dht.domain.domain import Domain
-from dht.domain.messages import AskStatus
+from dht.domain.membership import Membership
+from dht.domain.messages import AskJoin, AskLeave, AskStatus
 from dht.domain.plan import left, lost
 from dht.domain.roster import Member, Roster, found
+from dht.domain.rules import RULES
 from dht.domain.wide import (
     GLOBAL_TABLETS,
     Word,
@@ -136,6 +139,32 @@ def test_voter_of_a_large_domain_asks_everybody_in_some_rounds_and_few_in_each()
     assert set().union(*rounds) == {m.node_id for m in wide.members} - {voter}
     assert len(rounds) == 13
     assert max(len(r) for r in rounds) <= 16 + len(neighbours(wide, voter, ()))
+
+
+@pytest.mark.parametrize("joins", [True, False])
+async def test_request_is_passed_on_once_between_members_whose_rosters_differ(joins: bool) -> None:
+    first, second = ids(77, 79)
+    voters = {first: (second,), second: (first,)}
+    one = msgspec.structs.replace(member(1, "pop0"), leaving=True)
+    asked_of: list[bytes] = []
+    members: dict[bytes, Membership] = {}
+
+    async def ask(to: bytes, request: Any) -> Any:
+        asked_of.append(to)
+        assert len(asked_of) < 5, "it goes to and fro"
+        return await (members[to].join(first, request) if joins else members[to].leave(request))
+
+    for node in (first, second):
+        held = large(40)
+        held = msgspec.structs.replace(held, members=(one, *held.members[1:]), voters=voters[node])
+        chain: Any = SimpleNamespace(newest=held, domain="global", epoch=held.epoch)
+        watch: Any = SimpleNamespace(reachable=lambda now_s: set(voters))
+        unused: Any = None
+        clock: Any = SimpleNamespace(monotonic=lambda: 0.0)
+        members[node] = Membership(node, chain, watch, unused, clock, ask, unused, unused, 20.0, RULES, wide=True)
+    request = AskJoin("global", one) if joins else AskLeave("global", one.node_id, True)
+    assert await (members[first].join(one.node_id, request) if joins else members[first].leave(request))
+    assert asked_of == [second]
 
 
 # ---- on simulated machines: three PoPs of three

@@ -93,6 +93,12 @@ async def test_far_node_that_is_not_heard_gets_only_the_time_of_a_link(world):
     assert [timeout_s for _, _, timeout_s in world.asked] == [1.0, 8.0]
 
 
+async def test_far_pop_whose_nodes_are_not_found_in_time_is_unavailable(world):
+    world.gateways = lambda pop: asyncio.Event().wait()
+    with pytest.raises(Unavailable, match="PoP lyon cannot be asked: its nodes were not found in time"):
+        await asyncio.wait_for(world.far().read([KEY], None, 0.01), 5.0)
+
+
 class Pop:
     """A PoP's own store: what it has, and the list if it keeps it. `away`: what to raise instead of answering."""
 

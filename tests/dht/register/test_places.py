@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import pytest
@@ -389,6 +390,24 @@ async def test_of_many_pops_the_hinted_one_is_asked_first_and_a_wrong_hint_is_no
     assert set(pops.asked()) == {"p0", "p7"}
     assert await value(store, 2) == [2]
     assert len(pops.asked()) == 12
+
+
+async def test_hint_that_is_not_found_in_time_leaves_time_to_ask_all():
+    pops = Spanning(*(f"p{n}" for n in range(12)))
+    await make(pops.places("p7"), 1, 2)
+    store = pops.places("p0")
+
+    async def hint(key):
+        if key == key_of(1):
+            await asyncio.Event().wait()
+        return "p7"
+
+    store._hint = hint
+    begun_s = asyncio.get_running_loop().time()
+    reads = await asyncio.wait_for(store.read([key_of(1), key_of(2)], None, 0.4), 5.0)
+    assert all(read.rows for read in reads)
+    assert asyncio.get_running_loop().time() - begun_s >= 0.19, "the hint had its time"
+    assert store.counters["hinted"] == 1
 
 
 async def test_memory_of_places_is_bounded(pops, monkeypatch):

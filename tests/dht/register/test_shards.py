@@ -52,6 +52,15 @@ def copied(pops, name="a"):
     return _version_of(rows), rows
 
 
+async def test_names_that_are_no_databases_leave_nothing_behind(pops):
+    shard = pops.shards["a"]
+    for number in range(20):
+        await shard.find(FindQuery(f"no{number}", TABLE, 0, ()))
+        with pytest.raises(NotFound):
+            await shard.reserve_ids(f"no{number}", "n", 1)
+    assert (len(shard._locks), len(shard._versions)) == (0, 0)
+
+
 async def test_first_commit_makes_the_shard_with_the_whole_catalog(pops):
     await pops.shards["a"].commit(write(1))
     version, rows = copied(pops)
