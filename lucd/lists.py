@@ -2,6 +2,9 @@
 
 A recovery of `global` may lose rows of them: a database that nobody else finds, a PoP whose name and index would be
 given away. The PoP itself still knows. So its members of `global` compare now and again, and each node at its start.
+
+If the index was given away before that, the list cannot be mended: two PoPs would give out the same ids. Every node
+looks now and again whether that is so, and gives out none then.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from dht.errors import DhtError
+from dht.errors import DhtError, Indeterminate, Invalid, Unavailable
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.model import NodeId
 from dht.register.homes import HomedStore, Registry
@@ -20,6 +23,8 @@ from lucd.pops import Pops
 log = logging.getLogger(__name__)
 COMPARE_INTERVAL_S: Final = 600.0
 FIRST_PAUSE_S: Final = 1.0
+REFUSED_PAUSE_S: Final = 30.0
+_REMEDY: Final = "replace its nodes, one after another, by ones with empty data directories, which take a new index"
 
 
 class Lists:
@@ -46,35 +51,66 @@ class Lists:
         self._chance = chance
         self._serving = serving
         self._keeps = keeps
+        self._refusal = ""
+
+    def warnings(self) -> list[str]:
+        """What a human should know: why the lists cannot be mended."""
+        return [self._refusal] if self._refusal else []
 
     async def run(self) -> None:
-        """Until cancelled: compare until it is done once; then at long intervals, where this node keeps the lists."""
-        compared = False
-        while True:
-            pause_s = COMPARE_INTERVAL_S if compared else FIRST_PAUSE_S
-            await self._clock.sleep(pause_s * self._chance.uniform(0.8, 1.2))
-            if self._serving() and (self._keeps() or not compared):
-                try:
-                    await self.compare()
-                    compared = True
-                except DhtError as error:
-                    log.debug("the lists of domain global are not compared yet: %s", error.message)
+        """Until cancelled: compare until it is done once; then at long intervals, databases where they are kept.
 
-    async def compare(self) -> None:
-        """Learn the PoP's index, or claim it again; enter what is missing of its databases."""
+        What is refused is an error in the log once, and a warning as long as it is so.
+        """
+        compared = False
+        pause_s = FIRST_PAUSE_S
+        while True:
+            await self._clock.sleep(pause_s * self._chance.uniform(0.8, 1.2))
+            if not self._serving():
+                continue
+            try:
+                refusal = await self.compare_index()
+                if self._keeps() or not compared:
+                    await self.compare_databases()
+                compared = True
+            except (Unavailable, Indeterminate) as error:
+                log.debug("the lists of domain global are not compared yet: %s", error.message)
+                continue
+            except DhtError as error:
+                refusal = error.message
+            if refusal and refusal != self._refusal:
+                log.error("the lists of domain global cannot be mended: %s", refusal)
+            self._refusal = refusal
+            pause_s = REFUSED_PAUSE_S if refusal else COMPARE_INTERVAL_S
+
+    async def compare_index(self) -> str:
+        """Learn the PoP's index, or claim it again. If it is another's, no ids are given out; returns why, else ""."""
         pop = self._pops.name
         claims = await self._registry().pops(REQUEST_TIMEOUT_S)
         known = self._pops.noted_index()
         if pop not in claims:
             # Of two nodes that do it one is first; both have the same index to claim, or none.
-            claim = await self._registry().claim_pop(pop, self._node, self._incarnation, REQUEST_TIMEOUT_S, known)
+            try:
+                claim = await self._registry().claim_pop(pop, self._node, self._incarnation, REQUEST_TIMEOUT_S, known)
+            except Invalid as error:
+                return self._doubted(error.message)
             log.warning("PoP %s was missing in the list of PoPs; it is in it again with index %d", pop, claim.index)
             claims = {pop: claim}
+        listed = claims[pop].index
         if known is None:
-            self._pops.note_index(claims[pop].index)
-        elif known != claims[pop].index:
-            log.error(
-                "PoP %s has index %d, but is listed with %d: its ids may be given twice", pop, known, claims[pop].index
-            )
+            self._pops.note_index(listed)
+        elif known != listed:
+            return self._doubted(f"it has index {known}, but is listed with {listed}: its ids may be given twice")
+        self._pops.doubt_index("")
+        return ""
+
+    def _doubted(self, why: str) -> str:
+        text = f"no ids are given out in PoP {self._pops.name}: {why}; {_REMEDY}"
+        self._pops.doubt_index(text)
+        return text
+
+    async def compare_databases(self) -> None:
+        """Enter what is missing of the PoP's databases."""
+        pop = self._pops.name
         for name in await self._homed.relist(REQUEST_TIMEOUT_S):
             log.warning("database %s lives in PoP %s and was missing in the list; it is in it again", name, pop)

@@ -80,6 +80,7 @@ class Pops:
         self._gateways: dict[str, list[NodeId]] = {}
         self._looked_s: dict[str, float] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
+        self._doubt = ""
 
     async def stop(self) -> None:
         """End the look-ups that are under way."""
@@ -90,7 +91,9 @@ class Pops:
     # ---- this PoP's index
 
     def index(self) -> int:
-        """This PoP's index, as it was given once. Raises Unavailable while it is not known here."""
+        """This PoP's index, as it was given once. Raises Unavailable while it is not known here, or in doubt."""
+        if self._doubt:
+            raise Unavailable(self._doubt)
         noted = self.noted_index()
         if noted is None:
             raise Unavailable(
@@ -109,6 +112,10 @@ class Pops:
         batch = Batch()
         batch.put(Space.META, _INDEX_KEY, index.to_bytes(2, "big"))
         self._disk.submit(batch)
+
+    def doubt_index(self, why: str) -> None:
+        """Why the index may not be this PoP's alone: it is given to nobody until the doubt is empty again."""
+        self._doubt = why
 
     # ---- asking other PoPs
 

@@ -35,6 +35,8 @@ REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
 POPS_GROUP: GroupKey = group_key("", "pops", ())
 DATABASE_NAME_CHARACTERS_MAX = 64
 SEQUENCE_IDS_MAX = 100_000
+INDEXES_LEFT_OUT = 16
+"""After a recovery of `global`: so many PoPs may have been founded since what it had was written."""
 _HERE = (None, "", GLOBAL, LOCAL)
 """Homes in a registry's rows of what lives in the registry's own domain; others are names of PoPs, or say a shard."""
 _SHARD = "~"
@@ -102,10 +104,14 @@ def database_added(name: str, mark: bytes, home: str = "") -> Part:
     return Part(REGISTRY_GROUP, changes=(Change(Op.INSERT, 0, (name,), columns),))
 
 
-def pop_claimed(pop: str, claim: PopClaim) -> Part:
-    """The first claim of a PoP, and of an index: a row each, so that whoever comes second meets Duplicate."""
+def pop_claimed(pop: str, claim: PopClaim, generation: int | None = None) -> Part:
+    """The first claim of a PoP, and of an index: a row each, so that whoever comes second meets Duplicate.
+
+    `generation`: that of `global` in which the index was given for the first time.
+    """
     named = Change(Op.INSERT, 0, (pop,), {0: claim.node, 1: claim.incarnation, 2: claim.index})
-    return Part(POPS_GROUP, changes=(named, Change(Op.INSERT, 0, (claim.index,), {0: pop})))
+    given: Columns = {0: pop} if generation is None else {0: pop, 1: generation}
+    return Part(POPS_GROUP, changes=(named, Change(Op.INSERT, 0, (claim.index,), given)))
 
 
 def pop_moved(pop: str, before: PopClaim, after: PopClaim) -> Part:
@@ -125,19 +131,30 @@ def pops_of(rows: Mapping[RowKey, bytes]) -> dict[str, PopClaim]:
     return dict(sorted(out.items(), key=lambda item: item[1].index))
 
 
-def next_pop_index(rows: Mapping[RowKey, bytes], had: int | None = None) -> int:
-    """The lowest that was never given, or the one that the PoP `had`. Raises Invalid when all were, or that was."""
-    given = {split_row_key(key)[1][0] for key in rows}
+def next_pop_index(rows: Mapping[RowKey, bytes], had: int | None = None, generation: int = 1) -> int:
+    """The one above all that were given, or the one that the PoP `had`. Raises Invalid when all were, or that was.
+
+    The first that is given in a generation of `global` which a recovery began leaves some out: they may be those of
+    PoPs whose rows were lost, and which have not entered themselves again. After the highest one the gaps are filled.
+    """
+    given = {split_row_key(key)[1][0]: decode_row(data).get(1) for key, data in rows.items()}
     if had is not None:
         if not 0 <= had < POPS_MAX:
             raise Invalid(f"{had} is no index of a PoP: there are {POPS_MAX}, from 0 on")
         if had in given:
             raise Invalid(f"the PoP's index {had} was given to another one meanwhile: its ids are no longer its own")
         return had
-    index = next((index for index in range(POPS_MAX) if index not in given), None)
-    if index is None:
+    indexes = [index for index in given if isinstance(index, int)]
+    generations = [since for index in indexes if isinstance(since := given[index], int)]
+    index = max(indexes, default=-1) + 1
+    if generation > max(generations, default=1):
+        index += INDEXES_LEFT_OUT
+    if index < POPS_MAX:
+        return index
+    lowest = next((index for index in range(POPS_MAX) if index not in given), None)
+    if lowest is None:
         raise Invalid(f"this cluster has had {POPS_MAX} PoPs, which is as many as there may ever be; none can be added")
-    return index
+    return lowest
 
 
 def _bytes(value: Value) -> bytes:

@@ -76,8 +76,10 @@ class Databases:
             rows = group.rows or {}
             if pop in (pops := catalog.pops_of(rows)):
                 return pops[pop]
-            wanted = catalog.next_pop_index(rows, index)
-            part = catalog.pop_claimed(pop, PopClaim(node, incarnation, wanted))
+            generation = self._context.domain.generation
+            wanted = catalog.next_pop_index(rows, index, generation)
+            since = generation if index is None else None
+            part = catalog.pop_claimed(pop, PopClaim(node, incarnation, wanted), since)
             with contextlib.suppress(Conflict):
                 # Somebody else may have taken the name, or only the index: both are seen at the next look.
                 await self._transactions.commit(

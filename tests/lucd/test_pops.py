@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dht.domain.roster import Member
-from dht.errors import Unavailable
+from dht.errors import Invalid, Unavailable
 from dht.model import GLOBAL, PopClaim
 from dht.overlay.messages import Contact
 from dht.storage.memory import MemoryDisk
@@ -58,12 +58,12 @@ class World:
             lambda node: node in self.needs,
         )
 
-    def lists_on(self, disk: MemoryDisk) -> Lists:
+    def lists_on(self, disk: MemoryDisk, pops: Pops | None = None) -> Lists:
         stand_in: Any = self
         return Lists(
             stand_in,
             lambda: stand_in,
-            self.pops_on(disk),
+            pops or self.pops_on(disk),
             b"n" * 20,
             b"i" * 16,
             stand_in,
@@ -80,6 +80,8 @@ class World:
     async def claim_pop(
         self, pop: str, node: bytes, incarnation: bytes, timeout_s: float | None = None, index: int | None = None
     ) -> PopClaim:
+        if index in {claim.index for name, claim in self.claims.items() if name != pop}:
+            raise Invalid(f"index {index} was given to another")
         return self.claims.setdefault(pop, PopClaim(node, incarnation, index or 0))
 
     async def relist(self, timeout_s: float | None = None) -> tuple[str, ...]:
@@ -213,7 +215,7 @@ async def test_index_is_learned_once_and_kept_in_the_file(world: World) -> None:
     with pytest.raises(Unavailable, match="index of PoP nice is not known"):
         world.pops_on(disk).index()
     world.claims = {"lyon": PopClaim(b"n" * 20, b"i" * 16, 0), "nice": PopClaim(b"m" * 20, b"i" * 16, 7)}
-    await world.lists_on(disk).compare()
+    await world.lists_on(disk).compare_index()
     assert world.pops_on(disk).index() == 7
     assert world.claims["nice"].node == b"m" * 20
 
@@ -221,7 +223,7 @@ async def test_index_is_learned_once_and_kept_in_the_file(world: World) -> None:
 async def test_pop_that_is_missing_in_the_list_is_entered_with_the_index_that_it_had(world: World) -> None:
     disk = MemoryDisk()
     world.pops_on(disk).note_index(7)
-    await world.lists_on(disk).compare()
+    await world.lists_on(disk).compare_index()
     assert world.claims == {"nice": PopClaim(b"n" * 20, b"i" * 16, 7)}
 
 
@@ -236,6 +238,30 @@ async def test_lists_are_compared_until_it_is_done_and_then_by_those_only_that_k
     world.keeps = True
     await world.turns(1)
     assert world.relisted > 1
+    task.cancel()
+
+
+@pytest.mark.parametrize("listed", [{}, {"nice": PopClaim(b"m" * 20, b"i" * 16, 8)}])
+async def test_no_ids_are_given_out_while_the_index_may_be_another_pops(
+    world: World, listed: dict[str, PopClaim], caplog: pytest.LogCaptureFixture
+) -> None:
+    pops = world.pops_on(disk := MemoryDisk())
+    pops.note_index(7)
+    lists = world.lists_on(disk, pops)
+    task = asyncio.ensure_future(lists.run())
+    await world.turns(1)
+    assert (pops.index(), lists.warnings()) == (7, [])
+    world.claims = {"lyon": PopClaim(b"x" * 20, b"i" * 16, 7), **listed}
+    await world.turns(3)
+    with pytest.raises(Unavailable, match=r"no ids are given out in PoP nice: .*index 7"):
+        pops.index()
+    assert ["index 7" in text for text in lists.warnings()] == [True]
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    assert world.relisted == 1, "databases are compared all the same"
+    assert 10.0 < world.slept_s[-1] < 100.0, "it does not ask each second what is refused"
+    world.claims = {"nice": PopClaim(b"m" * 20, b"i" * 16, 7)}
+    await world.turns(2)
+    assert (pops.index(), lists.warnings()) == (7, [])
     task.cancel()
 
 

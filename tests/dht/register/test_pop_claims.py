@@ -7,7 +7,9 @@ import asyncio
 import pytest
 
 from dht.errors import Invalid
+from dht.model import PopClaim
 from dht.register import catalog
+from dht.rows import encode_row, row_key
 from tests.dht.register.register_cluster import Cluster
 
 
@@ -42,7 +44,39 @@ async def test_pop_that_was_founded_already_gets_the_index_that_it_had_or_none(c
     for senseless in (-1, 255, 300):
         with pytest.raises(Invalid, match="no index of a PoP"):
             await cluster[1].claim_pop("metz", node(3), b"i" * 16, index=senseless)
-    assert (await cluster[2].claim_pop("brest", node(4), b"i" * 16)).index == 1
+    assert (await cluster[2].claim_pop("brest", node(4), b"i" * 16)).index == 8
+
+
+def given(*claims: tuple[str, int, int | None]) -> dict[bytes, bytes]:
+    """The list's rows after these claims: (PoP, index, generation in which it was new)."""
+    parts = [catalog.pop_claimed(pop, PopClaim(node(index), b"i" * 16, index), since) for pop, index, since in claims]
+    return {row_key(0, change.pk): encode_row(change.columns) for part in parts for change in part.changes}
+
+
+def test_first_index_of_a_recovered_list_is_none_that_a_lost_pop_may_have() -> None:
+    kept = [("lyon", 0, 1), ("nice", 1, 1)]
+    first = 2 + catalog.INDEXES_LEFT_OUT
+    assert catalog.next_pop_index(given(*kept), generation=1) == 2
+    assert catalog.next_pop_index(given(*kept), generation=2) == first
+    entered_again = ("metz", 3, None)
+    assert catalog.next_pop_index(given(*kept, entered_again), generation=2) == first + 2
+    new = ("brest", first, 2)
+    assert catalog.next_pop_index(given(*kept, new), generation=2) == first + 1
+    assert catalog.next_pop_index(given(*kept, new), 2, generation=2) == 2, "who had one has it again"
+    assert catalog.next_pop_index({}, generation=2) == catalog.INDEXES_LEFT_OUT
+
+
+def test_gaps_are_filled_when_the_highest_index_was_given() -> None:
+    assert catalog.next_pop_index(given(("lyon", 0, 1), ("nice", catalog.POPS_MAX - 1, None))) == 1
+    assert catalog.next_pop_index(given(("lyon", catalog.POPS_MAX - 10, 1)), generation=2) == 0
+
+
+async def test_claim_after_a_recovery_notes_in_which_generation_the_index_was_new(cluster: Cluster) -> None:
+    await cluster[0].claim_pop("lyon", node(1), b"i" * 16)
+    for domain in cluster.domains.values():
+        domain.generation = 2
+    indexes = [(await cluster[n % 3].claim_pop(f"pop{n}", node(n), b"i" * 16)).index for n in (2, 3, 4)]
+    assert indexes == [1 + catalog.INDEXES_LEFT_OUT + n for n in range(3)]
 
 
 async def test_no_pop_more_than_there_are_indexes(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
