@@ -91,7 +91,7 @@ churn: $(VENV)/.test
 
 # Nova's and Placement's own tests beside stock SQLite: in process, on three daemons, through the RPC door, and while
 # one daemon after the other is killed. Some hours on two processors.
-nova-suites: $(VENV)/.test
+nova-suites: $(VENV)/.test $(VENV)/.samples
 	$(PY) tests/nova_suites/run.py --suite all
 	$(PY) tests/nova_suites/run.py --store cluster --suite servers
 	$(PY) tests/nova_suites/run.py --store rpc
@@ -157,6 +157,14 @@ $(VENV)/.plane: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[control-plane,test]'
 	@touch $@ $(VENV)/.demo $(VENV)/.plane
+
+# Nova's samples of notifications come with its source only; its tests look for them beside the installed package.
+$(VENV)/.samples: constraints.txt $(VENV)/.test
+	rm -rf $(VENV)/source && $(PIP) download --quiet --no-deps --no-build-isolation --no-binary nova \
+	  --constraint constraints.txt --dest $(VENV)/source nova
+	tar -xzf $(VENV)/source/nova-*.tar.gz -C $(VENV)/lib/python3.*/site-packages --strip-components=1 \
+	  --wildcards 'nova-*/doc/notification_samples/*'
+	@touch $@
 
 $(VENV_OTHERS)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	python3 -m venv $(VENV_OTHERS)

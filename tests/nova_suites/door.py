@@ -15,8 +15,7 @@ import weakref
 from typing import Any
 
 from sqlalchemy.dialects import registry, sqlite
-from sqlalchemy.engine import URL
-from sqlalchemy.pool import Pool, QueuePool
+from sqlalchemy.pool import QueuePool
 
 from dht.errors import NotFound
 from dht.limits import REQUEST_TIMEOUT_S
@@ -35,7 +34,9 @@ _client = BlockingClient(SOCKET, REQUEST_TIMEOUT_S)
 
 class ServerPool(QueuePool):
     """Connections to a server. An engine on memory has one, for all greenlets: SQLite's calls never wait for anything,
-    so no two of them are ever between the statements of their transactions. Those of a server do wait."""
+    so no two of them are ever between the statements of their transactions. Those of a server do wait.
+
+    oslo.db gives SQLite's engines no other pool than its own choice, so it is put in that one's place."""
 
     def __init__(self, creator: Any, **options: Any) -> None:
         super().__init__(creator, **{**options, "pool_size": 0})
@@ -55,8 +56,11 @@ class SqliteByLucd(LucdMemoryDialect):
     _own: Database | None = None
 
     @classmethod
-    def get_pool_class(cls, url: URL) -> type[Pool]:
-        return ServerPool if SOCKET else super().get_pool_class(url)
+    def engine_created(cls, engine: Any) -> None:
+        super().engine_created(engine)
+        if SOCKET:
+            chosen = engine.pool
+            engine.pool = ServerPool(chosen._creator, _dispatch=chosen.dispatch, dialect=engine.dialect)
 
     def connect(self, *args: Any, **kwargs: Any) -> Connection:
         """In process, or in a database of the cluster that exists for this engine or this file name."""

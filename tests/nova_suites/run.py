@@ -134,6 +134,11 @@ def _tells(line: str) -> bool:
     return bool(line.strip()) and not line.startswith((" ", "(Background on this error"))
 
 
+def _gist(result: dict[str, Any]) -> str:
+    lines = [line for line in result.get("text", "").splitlines() if _tells(line)]
+    return "; ".join(lines[-ERROR_LINES:])
+
+
 def differences(stock: Results, door: Results) -> list[str]:
     """Tests whose outcome is not the same, with the door's error."""
     lines = []
@@ -141,8 +146,7 @@ def differences(stock: Results, door: Results) -> list[str]:
         before = stock.get(name, {}).get("outcome", "not run")
         after = door.get(name, {}).get("outcome", "not run")
         if before != after:
-            text = [line for line in door.get(name, {}).get("text", "").splitlines() if _tells(line)]
-            lines.append(f"{name}: {before} on stock SQLite, {after} on the door: {'; '.join(text[-ERROR_LINES:])}")
+            lines.append(f"{name}: {before} on stock SQLite, {after} on the door: {_gist(door.get(name, {}))}")
     return lines
 
 
@@ -152,6 +156,9 @@ def compare(stores: list[str], suites: list[str], socket: str) -> bool:
     for run in runs:
         run.wait()
         print(run.summary(), flush=True)
+    for name, result in sorted(runs[0].results.items()):
+        if result["outcome"] == "failed":
+            print(f"{name}: failed on stock SQLite, so it says nothing of the door: {_gist(result)}")
     same = True
     for run in runs[1:]:
         different = differences(runs[0].results, run.results)
