@@ -4,6 +4,7 @@
     python tests/nova_suites/run.py --store memory --suite nova.tests.functional.db
     python tests/nova_suites/run.py --store socket --socket /run/lucd/lucd.sock
     python tests/nova_suites/run.py --store cluster --suite all --kill-every 10
+    python tests/nova_suites/run.py --store cluster --suite servers --minutes 10
 
 Stores: "memory" in the suite's own process, "cluster" three daemons on loopback made for the run, "rpc" memory with
 every call of Nova's database API through the RPC door over such daemons' bus, "socket" a daemon that runs already.
@@ -75,7 +76,7 @@ Results = dict[str, dict[str, Any]]
 class SuiteRun:
     """One suite on one store, in a process of its own."""
 
-    def __init__(self, store: str, suites: list[str], socket: str) -> None:
+    def __init__(self, store: str, suites: list[str], socket: str, until: float) -> None:
         self.store = store
         self.results: Results = {}
         self.seconds = 0.0
@@ -86,6 +87,7 @@ class SuiteRun:
             "PYTHONPATH": path,
             "LUCD_SUITE_SOCKET": socket if store in {"cluster", "socket"} else "",
             "LUCD_SUITE_BUS": socket if store == "rpc" else "",
+            "LUCD_SUITE_UNTIL": str(until),
             # A server thread and its caller in one process: threads, as Nova itself has run since 34.
             **({"OS_NOVA_DISABLE_EVENTLET_PATCHING": "true"} if store == "rpc" else {}),
             "OS_NOVA_CONFIG_FILES": "",
@@ -139,10 +141,10 @@ def _gist(result: dict[str, Any]) -> str:
     return "; ".join(lines[-ERROR_LINES:])
 
 
-def differences(stock: Results, door: Results) -> list[str]:
-    """Tests whose outcome is not the same, with the door's error."""
+def differences(stock: Results, door: Results, cut_off: bool = False) -> list[str]:
+    """Tests whose outcome is not the same, with the door's error; of runs that were cut off, among those of both."""
     lines = []
-    for name in sorted(stock.keys() | door.keys()):
+    for name in sorted(stock.keys() & door.keys() if cut_off else stock.keys() | door.keys()):
         before = stock.get(name, {}).get("outcome", "not run")
         after = door.get(name, {}).get("outcome", "not run")
         if before != after:
@@ -150,9 +152,10 @@ def differences(stock: Results, door: Results) -> list[str]:
     return lines
 
 
-def compare(stores: list[str], suites: list[str], socket: str) -> bool:
+def compare(stores: list[str], suites: list[str], socket: str, minutes: float) -> bool:
     """Run all stores at once; print the summaries and what differs. Returns whether nothing does."""
-    runs = [SuiteRun(store, suites, socket) for store in ("sqlite", *stores)]
+    until = time.time() + minutes * 60
+    runs = [SuiteRun(store, suites, socket, until) for store in ("sqlite", *stores)]
     for run in runs:
         run.wait()
         print(run.summary(), flush=True)
@@ -161,16 +164,17 @@ def compare(stores: list[str], suites: list[str], socket: str) -> bool:
             print(f"{name}: failed on stock SQLite, so it says nothing of the door: {_gist(result)}")
     same = True
     for run in runs[1:]:
-        different = differences(runs[0].results, run.results)
+        cut_off = time.time() > until
+        different = differences(runs[0].results, run.results, cut_off)
         if run.store == "rpc":
             different = [line for line in different if line.split(": ", 1)[0] not in PATCHES_INTERNALS]
             for name in PATCHES_INTERNALS.keys() & run.results.keys():
                 print(f"{name}: {run.results[name]['outcome']} on the door; it {PATCHES_INTERNALS[name]}")
         for line in different:
             print(line)
-        print(
-            f"{run.store}: {len(different)} tests differ" if different else f"{run.store}: same outcome for every test"
-        )
+        what = f"{len(different)} tests differ" if different else "same outcome for every test"
+        both = len(runs[0].results.keys() & run.results.keys())
+        print(f"{run.store}: {what}" + (f" of the {both} that both ran until the time was over" if cut_off else ""))
         same = same and not different
     return same
 
@@ -215,17 +219,18 @@ def main() -> int:
     parser.add_argument("--socket", default="/run/lucd/lucd.sock", help="the daemon's socket, for --store socket")
     parser.add_argument("--suite", action="append", help=f"package, module, class, all or servers ({DEFAULT_SUITE})")
     parser.add_argument("--kill-every", type=float, default=0.0, metavar="SECONDS", help="kill and restart a daemon")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further test after so long")
     options = parser.parse_args()
     stores = options.store or ["memory", "cluster"]
     suites = options.suite or [DEFAULT_SUITE]
     suites = [name for suite in suites for name in {"all": SUITES, "servers": SERVERS}.get(suite, (suite,))]
     if not {"cluster", "rpc"}.intersection(stores):
-        return 0 if compare(stores, suites, options.socket) else 1
+        return 0 if compare(stores, suites, options.socket, options.minutes) else 1
     sys.path.insert(0, str(ROOT))
     from tests.cluster import Cluster
 
     with Cluster(Path(tempfile.gettempdir()), nodes=3) as cluster, Deaths(cluster.nodes, options.kill_every) as deaths:
-        same = compare(stores, suites, str(cluster.nodes[0].socket))
+        same = compare(stores, suites, str(cluster.nodes[0].socket), options.minutes)
     if options.kill_every:
         print(f"{deaths.count} times a daemon was killed and started again, after {deaths.longest_s:.1f} s at most")
     return 0 if same else 1

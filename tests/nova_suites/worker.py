@@ -11,6 +11,9 @@ import time
 import unittest
 import warnings
 
+UNTIL = float(os.environ.get("LUCD_SUITE_UNTIL", "inf"))
+"""Unix time after which no further test is begun."""
+
 
 class Report(unittest.TestResult):
     """Outcome by test id, as JSON lines on the original standard output."""
@@ -23,6 +26,11 @@ class Report(unittest.TestResult):
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)
         self._started = time.monotonic()
+
+    def stopTest(self, test: unittest.TestCase) -> None:
+        super().stopTest(test)
+        if time.time() > UNTIL:
+            self.stop()
 
     def _say(self, test: unittest.TestCase, outcome: str, text: str = "") -> None:
         line = json.dumps(
@@ -100,7 +108,8 @@ def main() -> None:
             door.through_rpc()
     report = Report(out)
     for name in names:
-        load(name).run(report)
+        if not report.shouldStop:
+            load(name).run(report)
 
 
 if __name__ == "__main__":
