@@ -17,7 +17,7 @@ DEVIATIONS ?= 2
 VMS ?= 200
 JOBS ?= $(shell nproc)
 
-.PHONY: demo demo-pops test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn sql-random nova-suites nova-33 other-suites control-plane demo-control-plane demo-control-planes upgrade bench bench-wan rabbitmq sample clean
+.PHONY: demo demo-pops test lint soak explore planted cuts kill-run join-run overload restart races fuzz churn pop-costs sql-random nova-suites nova-33 other-suites control-plane demo-control-plane demo-control-planes upgrade bench bench-wan rabbitmq sample clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/lucd demo
@@ -88,6 +88,10 @@ fuzz: $(VENV)/.test
 # The overlay while half of its nodes are replaced, in virtual time.
 churn: $(VENV)/.test
 	$(PY) -m tests.dht.overlay.churn --nodes $(NODES) --minutes $(MINUTES)
+
+# What joining, look-ups, hints, writes and far reads cost among 3 to 100 PoPs of ten nodes, in virtual time.
+pop-costs: $(VENV)/.test
+	$(PY) -m tests.pop_costs.run --write docs/benchmarks/pop-costs.md
 
 # Nova's and Placement's own tests beside stock SQLite: in process, on three daemons, through the RPC door, and while
 # one daemon after the other is killed. Some hours on two processors.

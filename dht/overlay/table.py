@@ -7,7 +7,6 @@ neighbours up in exact XOR order.
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +37,11 @@ class Bucket(KBucket):  # type: ignore[misc]
     def depth(self) -> int:
         span: int = self.range[1] - self.range[0] + 1
         return _ID_BITS - (span.bit_length() - 1)
+
+    def distance(self, aim: int) -> int:
+        """Of the nearest id that can be in it."""
+        low, high = int(self.range[0]), int(self.range[1])
+        return (low ^ aim) & ~(high - low)
 
     def split(self) -> tuple[Bucket, Bucket]:
         middle = (self.range[0] + self.range[1]) // 2
@@ -121,10 +125,19 @@ class Table(RoutingTable):  # type: ignore[misc]
         return spare
 
     def nearest(self, target: NodeId, count: int, exclude: NodeId | None = None) -> list[Contact]:
-        """Contacts nearest to the target, in exact XOR order."""
+        """Contacts nearest to the target, in exact XOR order.
+
+        Buckets are the leaves of a binary tree: all of one are nearer than all of another. So only the nearest ones are
+        looked into, however many contacts there are.
+        """
         aim = int.from_bytes(target, "big")
-        peers = [peer for peer in self._peers.values() if peer.id != exclude]
-        return [peer.contact for peer in heapq.nsmallest(count, peers, key=lambda peer: peer.long_id ^ aim)]
+        found: list[Peer] = []
+        for bucket in sorted(self.buckets, key=lambda bucket: bucket.distance(aim)):
+            inside = [peer for peer in bucket.nodes.values() if peer.id != exclude]
+            found += sorted(inside, key=lambda peer: peer.long_id ^ aim)
+            if len(found) >= count:
+                break
+        return [peer.contact for peer in found[:count]]
 
     def _enter(self, peer: Peer) -> None:
         if peer.id not in self._peers:

@@ -21,6 +21,7 @@ Ids are k * IDS_APART + the PoP's index, k being what the sequence of the PoP's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
@@ -168,9 +169,14 @@ class Places:
         await self._ask_known(search, ballots, deadline)
         if search.open:
             database = split_group_key(keys[0])[0]
+            if database not in self._shards:
+                # Whether there are many is not known yet; whoever asks all has to wait for the list as well.
+                with contextlib.suppress(Unavailable):
+                    await self._pops(database, self._left_s(deadline) / 2)
             if len(self._known_pops(database)) > FEW_POPS:
                 await self._ask_hinted(search, deadline)
-            await self._ask_all(search, database, deadline)
+            if search.open:
+                await self._ask_all(search, database, deadline)
         return tuple(search.found[key] for key in keys)
 
     async def _ask_known(self, search: _Search, ballots: dict[GroupKey, Ballot | None], deadline: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,7 +17,7 @@ import msgspec
 
 from dht.codec import Message, decode, encode
 from dht.domain.domain import LocalNode
-from dht.domain.roster import Member, Roster, TabletReplicas
+from dht.domain.roster import REPLICAS, Member, Roster, TabletReplicas
 from dht.errors import NotServing, Unavailable
 from dht.limits import TABLETS_PER_DOMAIN
 from dht.model import (
@@ -54,15 +54,23 @@ _TABLE: Final = 1
 _PAYLOAD: Final = "x" * 300
 
 
-class _Settled:
-    """A domain in which everything stands where it belongs: three replicas for each tablet, in turns."""
+def roster_in_turns(members: Sequence[Member], replicas: int, tablets: int, domain: str = "pop") -> Roster:
+    """So many replicas for each tablet, the members in turns."""
+    nodes = [member.node_id for member in members]
+    turns = tuple(tuple(nodes[(t + i) % len(nodes)] for i in range(replicas)) for t in range(tablets))
+    listed = tuple(sorted(members, key=lambda member: member.node_id))
+    return Roster(domain, 1, 1, b"", listed, (nodes[0],), turns, (1,) * tablets)
 
-    def __init__(self, me: NodeId, nodes: list[NodeId]) -> None:
-        members = tuple(Member(node, b"i" * 16, "pop", node.hex(), "h:1") for node in nodes)
-        turns = tuple(tuple(nodes[(t + i) % len(nodes)] for i in range(3)) for t in range(TABLETS_PER_DOMAIN))
+
+class Settled:
+    """A domain in which everything stands where it belongs, and stays there."""
+
+    joined = True
+
+    def __init__(self, me: NodeId, roster: Roster) -> None:
         self.me = me
         self.generation = 1
-        self.roster = Roster("pop", 1, 1, b"", members, (nodes[0],), turns, (1,) * TABLETS_PER_DOMAIN)
+        self.roster = roster
 
     def replicas(self, tablet: int) -> TabletReplicas:
         return self.roster.replicas(tablet)
@@ -158,11 +166,13 @@ class _Pop:
         self.ids = [number.to_bytes(20, "big") for number in range(1, nodes + 1)]
         self.wires = _Wires()
         self.files: list[RegisterFile] = []
+        members = [Member(node, b"i" * 16, "pop", node.hex(), "h:1") for node in self.ids]
+        roster = roster_in_turns(members, REPLICAS, TABLETS_PER_DOMAIN)
         for number, node in enumerate(self.ids):
             disk = MemoryDisk()
             file = RegisterFile(disk, TABLETS_PER_DOMAIN)
             local = LocalNode(node, b"i" * 16, 1, "pop", "h", "h:1")
-            domain = _Settled(node, self.ids)
+            domain = Settled(node, roster)
             end = _End(self.wires, node)
             self.files.append(file)
             self.wires.stores[node] = StoreNode(local, SimClock(), random.Random(number), end, disk, domain, file)

@@ -41,9 +41,7 @@ class _Transport(asyncio.DatagramTransport):
         self._loop, self._protocol, self._socket = loop, protocol, sock
 
     def sendto(self, data: Any, addr: Any = None) -> None:
-        source = self.get_extra_info("sockname")
-        self._loop.sent += 1
-        self._loop.call_later(DELAY_S, self._loop.deliver, bytes(data), source, (addr[0], addr[1]))
+        self._loop.carry(bytes(data), self.get_extra_info("sockname"), (addr[0], addr[1]))
 
     def is_closing(self) -> bool:
         return self.get_extra_info("sockname") not in self._loop.open
@@ -73,6 +71,10 @@ class UdpLoop(VirtualLoop):
 
     async def getaddrinfo(self, host: Any, port: Any, **_: Any) -> Any:  # type: ignore[override]
         return [(0, 0, 0, "", (host, port))]
+
+    def carry(self, data: bytes, source: Any, target: Any) -> None:
+        self.sent += 1
+        self.call_later(DELAY_S, self.deliver, data, source, target)
 
     def deliver(self, data: bytes, source: Any, target: Any) -> None:
         if (transport := self.open.get(target)) is not None:

@@ -410,6 +410,29 @@ async def test_hint_that_is_not_found_in_time_leaves_time_to_ask_all():
     assert store.counters["hinted"] == 1
 
 
+async def test_first_look_of_a_node_at_a_database_of_many_pops_asks_for_the_list_and_not_all_of_them():
+    pops = Spanning(*(f"p{n}" for n in range(12)))
+    for name in pops.pops:
+        await make(pops.places(name), name)
+    pops.hints = {key_of("p7"): "p7"}
+    pops.asked()
+    store = pops.places("p0")
+    store._shards.clear()
+    assert await value(store, "p7") == ["p7"]
+    assert set(pops.asked()) == {"p0", "p7"}
+    assert store.counters["searched"] == 0
+
+
+async def test_first_look_at_a_database_finds_an_own_group_though_the_list_is_out_of_reach(pops):
+    await make(pops.places("a"), 1)
+    store = pops.places("a")
+    store._shards.clear()
+    pops.home.away = Unavailable("global is cut off")
+    assert await value(store, 1) == [1]
+    with pytest.raises(Unavailable, match="cannot be asked which PoPs have rows"):
+        await value(store, 2)
+
+
 async def test_memory_of_places_is_bounded(pops, monkeypatch):
     monkeypatch.setattr(places_module, "PLACES_MAX", 5)
     monkeypatch.setattr(places_module, "SENT_MAX", 5)
