@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import msgspec
+
 from dht.errors import Conflict, DhtError, Duplicate, Unavailable
 from dht.limits import PEER_TIMEOUT_S
-from dht.model import GroupKey, NodeId, Part, PopClaim, Transaction, Value
+from dht.model import Ballot, GroupKey, NodeId, Part, PopClaim, Transaction, Value
 from dht.register import catalog
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
@@ -82,14 +84,11 @@ class Databases:
             part = catalog.pop_claimed(pop, PopClaim(node, incarnation, wanted), since)
             with contextlib.suppress(Conflict):
                 # Somebody else may have taken the name, or only the index: both are seen at the next look.
-                await self._transactions.commit(
-                    Transaction(self._context.chance.randbytes(16), "", 0, (part,)), 0, deadline
-                )
+                await self._commit(part, "", deadline, group.ballot)
 
     async def move_pop(self, pop: str, before: PopClaim, after: PopClaim, deadline: float) -> None:
         """See `catalog.pop_moved`. Raises Conflict if somebody else has the claim by now."""
-        part = catalog.pop_moved(pop, before, after)
-        await self._transactions.commit(Transaction(self._context.chance.randbytes(16), "", 0, (part,)), 0, deadline)
+        await self._commit(catalog.pop_moved(pop, before, after), "", deadline)
 
     def mark(self, database: str) -> Value:
         """What tells a database, as last read of the registry, from one of the same name that was dropped."""
@@ -151,9 +150,8 @@ class Databases:
 
     async def _register(self, part: Part, name: str, deadline: float) -> bool:
         self._names_until = 0.0
-        attempt = Transaction(self._context.chance.randbytes(16), name, 0, (part,))
         try:
-            await self._transactions.commit(attempt, 0, deadline)
+            await self._commit(part, name, deadline)
         except Duplicate:
             return False
         except Conflict as error:
@@ -161,6 +159,16 @@ class Databases:
                 raise
             return False
         return True
+
+    async def _commit(self, part: Part, database: str, deadline: float, seen: Ballot | None = None) -> None:
+        """A change of a list, from where it stands: many change it, and one that is sent again is known by that."""
+        if seen is None:
+            (group,) = await self._reader.read([part.key], None, deadline)
+            seen = group.ballot
+        part = msgspec.structs.replace(part, seen=seen)
+        await self._transactions.commit(
+            Transaction(self._context.chance.randbytes(16), database, 0, (part,)), 0, deadline
+        )
 
     async def _groups(self, database: str, tablet: int, deadline: float) -> list[GroupKey]:
         """Groups of the database in a tablet, as any of its replicas knows them; at least a majority has to answer."""

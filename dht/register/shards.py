@@ -22,6 +22,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 from weakref import WeakValueDictionary
 
+import msgspec
+
 from dht import requests
 from dht.codec import Message
 from dht.errors import Conflict, Duplicate, Invalid, NotFound, Unavailable
@@ -235,6 +237,10 @@ class Shard:
     async def _list(self, database: str, deadline: float) -> None:
         """Before the shard is made; and again with each new version, should a recovery have lost it."""
         part = catalog.shard_listed(database, self._pop)
+        (group,) = await self._registry().read([part.key], None, self._left_s(deadline))
+        if self._pop in catalog.shards_of(group.rows or {}):
+            return
+        part = msgspec.structs.replace(part, seen=group.ballot)
         with contextlib.suppress(Duplicate):
             transaction = Transaction(self._chance.randbytes(16), database, 0, (part,))
             await self._registry().commit(transaction, 0, self._left_s(deadline))

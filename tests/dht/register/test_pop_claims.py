@@ -7,8 +7,10 @@ import asyncio
 import pytest
 
 from dht.errors import Invalid
-from dht.model import PopClaim
+from dht.limits import WINDOW_TRANSACTIONS
+from dht.model import Applied, PopClaim, Transaction
 from dht.register import catalog
+from dht.register.group import WINDOW_SLACK_TRANSACTIONS
 from dht.rows import encode_row, row_key
 from tests.dht.register.register_cluster import Cluster
 
@@ -86,3 +88,19 @@ async def test_no_pop_more_than_there_are_indexes(cluster: Cluster, monkeypatch:
     with pytest.raises(Invalid, match="has had 2 PoPs, which is as many as there may ever be"):
         await cluster[0].claim_pop("metz", node(3), b"i" * 16)
     assert (await cluster[0].claim_pop("nice", node(4), b"i" * 16)).node == node(1)
+
+
+async def test_change_of_a_long_used_list_that_is_sent_again_is_still_told_from_an_old_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(WINDOW_TRANSACTIONS + WINDOW_SLACK_TRANSACTIONS + 1):
+        await cluster[0].create_database(f"db{number}")
+    transactions = cluster[1]._databases._transactions
+    commit = transactions.commit
+
+    async def again(transaction: Transaction, attempt: int, deadline: float) -> Applied:
+        return await commit(transaction, attempt + 1, deadline)
+
+    monkeypatch.setattr(transactions, "commit", again)
+    assert await cluster[1].create_database("late")
+    assert await cluster[1].drop_database("db1")
