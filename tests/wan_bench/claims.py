@@ -30,8 +30,8 @@ class Claim:
 
 def seen(part: dict[str, Any], store: str) -> float:
     """p50 ms as a site sees it; on MariaDB a site that does not have the server, if there is one."""
-    sites = part.get("by_site_ms", [part["p50_ms"]])
-    return float(statistics.median(sites[1:] if store == "mariadb" and len(sites) > 1 else sites))
+    others = part.get("by_site_ms", [])[1:] if store == "mariadb" else []
+    return float(statistics.median(others) if others else part["p50_ms"])
 
 
 def all_claims(cells: Cells) -> list[Claim]:

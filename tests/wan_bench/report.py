@@ -41,6 +41,10 @@ def _ratio(a: float | None, b: float | None) -> str:
     return f"{a / b:.1f}x" if a and b else ""
 
 
+def _load(found: dict[str, dict[str, Any]]) -> str:
+    return " / ".join(number(found[store].get("load")) if store in found else "-" for store in STORES)
+
+
 def _cpu(part: dict[str, Any]) -> str:
     return f"{part['client_cpu_ms'] / part['done']:.0f} + {part['server_cpu_ms'] / part['done']:.0f}"
 
@@ -91,18 +95,19 @@ class Report:
             row += [_ratio(p50.get("mariadb"), p50.get("lucd")), _ratio(p50.get("galera"), p50.get("lucd"))]
             row.append(_ratio(p50.get("lucd"), seen(alone, "lucd") if alone else None))
             row += [number(found[s]["cpu_ms_each"]) if s in found else "" for s in STORES]
-            rows.append(row)
+            rows.append([*row, _load(found)])
             if rtt_ms in (0, 50) and (rtt_ms or sites == 1):
                 groups[f"{sites} sites, {rtt_ms} ms"] = [p50.get(store) for store in STORES]
         if not rows:
             return []
         head = ["sites", "rtt ms", "MariaDB far, ms", "Galera ms", "lucd ms", "MariaDB / lucd", "Galera / lucd"]
-        head += ["lucd / its one site", "CPU ms MariaDB", "Galera", "lucd"]
+        head += ["lucd / its one site", "CPU ms MariaDB", "Galera", "lucd", "load"]
         return [
             "### An update at home",
             "",
             "p50 of one Nova-like transaction (read an instance, change it, commit) by one controller at a time, on a "
-            "row of its own site. CPU: client and all servers, of one transaction.",
+            "row of its own site. CPU: client and all servers, of one transaction. Load: of the machine when each "
+            "store was measured; above 4, others used it too.",
             "",
             *table(head, rows),
             *self._plot("update", "An update at home, p50", "ms", ("MariaDB, far", "Galera", "lucd"), groups),
