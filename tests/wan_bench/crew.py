@@ -109,8 +109,11 @@ class Crew:
         """Schemas, then rows for each controller, and each one's far row."""
         shared = self.store.shared
         self.order([0] if shared else self.first(1), "sync")
-        made = self.order(range(len(self.places)), "fill")
-        rows = {place: answer["instances"] for place, answer in zip(self.places, made, strict=True)}
+        # Nova makes a project's security group with its first instance, and is not made for two that do it at once.
+        before = [0] if shared else self.first(1)
+        rest = [number for number in range(len(self.places)) if number not in before]
+        made = [*self.order(before, "fill"), *(self.order(rest, "fill") if rest else [])]
+        rows = {self.places[number]: answer["instances"] for number, answer in zip([*before, *rest], made, strict=True)}
         sites = 1 + max(place.site for place in self.places)
         for number, place in enumerate(self.places):
             neighbour = Place((place.site + 1) % sites, place.number)
