@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from dht.codec import Message
 from dht.domain import roster as rosters
@@ -73,7 +73,6 @@ from dht.world import Batch, Chance, Clock, Disk, Network
 log = logging.getLogger(__name__)
 JOIN_TIMEOUT_S: Final = 15.0
 PAGE_TIMEOUT_S: Final = 10.0
-R = TypeVar("R", bound=Struct)
 
 
 class LocalNode(Struct, frozen=True):

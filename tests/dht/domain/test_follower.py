@@ -56,7 +56,7 @@ class Line:
         return False
 
     def serve(self, answer: object) -> None:
-        raise NotImplementedError
+        raise AssertionError("a follower is asked nothing, so it must not begin to serve")
 
 
 class Beside:
