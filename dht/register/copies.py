@@ -50,6 +50,8 @@ from dht.world import Clock, Network
 
 STALENESS_MAX_S: Final = 5.0
 SPECS_KEPT_S: Final = 10.0
+NO_SPECS_KEPT_S: Final = 1.0
+"""A copy that does not know the database yet knows it a moment later."""
 DATABASES_KEPT_MAX: Final = 1_000
 FOUND_NOTED_MAX: Final = 1_000
 ANY_AGE_S: Final = 1e9
@@ -273,6 +275,11 @@ class CopiedRegistry:
                     reply = expect(answer(own, self._clock, question), kind)
                 else:
                     reply = expect(await self._network.call(node, question, PEER_TIMEOUT_S), kind)
+            except NotServing:
+                if isinstance(question, FindInCopy) and self._clock.monotonic() - self._found_since_s < age_max_s:
+                    # It will be covered that far. Going to and fro, finds would never meet with one that is.
+                    return None
+                continue
             except DhtError:
                 continue
             if age_max_s >= ANY_AGE_S and isinstance(reply, ReadCopyReply | FindInCopyReply):
@@ -318,7 +325,7 @@ class CopiedRegistry:
             specs = specs if asked is None else asked.tables
             if len(self._specs) >= DATABASES_KEPT_MAX:
                 self._specs.clear()
-            self._specs[database] = now_s + SPECS_KEPT_S, specs
+            self._specs[database] = now_s + (SPECS_KEPT_S if specs else NO_SPECS_KEPT_S), specs
         return specs
 
     @staticmethod

@@ -110,9 +110,9 @@ class Following:
     def put(self, key: GroupKey, round: int, rows: dict[bytes, bytes]) -> None:
         self.copy.install([RegisterCopy(key, Header(ZERO, ballot(round), ballot(round)), rows)])
 
-    def cover(self) -> None:
+    def cover(self, lag_s: float = 0.0) -> None:
         for tablet in range(4):
-            self.copy.cover(tablet, self.clock.monotonic())
+            self.copy.cover(tablet, self.clock.monotonic() - lag_s)
 
 
 class Link:
@@ -316,6 +316,47 @@ def test_find_at_another_follower_than_before_is_not_older_than_what_that_one_ma
         await asyncio.sleep(0.1)
         bed.link.followers[second].cover()
         assert not await bed.asked_of_voters(bed.store.find(QUERY))
+
+    play(story())
+
+
+def test_finds_in_a_row_stay_with_one_follower_until_it_is_covered() -> None:
+    async def story() -> None:
+        bed = Bed(beside=2)
+        asked = 0
+        for _ in range(30):
+            for following in bed.link.followers.values():
+                following.cover(lag_s=0.35)
+            asked += await bed.asked_of_voters(bed.store.find(QUERY))
+            await asyncio.sleep(0.1)
+        assert asked == 4, "from then on the first one is covered beyond the first find"
+
+    play(story())
+
+
+def test_find_goes_to_another_follower_when_one_is_not_covered_for_longer_than_the_bound() -> None:
+    async def story() -> None:
+        bed = Bed(beside=2)
+        second = list(bed.link.followers.values())[1]
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            second.cover()
+            await bed.store.find(QUERY)
+        assert not await bed.asked_of_voters(bed.store.find(QUERY))
+
+    play(story())
+
+
+def test_database_made_a_moment_ago_is_soon_read_from_a_follower() -> None:
+    async def story() -> None:
+        bed = Bed(beside=1)
+        (following,) = bed.link.followers.values()
+        specs, following.reads.specs = following.reads.specs, lambda database: ()  # type: ignore[method-assign]
+        assert await bed.asked_of_voters(bed.store.read([QUOTAS]))
+        following.reads.specs = specs  # type: ignore[method-assign]
+        await asyncio.sleep(copies.NO_SPECS_KEPT_S + 0.1)
+        following.cover()
+        assert not await bed.asked_of_voters(bed.store.read([QUOTAS]))
 
     play(story())
 
