@@ -26,6 +26,7 @@ from dht.register import copies
 from dht.register.copies import CopiedRegistry
 from dht.register.homes import FarStore, HomedStore, Registry
 from dht.register.node import StoreNode
+from dht.register.noted_homes import NotedHomes
 from dht.register.places import FEW_POPS, Places
 from dht.register.shards import Shard
 from dht.register.spanning import SpanningStore
@@ -138,7 +139,8 @@ class Daemon:
             settings.staleness_max_s,
         )
         spanning = SpanningStore(lambda: self.copied, self.places, self.own.store)
-        self.homed = HomedStore(settings.pop, clock, self.own.store, self.pops.store, self._registry, spanning)
+        far, noted = self.pops.store, NotedHomes(disk)
+        self.homed = HomedStore(settings.pop, clock, self.own.store, far, self._registry, noted, spanning)
         self._lists = Lists(
             self.homed,
             self._registry,

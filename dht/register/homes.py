@@ -3,8 +3,9 @@
 A database lives in one domain, its home: that of a PoP, or `global`. Domain `global` keeps the list: name -> home; a
 name is taken there first and created at its home then, so no two PoPs have a database of one name, and a creation that
 broke off is finished by the next one. A home never changes while the database exists, so it is cached, and believed on
-for as long as the list is out of reach; what lives in the own PoP is known there without it. Where a database was
-dropped and created again in another PoP, a node may read the old one, which is empty, for some seconds more.
+for as long as the list is out of reach, also by a node that starts meanwhile, which noted it (`dht.register.noted_homes`);
+what lives in the own PoP is known there without it. Where a database was dropped and created again in another PoP, a
+node may read the old one, which is empty, for some seconds more.
 
 A request for a database at home is served by this node's own store of that domain. Any other is passed on, whole, to
 one member of its home, which serves it with its own rosters: one round trip between the PoPs, whatever it costs there.
@@ -38,6 +39,7 @@ from dht.model import (
     TransactionId,
 )
 from dht.register import catalog
+from dht.register.noted_homes import NotedHomes
 from dht.register.rounds import expect
 from dht.rows import split_group_key
 from dht.storage.indexes import database_prefix
@@ -46,6 +48,8 @@ from dht.world import Clock, Network
 HOMES_MAX: Final = 10_000
 HOMES_KEPT_S: Final = 10.0
 """How long a home is believed before it is looked up again, beside the requests; out of reach of the list, for ever."""
+NOTED_AFTER_S: Final = 1.0
+"""How long a request waits for the list before it believes what the node noted before its start."""
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 Gateways = Callable[[str], Awaitable[Sequence[NodeId]]]
@@ -170,6 +174,7 @@ class Registry(requests.Store, Protocol):
 class HomedStore:
     """`dht.requests.Store` of all PoPs and of `global`. `registry`: how that is reached from here now.
 
+    `noted`: homes in this node's file, which follow those that it reads.
     `counters`: requests passed on, and homes looked up, since the start.
     """
 
@@ -180,6 +185,7 @@ class HomedStore:
         own: requests.Store,
         far: Callable[[str], FarStore],
         registry: Callable[[], Registry],
+        noted: NotedHomes,
         spanning: requests.Store | None = None,
     ) -> None:
         self.counters = {"passed_on": 0, "homes_looked_up": 0}
@@ -188,8 +194,11 @@ class HomedStore:
         self._own = own
         self._far = far
         self._registry = registry
+        self._noted = noted
         self._spanning = spanning
         self._homes: dict[str, tuple[str, float]] = {}
+        self._before = noted.all()
+        """From before the start, and not looked up since."""
         self._names: dict[bytes, str] = {}
         self._looking: dict[asyncio.Task[None], None] = {}
 
@@ -200,7 +209,8 @@ class HomedStore:
         """
         known = self._homes.get(database)
         if known is None:
-            return await self._look_up(database)
+            noted = self._before.get(database)
+            return await (self._look_up(database) if noted is None else self._look_first(database, noted))
         home, until_s = known
         if self._clock.monotonic() >= until_s:
             # Beside the requests: none of them waits for what is known, least of all where the list is out of reach.
@@ -209,6 +219,21 @@ class HomedStore:
             self._looking[task] = None
             task.add_done_callback(lambda done: self._looking.pop(done, None))
         return home
+
+    async def _look_first(self, database: str, noted: str) -> str:
+        """As listed, else as noted before the start; whoever asks next has it looked up again."""
+        try:
+            async with asyncio.timeout(NOTED_AFTER_S):
+                return await self._look_up(database)
+        except NotFound:
+            self._before.pop(database, None)
+            raise
+        except (DhtError, TimeoutError):
+            if self._before.pop(database, None) is None:
+                # Another request has looked it up meanwhile, has found it gone, or believes the note.
+                return await self.home(database)
+            self._homes[database] = noted, self._clock.monotonic()
+            return noted
 
     async def _look_again(self, database: str) -> None:
         try:
@@ -229,6 +254,7 @@ class HomedStore:
         if len(self._homes) >= HOMES_MAX:
             self._homes.clear()
         self._homes[database] = home, self._clock.monotonic() + HOMES_KEPT_S
+        self._before.pop(database, None)
         return home
 
     async def stop(self) -> None:
@@ -239,7 +265,9 @@ class HomedStore:
 
     async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
         """Every database with its home, as `global` says now."""
-        return await self._registry().homes(timeout_s)
+        homes = await self._registry().homes(timeout_s)
+        self._noted.follow(homes)
+        return homes
 
     async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
         """Every PoP, as `global` says now."""

@@ -36,6 +36,7 @@ from dht.overlay.overlay import Overlay, OverlaySettings
 from dht.register.homes import FarStore, HomedStore
 from dht.register.messages import Chosen
 from dht.register.node import StoreNode
+from dht.register.noted_homes import NotedHomes
 from dht.register.places import Places
 from dht.register.shards import Shard
 from dht.register.spanning import SpanningStore
@@ -295,7 +296,8 @@ class Node:
             self.made.append,
         )
         spanning = SpanningStore(self._registry, self.places, self.own.store)
-        self.homed = HomedStore(self.pop, clock, self.own.store, pops.store, self._registry, spanning)
+        noted = NotedHomes(MemoryDisk())
+        self.homed = HomedStore(self.pop, clock, self.own.store, pops.store, self._registry, noted, spanning)
 
     def _registry(self) -> Any:
         return self._far_global if self.wide is None else self.wide.store

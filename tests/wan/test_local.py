@@ -179,6 +179,31 @@ def heard(doors: Doors) -> bool:
         return False
 
 
+def test_killed_daemon_that_starts_again_in_a_cut_off_pop_serves_what_is_homed_there(doors: Doors) -> None:
+    cluster, node = doors.cluster, doors.cluster.nodes[A]
+    doors.ask(A, INSERT, "before")
+    cluster.wan.cut([A], [B, C])
+    try:
+        node.kill()
+        node.start()
+        began_s = time.monotonic()
+        # A service that starts as well: nothing is left of what the old one knew.
+        doors.connections[A] = Connection(Database(node.store(), "api"), "", True)
+        assert doors.ask(A, ONE, "before") == [("p",)]
+        print(f"the first row after the start: {time.monotonic() - began_s:.2f} s")
+        doors.ask(A, UPDATE, "p4", "before")
+        doors.ask(A, "INSERT INTO instance_mappings (instance_uuid, project_id) VALUES ('after', 'p')")
+        assert doors.ask(A, ONE, "before") == [("p4",)]
+        assert doors.ask(A, ONE, "after") == [("p",)]
+        with pytest.raises(sqlite3.OperationalError, match=r"PoP pop\d cannot be asked|domain global"):
+            doors.ask(A, ONE, "first-1")
+    finally:
+        cluster.wan.heal()
+    wait_until(lambda: heard(doors), 20.0, "the healed PoP is not asked again")
+    assert doors.ask(B, ONE, "before") == [("p4",)]
+    assert doors.ask(C, ONE, "after") == [("p",)]
+
+
 def test_database_whose_rows_all_live_where_they_were_made(doors: Doors) -> None:
     store = doors.cluster.nodes[B].store()
     assert store.create_database("all", home=LOCAL)

@@ -7,12 +7,14 @@ import asyncio
 import pytest
 
 from dht import requests
-from dht.errors import Conflict, Indeterminate, Invalid, NotFound, Unavailable
+from dht.errors import Conflict, Indeterminate, Invalid, NotFound, StorageError, Unavailable
 from dht.model import GLOBAL, Applied, FindQuery, FindResult, GroupRead, Part, PopClaim, Transaction
 from dht.register import homes as homes_module
 from dht.register.catalog import no_such_database
 from dht.register.homes import FarStore, HomedStore
+from dht.register.noted_homes import NotedHomes
 from dht.rows import group_key
+from dht.storage.memory import MemoryDisk
 
 A, B = b"a" * 20, b"b" * 20
 KEY = group_key("d", "f", (1,))
@@ -170,8 +172,12 @@ class Pops:
         shared = Pop("shared", listed={"d": "lyon", "shared": GLOBAL})
         self.pops = {GLOBAL: shared, "lyon": Pop("d"), "nice": Pop()}
 
+        self.disks = {pop: MemoryDisk() for pop in self.pops}
+
     def store(self, pop):
-        return HomedStore(pop, self.world, self.pops[pop], self.pops.__getitem__, lambda: self.pops[GLOBAL])
+        """As a node that starts with what the PoP's last one left in its file."""
+        noted = NotedHomes(self.disks[pop])
+        return HomedStore(pop, self.world, self.pops[pop], self.pops.__getitem__, lambda: self.pops[GLOBAL], noted)
 
     def asked(self):
         return {name: pop.asked for name, pop in self.pops.items() if pop.asked}
@@ -231,6 +237,78 @@ async def test_home_that_moved_is_learned_even_if_nobody_refuses(pops):
     await settled(store)
     await store.read([KEY])
     assert pops.pops["nice"].asked == ["read"]
+
+
+@pytest.fixture
+async def restarted(pops):
+    """The store of a node of nice that read the list before it was started again, out of reach of the list."""
+    await pops.store("nice").homes()
+    pops.pops[GLOBAL].away = Unavailable("cut off")
+    return pops.store("nice")
+
+
+async def test_home_that_was_noted_is_believed_by_a_node_that_starts_out_of_reach_of_the_list(pops, restarted):
+    assert await asyncio.gather(restarted.home("shared"), restarted.home("shared")) == [GLOBAL, GLOBAL]
+    await restarted.commit(WRITE)
+    assert pops.pops["lyon"].asked == ["commit"]
+
+
+async def test_home_that_was_noted_is_believed_where_the_list_does_not_answer_in_time(pops, restarted, monkeypatch):
+    monkeypatch.setattr(homes_module, "NOTED_AFTER_S", 0.01)
+    restarted._registry = lambda: Silent()
+    assert await asyncio.wait_for(restarted.home("d"), 5.0) == "lyon"
+    await restarted.stop()
+
+
+class Silent:
+    async def homes(self, timeout_s=None):
+        await asyncio.Event().wait()
+
+
+async def test_home_that_was_noted_wrongly_is_not_believed_where_the_list_answers(pops, restarted):
+    pops.pops[GLOBAL].away = None
+    pops.pops[GLOBAL].listed["d"] = "nice"
+    del pops.pops[GLOBAL].listed["shared"], pops.pops[GLOBAL].databases[:]
+    pops.pops["nice"].databases.append("d")
+    assert await restarted.home("d") == "nice"
+    with pytest.raises(NotFound):
+        await restarted.home("shared")
+    pops.pops[GLOBAL].away = Unavailable("cut off again")
+    with pytest.raises(Unavailable):
+        await restarted.home("shared")
+    assert pops.store("nice")._before == {"d": "nice"}, "the file follows the list"
+
+
+async def test_home_that_was_noted_wrongly_is_looked_up_again_beside_the_second_request(pops, restarted):
+    assert await restarted.home("d") == "lyon"
+    pops.pops[GLOBAL].away = None
+    pops.pops[GLOBAL].listed["d"] = GLOBAL
+    assert await restarted.home("d") == "lyon"
+    await settled(restarted)
+    assert await restarted.home("d") == GLOBAL
+
+
+async def test_note_that_its_home_refuted_is_no_word_for_not_found_without_the_list(pops, restarted):
+    pops.pops["lyon"].databases.remove("d")
+    with pytest.raises(Unavailable, match="cut off"):
+        await restarted.commit(WRITE)
+
+
+async def test_notes_outlive_neither_the_database_nor_a_disk_that_failed(pops):
+    await pops.store("nice").homes()
+    del pops.pops[GLOBAL].listed["d"]
+    disk = pops.disks["nice"]
+    noted = NotedHomes(disk)
+
+    def fail(batch):
+        raise StorageError("full")
+
+    submit, disk.submit = disk.submit, fail
+    noted.follow({})
+    assert noted.all() == NotedHomes(disk).all() == {"d": "lyon", "shared": GLOBAL}
+    disk.submit = submit
+    noted.follow({"shared": GLOBAL})
+    assert noted.all() == NotedHomes(disk).all() == {"shared": GLOBAL}
 
 
 async def test_database_unknown_here_is_unavailable_not_missing_while_the_list_is_out_of_reach(pops):
