@@ -5,7 +5,8 @@ copy, but for its open registers: of those more was heard than is here, or they 
 covered up to where its tablet was when it was opened; what happened to it was acknowledged later.
 
 `as_of_s` and `since_s` are of the monotonic clock, so they do not outlive a restart; what the file says of coverage is
-wall-clock time, for humans: it is what a PoP that lost all its disks gets back.
+wall-clock time, which may be set: for humans, whom it tells what a PoP that lost all its disks gets back, and for
+answers whose age does not matter.
 """
 
 from __future__ import annotations
@@ -91,6 +92,16 @@ class Copy:
             for keys in self._open.values():
                 covered_s = min([covered_s, *(one.since_s for key, one in keys.items() if key.startswith(prefix))])
         return covered_s
+
+    def noted_wall_s(self, key: GroupKey) -> float:
+        """Up to when the group is covered by what the file says, with the registers that were open then; 0: never."""
+        tablet = self.registers.tablet(key)
+        return self.noted.open.get(key, self.noted.wall_s[tablet] if tablet < len(self.noted.wall_s) else 0.0)
+
+    def noted_prefix_wall_s(self, prefix: bytes) -> float:
+        """The same of all groups that begin so."""
+        opened = (wall_s for key, wall_s in self.noted.open.items() if key.startswith(prefix))
+        return min([*self.noted.wall_s, *opened], default=0.0)
 
     def told_at(self, key: GroupKey) -> Ballot:
         """The ballot of the state that is here; of none, a floor that nothing of the group can be below any more.

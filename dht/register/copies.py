@@ -2,7 +2,8 @@
 
 The tables' specs say what may be read so: `FOLLOW` tables from a copy that is covered up to `staleness_max_s` ago, else
 from the voters; `SERVE_STALE` tables, and catalogs, from the voters, but from a copy of any age while those are out of
-reach. A group counts as its tables do that the spec lists for its key; one that no spec lists is read from the voters.
+reach, also of one that the node left behind when it was started again. A group counts as its tables do that the spec
+lists for its key; one that no spec lists is read from the voters.
 
 A node that follows reads its own copy. Another asks a follower of its PoP, and says with the question what its clients
 have seen already: ballots of groups, and how long ago a moment was that must be covered. Clocks of two nodes are not
@@ -121,14 +122,24 @@ def answer(reads: FollowedReads | None, clock: Clock, question: Struct) -> Messa
             if not len(question.keys) == len(question.known) == len(question.seen):
                 raise Invalid(f"{len(question.keys)} groups do not go with the ballots that are known of them")
             groups, covered_s = reads.read(question.keys, question.known)
+            if covered_s == NEVER_S and question.age_s >= ANY_AGE_S:
+                covered_s = _before_start_s(reads.noted_wall_s(question.keys), clock)
             old = [g for g, seen in zip(groups, question.seen, strict=True) if g.ballot < seen]
             if covered_s > now_s - question.age_s and not old:
                 return ReadCopyReply(tuple(groups), now_s - covered_s)
         case FindInCopy():
-            result, covered_s = reads.find(question.query)
+            covered_s = reads.covered_s(question.query.database)
+            if covered_s == NEVER_S and question.age_s >= ANY_AGE_S:
+                covered_s = _before_start_s(reads.noted_database_wall_s(question.query.database), clock)
+            result, covered_s = reads.find(question.query, covered_s)
             if result is not None and covered_s > now_s - question.age_s:
                 return FindInCopyReply(result, now_s - covered_s)
     raise NotServing("the copy here is not covered as far as was asked for: ask the voters")
+
+
+def _before_start_s(wall_s: float, clock: Clock) -> float:
+    """The moment by the monotonic clock, if nobody set the other one since; -inf for never."""
+    return min(clock.monotonic(), clock.monotonic() - clock.wall() + wall_s) if wall_s else NEVER_S
 
 
 class CopiedRegistry:
@@ -345,6 +356,9 @@ class CopiedRegistry:
         prefix = encode_value(transaction.database)
         try:
             applied = await self._voters().commit(transaction, attempt, timeout_s)
+        except Unavailable:
+            # Nothing was applied, and nothing is known to be otherwise than the copy has it.
+            raise
         except DhtError:
             self._distrust(prefix)
             raise

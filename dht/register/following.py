@@ -2,7 +2,8 @@
 
 An answer is as old as the least covered of what it rests on: whatever was acknowledged before that moment is in it. So
 it is what a linearizable read that began then could have returned. The caller says how old is too old; then there is no
-answer, and the voters are asked.
+answer, and the voters are asked. Whoever takes any age is answered also after a restart, before the copy is covered
+anew.
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ class FollowedReads:
             groups.append(GroupRead(key, ballot, rows))
         return groups, covered_s if len(groups) == len(keys) else NEVER_S
 
+    def noted_wall_s(self, keys: Sequence[GroupKey]) -> float:
+        """Up to which moment the groups are covered by what the file says, by the wall clock; 0: one never was."""
+        return min(map(self._copy.noted_wall_s, keys), default=0.0)
+
+    def noted_database_wall_s(self, database: str) -> float:
+        """The same of everything of the database."""
+        return self._copy.noted_prefix_wall_s(encode_value(database))
+
     def ballot(self, key: GroupKey) -> Ballot:
         """See `Copy.told_at`."""
         return self._copy.told_at(key)
@@ -83,12 +92,13 @@ class FollowedReads:
             self._disk.submit(batch)
         return version
 
-    def find(self, query: FindQuery) -> tuple[FindResult | None, float]:
+    def find(self, query: FindQuery, covered_s: float | None = None) -> tuple[FindResult | None, float]:
         """The rows that match here, and how far they are covered; None where the voters have to be asked in any case.
 
-        That is so if the catalog here is of another version, or more matches than one answer holds.
+        That is so if the catalog here is of another version, or more matches than one answer holds. `covered_s`: as far
+        as the caller takes it to be.
         """
-        covered_s = self.covered_s(query.database)
+        covered_s = self.covered_s(query.database) if covered_s is None else covered_s
         if covered_s == NEVER_S or self.version(query.database) != query.catalog_version:
             return None, NEVER_S
         limit = query.limit if query.limit is not None and query.order is not None else FIND_ROWS_MAX

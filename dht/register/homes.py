@@ -3,9 +3,9 @@
 A database lives in one domain, its home: that of a PoP, or `global`. Domain `global` keeps the list: name -> home; a
 name is taken there first and created at its home then, so no two PoPs have a database of one name, and a creation that
 broke off is finished by the next one. A home never changes while the database exists, so it is cached, and believed on
-for as long as the list is out of reach, also by a node that starts meanwhile, which noted it (`dht.register.noted_homes`);
-what lives in the own PoP is known there without it. Where a database was dropped and created again in another PoP, a
-node may read the old one, which is empty, for some seconds more.
+for as long as the list is out of reach, also by a node that starts meanwhile, which noted it
+(`dht.register.noted_homes`); what lives in the own PoP is known there without it. Where a database was dropped and
+created again in another PoP, a node may read the old one, which is empty, for some seconds more.
 
 A request for a database at home is served by this node's own store of that domain. Any other is passed on, whole, to
 one member of its home, which serves it with its own rosters: one round trip between the PoPs, whatever it costs there.

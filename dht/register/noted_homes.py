@@ -1,9 +1,9 @@
 """Homes of databases in the node's own file: what it last heard, for a start while `global` is out of reach.
 
-A node that starts in a PoP which is cut off must know that a database lives in several PoPs to serve the rows of it that
-live in its own. The file follows every list that the node reads. It is believed like what a running node remembers, and
-for as long: until the list can be read again. So nothing waits for it to be durable, and a note that is wrong or lost
-costs what a node costs that looked the home up before it was cut off, or never did.
+A node that starts in a PoP which is cut off must know that a database lives in several PoPs to serve the rows of it
+that live in its own. The file follows every list that the node reads. It is believed like what a running node
+remembers, and for as long: until the list can be read again. So nothing waits for it to be durable, and a note that is
+wrong or lost costs what a node costs that looked the home up before it was cut off, or never did.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def test_killed_daemon_that_starts_again_in_a_cut_off_pop_serves_what_is_homed_t
         assert doors.ask(A, ONE, "before") == [("p",)]
         print(f"the first row after the start: {time.monotonic() - began_s:.2f} s")
         doors.ask(A, UPDATE, "p4", "before")
-        doors.ask(A, "INSERT INTO instance_mappings (instance_uuid, project_id) VALUES ('after', 'p')")
+        doors.ask(A, INSERT, "after")
         assert doors.ask(A, ONE, "before") == [("p4",)]
         assert doors.ask(A, ONE, "after") == [("p",)]
         with pytest.raises(sqlite3.OperationalError, match=r"PoP pop\d cannot be asked|domain global"):

@@ -11,7 +11,7 @@ import pytest
 
 from dht.domain.copy import Copy
 from dht.domain.messages import RegisterCopy
-from dht.errors import Conflict, DhtError, Unavailable
+from dht.errors import Conflict, DhtError, Indeterminate, Unavailable
 from dht.model import (
     ZERO,
     Applied,
@@ -96,9 +96,8 @@ class Following:
     """A copy, covered when the test says so."""
 
     def __init__(self) -> None:
-        disk = MemoryDisk()
-        self.copy = Copy(disk, 4)
-        self.reads = FollowedReads(self.copy, disk)
+        self.disk = MemoryDisk()
+        self.start_again()
         self.clock = SimClock()
         rows = {row_key(0, (0,)): encode_row({0: 1})}
         rows |= {row_key(0, (s.table,)): encode_row({0: msgspec.msgpack.encode(s)}) for s in SPECS}
@@ -106,6 +105,11 @@ class Following:
         for table, key in ((FLAVOR, FLAVORS), (KEYPAIR, KEYPAIRS), (USAGE, USAGES), (QUOTA, QUOTAS)):
             self.put(key, 1, {row_key(table, (1,)): encode_row({0: 1, 1: "m1"})})
         self.cover()
+
+    def start_again(self) -> None:
+        """With what the file has."""
+        self.copy = Copy(self.disk, 4)
+        self.reads = FollowedReads(self.copy, self.disk)
 
     def put(self, key: GroupKey, round: int, rows: dict[bytes, bytes]) -> None:
         self.copy.install([RegisterCopy(key, Header(ZERO, ballot(round), ballot(round)), rows)])
@@ -252,6 +256,75 @@ def test_voters_out_of_reach_stale_tables_and_the_catalog_are_served_others_are_
         for key in (QUOTAS, USAGES):
             with pytest.raises(Unavailable):
                 await bed.store.read([key])
+
+    play(story())
+
+
+def test_voters_out_of_reach_of_a_node_that_starts_stale_tables_are_served_as_its_file_has_them() -> None:
+    async def story() -> None:
+        bed = Bed()
+        now_s = bed.clock.monotonic()
+        bed.own.copy.note(now_s, bed.clock.wall())
+        await asyncio.sleep(60.0)
+        bed.own.start_again()
+        assert await bed.round_of(QUOTAS) == 9, "nothing is known to be within the bound"
+        bed.voters.cut = True
+        for key in (FLAVORS, KEYPAIRS, CATALOG):
+            assert await bed.round_of(key) == 1
+        assert len((await bed.store.find(QUERY)).rows) == 1
+        assert 59.0 < bed.store.counters["stale_s_most"] < 61.0
+        with pytest.raises(Unavailable):
+            await bed.store.read([QUOTAS])
+
+    play(story())
+
+
+@pytest.mark.parametrize("noted", [False, True])
+def test_voters_out_of_reach_of_a_node_that_starts_what_was_never_covered_is_not_said_to_be_absent(noted: bool) -> None:
+    async def story() -> None:
+        bed = Bed()
+        bed.voters.cut = True
+        bed.own.copy.as_of_s.pop(bed.own.copy.registers.tablet(FLAVORS))
+        if noted:
+            bed.own.copy.note(bed.clock.monotonic(), bed.clock.wall())
+        bed.own.start_again()
+        for ask in (bed.store.read([FLAVORS]), bed.store.find(QUERY)):
+            with pytest.raises(Unavailable):
+                await ask
+
+    play(story())
+
+
+def test_copy_left_behind_is_covered_by_its_file_up_to_where_an_open_register_was() -> None:
+    async def story() -> None:
+        bed = Bed()
+        copy = bed.own.copy
+        await asyncio.sleep(10.0)
+        copy.open(FLAVORS, doubtful=True)
+        await asyncio.sleep(10.0)
+        bed.own.cover()
+        wall_s = bed.clock.wall()
+        copy.note(bed.clock.monotonic(), wall_s)
+        assert (copy.noted_wall_s(FLAVORS), copy.noted_wall_s(KEYPAIRS)) == (wall_s - 20.0, wall_s)
+        assert copy.noted_prefix_wall_s(encode_value("api")) == wall_s - 20.0
+        assert copy.noted_prefix_wall_s(encode_value("other")) == wall_s
+
+    play(story())
+
+
+def test_commit_that_does_not_reach_the_voters_takes_no_stale_table_away() -> None:
+    async def story() -> None:
+        bed = Bed()
+        bed.voters.cut = True
+        with pytest.raises(Unavailable):
+            await bed.store.commit(update(FLAVORS))
+        assert await bed.round_of(KEYPAIRS) == 1
+        bed.voters.cut, bed.voters.refusal = False, Indeterminate("it may have been applied")
+        with pytest.raises(Indeterminate):
+            await bed.store.commit(update(FLAVORS))
+        bed.voters.cut = True
+        with pytest.raises(Unavailable):
+            await bed.store.read([KEYPAIRS])
 
     play(story())
 

@@ -255,7 +255,7 @@ async def test_home_that_was_noted_is_believed_by_a_node_that_starts_out_of_reac
 
 async def test_home_that_was_noted_is_believed_where_the_list_does_not_answer_in_time(pops, restarted, monkeypatch):
     monkeypatch.setattr(homes_module, "NOTED_AFTER_S", 0.01)
-    restarted._registry = lambda: Silent()
+    restarted._registry = Silent
     assert await asyncio.wait_for(restarted.home("d"), 5.0) == "lyon"
     await restarted.stop()
 
