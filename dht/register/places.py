@@ -212,10 +212,19 @@ class Places:
             await asyncio.gather(*looking, return_exceptions=True)
 
     async def _ask_all(self, search: _Search, database: str, deadline: float) -> None:
-        """All PoPs that were not asked yet, until every group is found or all have answered."""
+        """All PoPs that were not asked yet, until every group is found or all have answered.
+
+        If the list turns out to have grown from few to many since this node read it, a hint's first of the new ones.
+        """
         self.counters["searched"] += 1
+        known = self._known_pops(database)
+        hinting: list[asyncio.Future[None]] = []
 
         async def ask(pop: str) -> None:
+            if len(known) <= FEW_POPS < len(self._known_pops(database)) and pop not in (self._pop, *known):
+                if not hinting:
+                    hinting.append(asyncio.ensure_future(self._ask_hinted(search, deadline)))
+                await asyncio.shield(hinting[0])
             of = [key for key in search.open if pop not in search.asked[key]]
             if of:
                 await self._ask(search, pop, of, {}, deadline)
@@ -226,6 +235,10 @@ class Places:
             listed = await self._over_pops(database, ask, lambda: not search.open, deadline)
         except Unavailable as error:
             unlisted = error
+        finally:
+            for each in hinting:
+                each.cancel()
+            await asyncio.gather(*hinting, return_exceptions=True)
         for key in list(search.open):
             silent = search.silent[key]
             missing = {pop: why for pop, why in silent.items() if unlisted or pop in listed or pop == self._pop}

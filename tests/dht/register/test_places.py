@@ -423,6 +423,21 @@ async def test_first_look_of_a_node_at_a_database_of_many_pops_asks_for_the_list
     assert store.counters["searched"] == 0
 
 
+async def test_node_that_knew_few_pops_asks_of_the_many_that_came_since_only_the_hinted_one():
+    pops = Spanning(*(f"p{n}" for n in range(12)))
+    for name in pops.pops:
+        await make(pops.places(name), name)
+    pops.hints = {key_of("p7"): "p7", key_of("p8"): "p3"}
+    pops.known = ["p0", "p1", "p2"]
+    store = pops.places("p0")
+    pops.asked()
+    assert await value(store, "p7") == ["p7"]
+    assert set(pops.asked()) == {"p0", "p1", "p2", "p7"}
+    pops.known = ["p0", "p1", "p2"]
+    assert await value(pops.places("p0"), "p8") == ["p8"], "a wrong hint is no answer"
+    assert len(pops.asked()) == 12
+
+
 async def test_first_look_at_a_database_finds_an_own_group_though_the_list_is_out_of_reach(pops):
     await make(pops.places("a"), 1)
     store = pops.places("a")
