@@ -315,9 +315,8 @@ class Daemon:
         def others() -> Sequence[NodeId]:
             return self._holders([m for m in self._members() if m.pop != self.settings.pop])
 
-        return PopRecoverer(
-            self.own, self.identity.incarnation, clock, self.network, self._registry, others, self._contacts
-        )
+        wide, own = self.wide.domain, self.identity.incarnation
+        return PopRecoverer(self.own, wide, own, clock, self.network, self._registry, others, self._contacts)
 
     def _contacts(self) -> Sequence[NodeId]:
         """Nodes to ask for the domain's roster: all that were met."""

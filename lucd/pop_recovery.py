@@ -2,7 +2,8 @@
 
 Order: the copies are found and fetched into this node's empty file; then the PoP's claim in `global` goes over to this
 node, by compare-and-set, so that of two such orders one is refused; then the domain begins its next generation here.
-Whatever breaks off before is done again by the next order. Members that were only cut off meet the higher generation,
+Whatever breaks off before is done again by the next order. At last the dead members' seats in `global` are freed, which
+the PoP's new nodes would have to do without. Members that were only cut off meet the higher generation,
 stop, and keep their files (DESIGN section 8).
 """
 
@@ -13,13 +14,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
+
+from dht.domain.domain import Domain
 from dht.domain.messages import AskLinks, DomainMessage, Links
 from dht.domain.recovery import Recovery, keep_record
 from dht.domain.restore import Restoration, find_copies, floors_after
 from dht.domain.roster import Roster
 from dht.errors import Conflict, DhtError, Indeterminate, Invalid
 from dht.limits import REQUEST_TIMEOUT_S
-from dht.model import NodeId, PopClaim, Struct
+from dht.model import GLOBAL, NodeId, PopClaim, Struct
 from dht.register.homes import Registry
 from dht.rows import split_group_key
 from dht.world import Clock, Network
@@ -33,11 +37,12 @@ OPEN_SHOWN_MAX = 20
 
 
 class PopRecoverer:
-    """`holders`: nodes of other PoPs that may have copies; `met`: nodes of this PoP that are heard."""
+    """`wide`: `global`. `holders`: nodes of other PoPs that may have copies; `met`: those of this PoP that are heard."""
 
     def __init__(
         self,
         own: DomainNode,
+        wide: Domain,
         incarnation: bytes,
         clock: Clock,
         network: Network,
@@ -46,6 +51,7 @@ class PopRecoverer:
         met: Callable[[], Sequence[NodeId]],
     ) -> None:
         self._own = own
+        self._wide = wide
         self._incarnation = incarnation
         self._clock = clock
         self._network = network
@@ -73,6 +79,8 @@ class PopRecoverer:
         record = self._record(link, before[-1], found)
         await self._own.disk.durable(keep_record(self._own.disk, domain.name, record))
         log.warning("PoP %s begins anew in generation %d, data loss accepted", domain.name, link.generation)
+        record = msgspec.structs.replace(record, findings=(*record.findings, *await self._free_seats()))
+        await self._own.disk.durable(keep_record(self._own.disk, domain.name, record))
         return await Recoverer(domain, self._own.store.salvage).finish(record, request.timeout_s)
 
     async def _refuse_unless_lost(self, request: RecoverPop) -> None:
@@ -99,6 +107,24 @@ class PopRecoverer:
         if claim is None:
             raise Invalid(f"there never was a PoP {name}; this node founds it by itself")
         return claim
+
+    async def _free_seats(self) -> list[str]:
+        """Take the PoP's members before out of `global`, where nobody of the PoP was left to do it; says what was."""
+        domain, newest = self._own.domain, self._wide.chain.newest
+        lines = []
+        for member in newest.members if newest is not None else ():
+            node = member.node_id
+            if member.pop != domain.name or node == domain.local.node_id:
+                continue
+            try:
+                await self._wide.leave(node, drain=False)
+                lines.append(f"node {node.hex()} was taken out of domain {GLOBAL}: a new one takes its seat")
+            except DhtError as error:
+                lines.append(
+                    f"node {node.hex()} keeps its seat in domain {GLOBAL} ({error.message}); when it is gone for good, "
+                    f"free it with `lucd node remove {node.hex()}`"
+                )
+        return lines
 
     async def _move(self, before: PopClaim, after: PopClaim) -> None:
         name = self._own.domain.name

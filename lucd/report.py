@@ -301,8 +301,10 @@ class Report:
         except ValueError:
             raise Invalid(f"{node_id!r} is no node id; `lucd node list` shows them") from None
         own, wide = self._parts.own.domain, self._parts.wide.domain
-        if not own.chain.knows(node) and wide.chain.knows(node):
-            # Of another PoP. Its own members see to it while they are there; for a PoP that is gone a human says so.
+        newest = own.chain.newest
+        if (newest is None or newest.member(node) is None) and wide.chain.knows(node):
+            # Of another PoP, or of this one before it lost all its disks. A PoP's members see to their own while they
+            # are there; for those that are gone a human says so.
             await wide.leave(node, drain=not lost)
         else:
             await own.leave(node, drain=not lost)

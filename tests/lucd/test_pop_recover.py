@@ -52,6 +52,11 @@ def pops(node: LocalNode) -> dict[str, messages.PopLine]:
     return {line.name: line for line in reply.pops}
 
 
+def seats(node: LocalNode) -> list[str]:
+    """Those of lyon in `global`."""
+    return [member.node_id for member in pops(node)["lyon"].members]
+
+
 def recover(node: LocalNode, *, accept: bool, pop: str = "lyon") -> messages.RecoveryLine:
     reply = node.client().call(messages.RecoverPop(pop, accept, 60.0), timeout_s=120.0)
     assert isinstance(reply, messages.RecoverReply)
@@ -75,6 +80,7 @@ def test_destroyed_pop_begins_anew_on_a_new_node_and_the_old_one_stops_when_it_c
     with pytest.raises(Invalid, match="knows domain lyon already"):
         recover(old, accept=True)
     wait_until(lambda: covered(first), 20.0, "the backup does not go on")
+    dead = str(old.status()["node_id"])
     old.kill()
 
     new = add(cluster, "lyon")
@@ -86,7 +92,9 @@ def test_destroyed_pop_begins_anew_on_a_new_node_and_the_old_one_stops_when_it_c
     line = recover(new, accept=True)
     assert any(text.startswith("every write acknowledged before ") for text in line.findings)
     assert line.generation == 2
+    assert f"node {dead} was taken out of domain global: a new one takes its seat" in line.findings
     new.wait_ready()
+    wait_until(lambda: seats(first) == [new.status()["node_id"]], 60.0, "the seat in global was not taken over")
     for node in (new, first):
         wait_until(lambda node=node: _reads(node), 30.0, "what was recovered cannot be read")  # type: ignore[misc]
         assert [read(node.store(), key) for key in KEYS] == list(range(len(KEYS)))
