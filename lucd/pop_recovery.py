@@ -37,7 +37,7 @@ OPEN_SHOWN_MAX = 20
 
 
 class PopRecoverer:
-    """`wide`: `global`. `holders`: nodes of other PoPs that may have copies; `met`: those of this PoP that are heard."""
+    """`wide`: `global`. `holders`: nodes of other PoPs that may have copies; `met`: this PoP's that are heard."""
 
     def __init__(
         self,
