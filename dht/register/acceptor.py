@@ -198,19 +198,32 @@ class Acceptor:
         return self._pending.get(key, 0)
 
     def list_groups(self, request: ListGroups) -> ListGroupsReply:
-        """Groups of a database in one tablet, as far as they are known here.
+        """Groups of a database in some tablets, as far as they are known here.
 
-        Raises NotServing where the tablet is not served: what is here may lack some then.
+        Raises NotServing where the first tablet is not served: what is here may lack some then. One of the others that
+        is not served ends the list.
         """
         if not 1 <= request.limit <= READ_GROUPS_MAX:
             raise Invalid(f"{request.limit} groups were asked for; it is between 1 and {READ_GROUPS_MAX}")
-        domain = self._context.domain
-        domain.admit(request.tablet, domain.replicas(request.tablet).epoch)
+        if len(request.others) >= (count := len(self._context.domain.roster.tablets)):
+            raise Invalid(f"{1 + len(request.others)} tablets were asked for; there are {count}")
         prefix = encode_value(request.database)
-        keys = self._file.keys(request.tablet, request.after or prefix[:-1], request.limit)
-        mine = [key for key in keys if key.startswith(prefix)]
-        ended = len(keys) < request.limit or keys[-1] > prefix + b"\xff"
-        return ListGroupsReply(tuple(mine), b"" if ended else keys[-1])
+        keys = self._list(request.tablet, prefix, request.after, request.limit)
+        tablets = 1
+        for tablet in request.others:
+            if len(keys) >= request.limit:
+                break
+            try:
+                keys += self._list(tablet, prefix, b"", request.limit - len(keys))
+            except NotServing:
+                break
+            tablets += 1
+        return ListGroupsReply(tuple(keys), keys[-1] if len(keys) == request.limit else b"", tablets)
+
+    def _list(self, tablet: int, prefix: bytes, after: GroupKey, limit: int) -> list[GroupKey]:
+        domain = self._context.domain
+        domain.admit(tablet, domain.replicas(tablet).epoch)
+        return self._file.keys_with(tablet, prefix, after, limit)
 
     def list_doubtful(self, request: ListDoubtful) -> ListDoubtfulReply:
         """Groups of one tablet with intents, and sequences. Raises NotServing where the tablet is not served."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 import msgspec
 
-from dht.errors import Conflict, DhtError, Duplicate, Unavailable
+from dht.errors import Conflict, DhtError, Duplicate, NotServing, RemoteProtocolError, Unavailable
 from dht.limits import PEER_TIMEOUT_S
 from dht.model import Ballot, GroupKey, NodeId, Part, PopClaim, Transaction, Value
 from dht.register import catalog
@@ -27,6 +28,8 @@ from dht.world import Batch
 
 NAMES_KEPT_S = 2.0
 _LIST_GROUPS_MAX = 1_000
+_TABLETS_LISTED_AT_ONCE = 16
+"""Of a database that is dropped: their groups' keys are held in memory."""
 _EMPTIED_AT_ONCE = 64
 
 
@@ -137,11 +140,16 @@ class Databases:
         """
         if not await self._register(catalog.database_removed(name), name, deadline):
             return False
-        for tablet in range(len(self._context.domain.roster.tablets)):
-            keys = await self._groups(name, tablet, deadline)
+        count = len(self._context.domain.roster.tablets)
+        had_catalog = False
+        for first in range(0, count, _TABLETS_LISTED_AT_ONCE):
+            tablets = range(first, min(first + _TABLETS_LISTED_AT_ONCE, count))
+            keys = await self._groups(name, tablets, deadline)
+            had_catalog = had_catalog or catalog.catalog_group(name) in keys
             for at in range(0, len(keys), _EMPTIED_AT_ONCE):
                 await asyncio.gather(*(self._empty(key, deadline) for key in keys[at : at + _EMPTIED_AT_ONCE]))
-        await self.announce(name)
+        if had_catalog:
+            await self.announce(name)
         return True
 
     async def _empty(self, key: GroupKey, deadline: float) -> None:
@@ -170,39 +178,56 @@ class Databases:
             Transaction(self._context.chance.randbytes(16), database, 0, (part,)), 0, deadline
         )
 
-    async def _groups(self, database: str, tablet: int, deadline: float) -> list[GroupKey]:
-        """Groups of the database in a tablet, as any of its replicas knows them; at least a majority has to answer."""
+    async def _groups(self, database: str, tablets: Sequence[int], deadline: float) -> list[GroupKey]:
+        """Groups of the database in the tablets, as any of their replicas knows them; of each, a majority answers."""
+        keys: dict[GroupKey, None] = {}
+        waiting = list(tablets)
         while True:
-            keys: dict[GroupKey, None] = {}
-            replicas = self._context.domain.replicas(tablet).nodes
-            heard = 0
-            for node in replicas:
-                try:
-                    keys.update(dict.fromkeys(await self._groups_at(node, database, tablet)))
-                    heard += 1
-                except DhtError:
-                    self._context.count("lists_failed")
-            if heard * 2 > len(replicas):
+            heard: dict[int, int] = dict.fromkeys(waiting, 0)
+            replicas = {tablet: self._context.domain.replicas(tablet).nodes for tablet in waiting}
+            asked: dict[NodeId, list[int]] = {}
+            for tablet, nodes in replicas.items():
+                for node in nodes:
+                    asked.setdefault(node, []).append(tablet)
+            await asyncio.gather(*(self._list_at(node, database, of, keys, heard) for node, of in asked.items()))
+            waiting = [tablet for tablet in waiting if heard[tablet] * 2 <= len(replicas[tablet])]
+            if not waiting:
                 return list(keys)
             if self._context.remaining(deadline) <= 0:
                 raise Unavailable(
-                    f"the groups of tablet {tablet} cannot be listed: {heard} of {len(replicas)} answered"
+                    f"the groups of tablet {waiting[0]} cannot be listed: {heard[waiting[0]]} of "
+                    f"{len(replicas[waiting[0]])} answered"
                 )
             await self._context.back_off()
 
-    async def _groups_at(self, node: NodeId, database: str, tablet: int) -> list[GroupKey]:
-        keys: list[GroupKey] = []
+    async def _list_at(
+        self, node: NodeId, database: str, tablets: list[int], keys: dict[GroupKey, None], heard: dict[int, int]
+    ) -> None:
+        """Add the groups that one node has in its tablets, and count those of the tablets that it told all of."""
         after = b""
-        while True:
-            request = ListGroups(database, tablet, after, _LIST_GROUPS_MAX)
-            if node == self._context.node:
-                reply = self._acceptor.list_groups(request)
-            else:
-                reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ListGroupsReply)
-            keys += reply.keys
-            after = reply.last
-            if not after:
-                return keys
+        while tablets:
+            request = ListGroups(database, tablets[0], after, _LIST_GROUPS_MAX, tuple(tablets[1:]))
+            try:
+                reply = await self._ask_groups(node, request)
+            except DhtError as error:
+                self._context.count("lists_failed")
+                if not isinstance(error, NotServing):
+                    return
+                tablets, after = tablets[1:], b""
+                continue
+            keys.update(dict.fromkeys(reply.keys))
+            told, after = reply.tablets - bool(reply.last), reply.last
+            for tablet in tablets[:told]:
+                heard[tablet] += 1
+            tablets = tablets[told:]
+
+    async def _ask_groups(self, node: NodeId, request: ListGroups) -> ListGroupsReply:
+        if node == self._context.node:
+            return self._acceptor.list_groups(request)
+        reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ListGroupsReply)
+        if not 1 <= reply.tablets <= 1 + len(request.others):
+            raise RemoteProtocolError(f"{reply.tablets} tablets were told of, {1 + len(request.others)} were asked for")
+        return reply
 
     # Catalogs.
 

@@ -218,20 +218,25 @@ class FindReplicaReply(Message, frozen=True, tag=12):
 
 @message
 class ListGroups(Message, frozen=True, tag=13):
-    """Groups of a database in the tablets, behind `after`, as far as this replica has them."""
+    """Groups of a database in the tablet, those behind `after`, and in the `others`, as far as they are known here."""
 
     database: str
     tablet: int
     after: GroupKey
     limit: int
+    others: tuple[int, ...] = ()
 
 
 @message
 class ListGroupsReply(Message, frozen=True, tag=14):
-    """`last`: where to go on; empty when the tablet's end was reached."""
+    """`tablets`: how many of those asked for this is about, in order; the one behind them may not be served.
+
+    `last`: where to go on in the last of them; empty when its end was reached.
+    """
 
     keys: tuple[GroupKey, ...]
     last: GroupKey
+    tablets: int = 1
 
 
 @message

@@ -168,22 +168,29 @@ class Indexes:
         name = encode_value(database)
         known = self._databases.get(name, DatabaseIndexes(0, {}))
         tables = _tables_of(name, specs)
-        for table, indexes in known.tables.items():
-            kept = tables[table].others if table in tables else ()
-            for index in indexes.others:
-                if index not in kept:
-                    for key, _ in scan(self._disk, Space.INDEX, index.prefix, index.prefix + PREFIX_END):
-                        batch.delete(Space.INDEX, key)
-        for table, indexes in tables.items():
-            had = known.tables[table].others if table in known.tables else ()
-            if fill:
-                self._fill(batch, table, indexes, [index for index in indexes.others if index not in had])
+        if self._disk.range(Space.INDEX, name, name + PREFIX_END, limit=1):
+            self._change_entries(batch, known.tables, tables, fill)
         if version or specs:
             value = msgspec.msgpack.encode(StoredSpecs(version, tuple(specs)))
             batch.put(Space.SPEC, name, value)
         else:
             batch.delete(Space.SPEC, name)
         self._databases[name] = DatabaseIndexes(version, tables, version, tuple(specs))
+
+    def _change_entries(
+        self, batch: Batch, old: dict[bytes, TableIndexes], new: dict[bytes, TableIndexes], fill: bool
+    ) -> None:
+        """Into the batch: what becomes of the entries of rows that are there, when these indexes follow on those."""
+        for table, indexes in old.items():
+            kept = new[table].others if table in new else ()
+            for index in indexes.others:
+                if index not in kept:
+                    for key, _ in scan(self._disk, Space.INDEX, index.prefix, index.prefix + PREFIX_END):
+                        batch.delete(Space.INDEX, key)
+        for table, indexes in new.items():
+            had = old[table].others if table in old else ()
+            if fill:
+                self._fill(batch, table, indexes, [index for index in indexes.others if index not in had])
 
     def told(self, database: bytes) -> int:
         """The newest catalog version that this node knows of; the argument encoded. 0 before the first."""

@@ -176,10 +176,12 @@ class RegisterFile:
         pairs = self._disk.range(Space.REGISTER, low, prefix + PREFIX_END, limit=limit)
         return [pair[0][_TABLET_BYTES:] for pair in pairs]
 
-    def keys_with(self, tablet: int, prefix: bytes) -> list[GroupKey]:
-        """Groups of the tablet that have a header and whose key begins so."""
-        low = tablet.to_bytes(_TABLET_BYTES, "big") + prefix
-        return [pair[0][_TABLET_BYTES:] for pair in self._disk.range(Space.REGISTER, low, low + PREFIX_END)]
+    def keys_with(self, tablet: int, prefix: bytes, after: GroupKey = b"", limit: int | None = None) -> list[GroupKey]:
+        """Groups of the tablet that have a header and whose key begins so, in key order, those behind `after` only."""
+        place = tablet.to_bytes(_TABLET_BYTES, "big")
+        low = max(place + prefix, place + after + b"\x00")
+        pairs = self._disk.range(Space.REGISTER, low, place + prefix + PREFIX_END, limit=limit)
+        return [pair[0][_TABLET_BYTES:] for pair in pairs]
 
     def tablet(self, key: GroupKey) -> int:
         return tablet_of(key, self._tablets)

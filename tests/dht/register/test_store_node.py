@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from register_cluster import Cluster, eventually
 
@@ -366,6 +367,76 @@ async def test_groups_of_a_tablet_not_served_are_not_listed(cluster):
 
 def _refuse(tablet: int, epoch: int) -> None:
     raise NotServing("not here")
+
+
+async def test_groups_of_many_tablets_are_listed_up_to_one_that_is_not_served(cluster):
+    for n in range(300):
+        await cluster[0].commit(transaction(insert(n)))
+    acceptor, file = cluster[0]._acceptor, cluster.files[cluster.ids[0]]
+    of = {tablet: sorted(k for n in range(300) if file.tablet(k := key(n)) == tablet) for tablet in (5, 2, 9)}
+    listed = acceptor.list_groups(ListGroups("db", 5, of[5][0], 10_000, (2, 9)))
+    assert (list(listed.keys), listed.last, listed.tablets) == ([*of[5][1:], *of[2], *of[9]], b"", 3)
+    cut = acceptor.list_groups(ListGroups("db", 5, b"", len(of[5]) + 1, (2, 9)))
+    assert (list(cut.keys), cut.last, cut.tablets) == ([*of[5], of[2][0]], of[2][0], 2)
+    cluster.domains[cluster.ids[0]].admit = lambda tablet, epoch: _refuse(tablet, epoch) if tablet == 2 else None
+    ended = acceptor.list_groups(ListGroups("db", 5, b"", 10_000, (2, 9)))
+    assert (list(ended.keys), ended.last, ended.tablets) == (of[5], b"", 1)
+    with pytest.raises(Invalid):
+        acceptor.list_groups(ListGroups("db", 0, b"", 10, tuple(range(64))))
+
+
+async def test_drop_asks_a_node_for_many_tablets_at_once_and_tells_of_no_catalog_where_there_was_none(cluster):
+    await cluster[0].commit(transaction(insert("a")))
+    cluster.wire.messages.clear()
+    assert await cluster[0].drop_database("db")
+    assert cluster.wire.messages["ListGroups"] == 2 * 4  # 64 tablets, 16 at once, of two others
+    assert "Learn" not in cluster.wire.messages
+
+
+async def test_drop_in_pages_with_a_tablet_that_one_node_does_not_serve_empties_all_groups(cluster, monkeypatch):
+    monkeypatch.setattr("dht.register.databases._LIST_GROUPS_MAX", 3)
+    for n in range(100):
+        await cluster[0].commit(transaction(insert(n)))
+    domain = cluster.domains[cluster.ids[1]]
+    served = domain.admit
+    refused = dict.fromkeys([0, 7, 8, 15, 63])
+    domain.admit = lambda tablet, epoch, accept=False: (_refuse if tablet in refused else served)(tablet, epoch)
+    assert await cluster[1].drop_database("db")
+    assert await cluster[1].create_database("db")
+    for n in range(100):
+        assert await rows(cluster[2], n) == {}
+
+
+async def test_group_that_one_replica_alone_has_is_emptied_by_the_drop_of_its_database(cluster):
+    cluster.wire.drop = lambda sender, to, message: type(message).__name__ == "Accept"
+    first = cluster.domains[cluster.ids[0]].replicas(cluster.files[cluster.ids[0]].tablet(key("a"))).nodes[0]
+    with pytest.raises((Indeterminate, Unavailable)):
+        await cluster.wire.nodes[first].commit(transaction(insert("a")), timeout_s=0.1)
+    cluster.wire.drop = lambda sender, to, message: False
+    assert any(decode_row(r) == {} for r in cluster.files[first].rows(key("a")).values())
+    assert await cluster.wire.nodes[first].drop_database("db")
+    assert await cluster[0].create_database("db")
+    assert await rows(cluster[0], "a") == {}
+
+
+async def test_drop_without_a_majority_that_lists_its_groups_is_unavailable(cluster):
+    await cluster[0].commit(transaction(insert("a")))
+    cluster.wire.drop = lambda sender, to, message: type(message).__name__ == "ListGroups"
+    with pytest.raises(Unavailable, match=r"cannot be listed: 1 of 3 answered"):
+        await cluster[0].drop_database("db", timeout_s=0.3)
+
+
+async def test_reply_about_more_tablets_than_were_asked_for_counts_for_none(cluster):
+    answer = cluster[1].answer
+
+    async def boastful(sender, message):
+        reply = await answer(sender, message)
+        return msgspec.structs.replace(reply, tablets=65) if isinstance(message, ListGroups) else reply
+
+    cluster[1].answer = boastful
+    cluster.wire.cut.add(cluster.ids[2])
+    with pytest.raises(Unavailable, match=r"cannot be listed: 1 of 3 answered"):
+        await cluster[0].drop_database("db", timeout_s=0.5)
 
 
 async def test_shard_of_a_database_is_served_but_is_not_at_home_here():

@@ -121,6 +121,18 @@ def test_keys_lists_groups_of_a_tablet_in_pages() -> None:
     assert file.keys(tablet, expected[0]) == expected[1:]
 
 
+def test_keys_with_a_prefix_are_those_behind_a_key_up_to_a_limit_and_of_no_other_database() -> None:
+    disk, file = make()
+    keys = [group(number) for number in range(400) if file.tablet(group(number)) == 3]
+    others = [group(number, name) for number in range(400) for name in ("da", "db1", "dc")]
+    for key in keys + others:
+        put(file, disk, key, {})
+    assert file.keys_with(3, encode_value("db")) == sorted(keys)
+    assert file.keys_with(3, encode_value("db"), limit=2) == sorted(keys)[:2]
+    assert file.keys_with(3, encode_value("db"), sorted(keys)[1], 2) == sorted(keys)[2:4]
+    assert file.keys_with(3, encode_value("db"), sorted(keys)[-1]) == []
+
+
 def test_unsettled_group_is_reported_until_chosen_and_after_restart() -> None:
     disk, file = make()
     put(file, disk, group(1), {row_key(1, (1,)): row(1)}, OPEN)
@@ -194,6 +206,25 @@ def test_set_specs_with_new_index_fills_it_and_drops_the_old() -> None:
     assert len(full) == 40
     assert len(left) == 20
     assert file.spec_version("db") == 3
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_set_specs_looks_at_each_index_only_where_the_database_has_rows(rows: int) -> None:
+    disk, file = make()
+    put(file, disk, group(1, "da"), {row_key(1, (0,)): row(0, 7)})
+    if rows:
+        # Of a table that no spec names: only its own entries tell of it.
+        put(file, disk, group(1), {row_key(9, (0,)): row(0, 7)})
+    ranges: list[bytes] = []
+    whole_range = disk.range
+    disk.range = lambda space, low, *rest, **named: (  # type: ignore[method-assign,assignment]
+        ranges.append(low) or whole_range(space, low, *rest, **named)
+    )
+    batch = Batch()
+    file.set_specs(batch, "db", 2, tuple(TableSpec(n, (0,), SPEC.indexes) for n in range(1, 31)))
+    disk.submit(batch)
+    file.set_specs(Batch(), "db", 3, ())
+    assert len(ranges) == (2 if not rows else 2 + 29 + 90)
 
 
 def test_find_with_dangling_index_entry_raises_storage_error() -> None:
