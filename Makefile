@@ -83,6 +83,7 @@ sql-random: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(PY) -W error -m tests.faults.fuzzed_frames --frames $(FRAMES) $(if $(SEED),--seed $(SEED))
 	$(PY) -W error -m tests.faults.fuzzed_requests --messages $(FRAMES) $(if $(SEED),--seed $(SEED))
+	$(PY) -W error -m tests.faults.fuzzed_bus --messages $(FRAMES) $(if $(SEED),--seed $(SEED))
 	$(PY) -m tests.faults.mutated_files --files $(FILES) $(if $(SEED),--seed $(SEED))
 
 # The overlay while half of its nodes are replaced, in virtual time.

@@ -145,10 +145,15 @@ class FarCalls:
     # ---- the server's side
 
     def accept(self, sender: NodeId, message: Carry) -> None:
-        """Take a call for a listener of this host. Raises as `Bus.accept`, and Unavailable when there are too many."""
+        """Take a call for a listener of this host.
+
+        Raises as `Bus.accept`, Unavailable when there are too many, and Invalid for one that is open here already.
+        """
         if len(self._theirs) >= FAR_CALLS_MAX:
             raise Unavailable(f"{FAR_CALLS_MAX} calls from other hosts are open here: try later", sent=False)
         key = message.origin.node, message.origin.boot, message.call
+        if key in self._theirs:
+            raise Invalid(f"call {message.call} of node {message.origin.node.hex()} was handed over here before")
         call = self._bus.begin_call(message.monitor_ms / 1000, message.left_ms / 1000)
         if message.monitor_ms:
             call.told = lambda: self._sign(key, sender, message.origin)

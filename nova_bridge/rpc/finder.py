@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from dht.errors import DhtError
-from dht.model import NodeId
+from dht.model import GLOBAL, NodeId
 from dht.world import Clock
 from nova_bridge.rpc.bus_messages import Address
 from nova_bridge.rpc.listeners import TopicKey
@@ -68,7 +68,7 @@ class Finder:
     def told_pops(self, pops: Collection[str]) -> None:
         """Another node knows these PoPs."""
         if len(self._told_pops) < POPS_NAMED_MAX:
-            self._told_pops.update(pop for pop in pops if pop and pop != self._pop)
+            self._told_pops.update(pop for pop in pops if pop and pop not in (self._pop, GLOBAL))
 
     def remembered(self, address: Address, without: Collection[NodeId] = ()) -> list[Where]:
         """Where somebody listened in other PoPs when it was asked last."""

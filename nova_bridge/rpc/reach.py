@@ -451,6 +451,8 @@ class Reach:
                 raise Invalid(f"{type(message).__name__} is not a request to the bus")
 
     def _accept(self, sender: NodeId, message: Carry) -> Carried:
+        if message.spread and not message.fanout:
+            raise Invalid("only copies for all are spread over a PoP's hosts")
         origin = message.origin
         seen = self._once.seen(origin.node, origin.boot, message.number, message.again)
         if seen in (Seen.TAKEN, Seen.REFUSED):

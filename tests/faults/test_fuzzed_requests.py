@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults import fuzzed_bus
 from tests.faults.fuzzed_requests import play
 
 
@@ -23,3 +24,10 @@ def test_messages_with_senseless_values_are_answered_or_refused_and_lose_nothing
     totals = play(seed, 0, 4000)
     answered = sum(times for kind, times in totals.items() if kind != "no message")
     assert answered > 500, f"seed {seed}"
+
+
+def test_bus_messages_with_senseless_values_are_answered_or_refused_and_nothing_is_kept_of_them() -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    totals = fuzzed_bus.play(seed, 0, 1000)
+    answered = sum(times for kind, times in totals.items() if kind != "no message")
+    assert answered > 300, f"seed {seed}"

@@ -103,9 +103,9 @@ class Host:
         return PeerIdentity(self.node, self.pop, "", b"i" * 16, self.boot, b"start%03d" % self.boot, 2)
 
     def alive(self, node):
-        other = self.lab.by_node[node]
+        other = self.lab.by_node.get(node)
         cut = self.lab.fabric.is_cut(self.node, node) or self.lab.fabric.is_cut(node, self.node)
-        return other.up and not cut
+        return other is not None and other.up and not cut
 
     def silent_s(self, node):
         return 0.0 if self.alive(node) else 1.0

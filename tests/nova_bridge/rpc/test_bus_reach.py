@@ -7,12 +7,14 @@ import contextlib
 import random
 from collections import Counter
 
+import msgspec
 import pytest
 from bus_hosts import play, until
 
 from dht.errors import Indeterminate, Invalid, Unavailable
 from nova_bridge.rpc import bus as bus_module
-from nova_bridge.rpc.peer_messages import Carried, FarReply, FarSign, Listens, Relay
+from nova_bridge.rpc.bus_messages import Address
+from nova_bridge.rpc.peer_messages import Carried, Carry, FarReply, FarSign, Listens, Origin, Outcome, Relay
 
 PLANE = {"a": 3, "b": 3, "c": 1}
 
@@ -430,5 +432,32 @@ def test_messages_that_make_no_sense_are_refused():
         assert (await asker.call(other.node, FarSign(77, 1), 1.0)).changed is False
         with pytest.raises(Invalid, match="cannot be read"):
             await asker.call(other.node, Relay(other.node, b""), 1.0)
+        cast = Carry(Origin(asker.node, 1, "a"), 1000, False, 0, Address("ex", "t"), b"x", spread=True)
+        with pytest.raises(Invalid, match="only copies for all are spread"):
+            await asker.call(other.node, cast, 1.0)
+
+    play(scenario, PLANE)
+
+
+def test_call_that_is_open_on_a_host_is_not_taken_there_a_second_time():
+    async def scenario(lab):
+        asker, other = lab["a0"], lab["b0"]
+        client = await other.listener(mute=True)
+        call = Carry(Origin(asker.node, 1, "a"), 1000, False, 0, Address("ex", "t"), b"x", call=7, left_ms=2000)
+        assert (await asker.call(other.node, call, 1.0)).outcome is Outcome.TAKEN
+        with pytest.raises(Invalid, match=r"call 7 of node .* was handed over here before"):
+            await asker.call(other.node, msgspec.structs.replace(call, number=1001), 1.0)
+        assert other.reach.counters["far_calls"] == 1
+        await asyncio.sleep(3.0)
+        assert (client.got, other.reach.counters["far_calls"], other.bus._calls) == ([b"x"], 0, {})
+
+    play(scenario, PLANE)
+
+
+def test_domain_global_is_no_pop_to_be_asked_for_listeners():
+    async def scenario(lab):
+        asker, near = lab["a0"], lab["a1"]
+        await near.call(asker.node, Listens(1 << 40, (), ("global", "nice", "a")), 1.0)
+        assert asker.reach._finder.pops() == ["b", "c", "nice"]
 
     play(scenario, PLANE)
