@@ -52,10 +52,16 @@ class Lists:
         self._serving = serving
         self._keeps = keeps
         self._refusal = ""
+        self._left: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
-        """What a human should know: why the lists cannot be mended."""
-        return [self._refusal] if self._refusal else []
+        """What a human should know: why the lists cannot be mended, and what only he can decide on."""
+        left = [
+            f"PoP {self._pops.name} has rows of database {name}, which domain global lists no more: a drop left them "
+            f"behind, or a recovery of global lost it; `lucd database drop {name} --yes` in this PoP empties them"
+            for name in self._left
+        ]
+        return [self._refusal, *left] if self._refusal else left
 
     async def run(self) -> None:
         """Until cancelled: compare until it is done once; then at long intervals, databases where they are kept.
@@ -70,7 +76,7 @@ class Lists:
                 continue
             try:
                 refusal = await self.compare_index()
-                if self._keeps() or not compared:
+                if self._keeps() or self._left or not compared:
                     await self.compare_databases()
                 compared = True
             except (Unavailable, Indeterminate) as error:
@@ -81,7 +87,7 @@ class Lists:
             if refusal and refusal != self._refusal:
                 log.error("the lists of domain global cannot be mended: %s", refusal)
             self._refusal = refusal
-            pause_s = REFUSED_PAUSE_S if refusal else COMPARE_INTERVAL_S
+            pause_s = REFUSED_PAUSE_S if refusal or self._left else COMPARE_INTERVAL_S
 
     async def compare_index(self) -> str:
         """Learn the PoP's index, or claim it again. If it is another's, no ids are given out; returns why, else ""."""
@@ -110,7 +116,8 @@ class Lists:
         return text
 
     async def compare_databases(self) -> None:
-        """Enter what is missing of the PoP's databases."""
+        """Enter what is missing of the PoP's databases; note of which others a shard was left behind."""
         pop = self._pops.name
         for name in await self._homed.relist(REQUEST_TIMEOUT_S):
             log.warning("database %s lives in PoP %s and was missing in the list; it is in it again", name, pop)
+        self._left = await self._homed.left_behind(REQUEST_TIMEOUT_S)

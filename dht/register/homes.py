@@ -285,6 +285,17 @@ class HomedStore:
             await self._registry().create_database(name, timeout_s, self._pop)
         return missing
 
+    async def left_behind(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        """Databases that the list has no more, and of which this PoP still has a shard.
+
+        It was made while the database was dropped; or a recovery of `global` lost the database, of which these rows are
+        left then. Which of the two only a human knows, so only his order drops it. The list is read last: a name is in
+        it before there is a shard.
+        """
+        here = await self._own.homes(timeout_s)
+        listed = await self.homes(timeout_s)
+        return tuple(name for name, home in here.items() if catalog.is_shard(home) and name not in listed)
+
     def _at(self, home: str) -> requests.Store:
         if home == self._pop:
             return self._own
@@ -375,10 +386,14 @@ class HomedStore:
         return created if lives in SPANNING else await self._at(lives).create_database(name, timeout_s)
 
     async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
-        """At its home first, then from the list: what broke off in between is finished by dropping it again."""
+        """At its home first, then from the list: what broke off in between is finished by dropping it again.
+
+        Of what is in no list, a shard that was left behind in this PoP.
+        """
         home = (await self.homes(timeout_s)).get(name)
         self._homes.pop(name, None)
         if home is None:
-            return False
+            left = name in await self.left_behind(timeout_s)
+            return left and await self._own.drop_database(name, timeout_s)
         dropped = await self._at(home).drop_database(name, timeout_s)
         return dropped if home in SPANNING else await self._registry().drop_database(name, timeout_s) or dropped

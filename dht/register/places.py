@@ -473,11 +473,14 @@ class Places:
     async def drop(self, database: str, timeout_s: float | None = None) -> tuple[str, ...]:
         """Drop the shards. Raises Unavailable that names a PoP out of reach; some may be gone then.
 
-        Returns the PoPs, for `drop_again`, when the list is gone too.
+        Until no other one is listed meanwhile. Returns the PoPs, for `drop_again`, when the list is gone too.
         """
-        pops = await self._pops(database, REQUEST_TIMEOUT_S if timeout_s is None else timeout_s)
-        await self.drop_again(database, pops, timeout_s)
-        return pops
+        deadline = self._deadline(timeout_s)
+        dropped: dict[str, None] = {}
+        while new := [pop for pop in await self._pops(database, self._left_s(deadline)) if pop not in dropped]:
+            await self.drop_again(database, new, self._left_s(deadline))
+            dropped |= dict.fromkeys(new)
+        return tuple(dropped)
 
     async def drop_again(self, database: str, pops: Sequence[str], timeout_s: float | None = None) -> None:
         await asyncio.gather(*(self._store(pop).drop_database(database, timeout_s) for pop in pops))

@@ -38,6 +38,7 @@ class World:
         self.away = False
         self.keeps = False
         self.relisted = 0
+        self.left: tuple[str, ...] = ()
         self.slept_s: list[float] = []
         self.turn = asyncio.Event()
 
@@ -87,6 +88,9 @@ class World:
     async def relist(self, timeout_s: float | None = None) -> tuple[str, ...]:
         self.relisted += 1
         return ()
+
+    async def left_behind(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        return self.left
 
     async def sleep(self, delay_s: float) -> None:
         self.slept_s.append(delay_s)
@@ -238,6 +242,21 @@ async def test_lists_are_compared_until_it_is_done_and_then_by_those_only_that_k
     world.keeps = True
     await world.turns(1)
     assert world.relisted > 1
+    task.cancel()
+
+
+async def test_shards_that_a_drop_left_behind_are_told_until_a_human_has_dropped_them(world: World) -> None:
+    lists = world.lists_on(MemoryDisk())
+    world.left = ("old",)
+    task = asyncio.ensure_future(lists.run())
+    await world.turns(3)
+    (text,) = lists.warnings()
+    assert "has rows of database old, which" in text
+    assert "`lucd database drop old --yes`" in text
+    assert 10.0 < world.slept_s[-1] < 100.0
+    world.left = ()
+    await world.turns(2)
+    assert lists.warnings() == []
     task.cancel()
 
 

@@ -404,6 +404,34 @@ async def test_database_that_is_dropped_while_the_lists_are_compared_stays_dropp
     assert "d" not in pops.pops[GLOBAL].listed
 
 
+async def test_shard_of_a_database_that_is_in_no_list_is_told_and_dropped_by_order(pops):
+    own, store = pops.pops["nice"], pops.store("nice")
+    own.listed = {"left": "~6d61726b", "shared": "~6d61726c"}
+    assert await store.left_behind() == ("left",)
+    assert await pops.store("lyon").left_behind() == ()
+    assert await pops.store("lyon").drop_database("left") is False
+    assert await store.drop_database("left") is True
+    assert own.listed == {"shared": "~6d61726c"}
+    assert await store.left_behind() == ()
+    assert await store.drop_database("left") is False
+
+
+async def test_shard_of_a_database_that_is_made_while_shards_are_looked_for_is_not_left_behind(pops):
+    own, store = pops.pops["nice"], pops.store("nice")
+    names = own.homes
+
+    async def made_after(timeout_s=None):
+        found = await names(timeout_s)
+        await pops.store("lyon").create_database("new", home=GLOBAL)
+        own.listed["new"] = "~6d61726b"
+        return found
+
+    own.homes = made_after
+    assert await store.left_behind() == ()
+    own.homes = names
+    assert await store.left_behind() == ()
+
+
 async def test_drop_that_broke_off_is_finished_by_the_next(pops):
     store = pops.store("nice")
     pops.pops["lyon"].databases.remove("d")

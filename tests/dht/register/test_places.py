@@ -448,6 +448,22 @@ async def test_first_look_at_a_database_finds_an_own_group_though_the_list_is_ou
         await value(store, 2)
 
 
+async def test_shard_that_is_made_while_the_others_are_dropped_is_dropped_too():
+    pops = Spanning("a", "b", "c")
+    for name in ("a", "b"):
+        await make(pops.places(name), name)
+    drop = pops.shards["b"].drop_database
+
+    async def meanwhile(database, timeout_s=None):
+        pops.shards["b"].drop_database = drop
+        await make(pops.places("c"), "c")
+        return await drop(database, timeout_s)
+
+    pops.shards["b"].drop_database = meanwhile
+    assert sorted(await pops.places("a").drop("d")) == ["a", "b", "c"]
+    assert ["d" in pop.memory.list_databases() for pop in pops.pops.values()] == [False] * 3
+
+
 async def test_memory_of_places_is_bounded(pops, monkeypatch):
     monkeypatch.setattr(places_module, "PLACES_MAX", 5)
     monkeypatch.setattr(places_module, "SENT_MAX", 5)
