@@ -193,7 +193,7 @@ class Shard:
             await self._list(database, deadline)
             if shard != catalog.shard_home(mark):
                 await self._make(database, mark, shard, here, deadline)
-                shard, believed = catalog.shard_home(mark), False
+                shard, believed = (await self._store.homes(self._left_s(deadline))).get(database), False
                 continue
             changes = _difference(here.rows or {}, home.rows or {})
             if (
@@ -223,6 +223,8 @@ class Shard:
                 "one that is listed, so that this one is entered into the list again"
             )
         if shard is not None:
+            if (await self._store.homes(self._left_s(deadline))).get(database) != shard:
+                return  # another node of this PoP was faster, and somebody may have rows in it already
             await self._store.drop_database(database, self._left_s(deadline))
         await self._store.create_database(database, self._left_s(deadline), catalog.shard_home(mark))
 

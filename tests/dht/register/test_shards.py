@@ -177,6 +177,42 @@ async def test_database_that_is_gone_is_not_found_and_one_of_its_name_begins_emp
     assert copied(pops)[0] == 3
 
 
+async def test_node_that_comes_second_to_replace_what_a_drop_left_takes_the_others_shard(pops):
+    one, two = pops.shards["a"], Shard("a", pops.pops["a"], pops.registry, pops.clock, random.Random(2))
+    await one.commit(write(1))
+    pops.home.memory.drop_database("d")
+    pops.home.memory.create_database("d")
+    publish(pops, 3, again=True)
+    make = two._make
+
+    async def late(*arguments):
+        two._make = make
+        await one.commit(write(3, 2))
+        await make(*arguments)
+
+    two._make = late
+    await two.commit(write(3, 5))
+    found = await one.find(FindQuery("d", TABLE, 3))
+    assert [row.group for row in found.rows] == [group_key("d", "~f", (n,)) for n in (2, 5)]
+
+
+async def test_database_created_again_while_its_drop_ends_keeps_its_shards(pops):
+    store = SpanningStore(pops.registry, pops.places("a"), pops.pops["a"])
+    await pops.shards["a"].commit(write(1))
+    drop = pops.home.memory.drop_database
+
+    def and_again(*arguments):
+        dropped = drop(*arguments)
+        pops.home.memory.create_database("d")
+        mark = catalog.databases_of(pops.home.memory.read([catalog.REGISTRY_GROUP])[0].rows)["d"]
+        pops.pops["a"].memory.create_database("d", None, catalog.shard_home(mark))
+        return dropped
+
+    pops.home.memory.drop_database = and_again
+    assert await store.drop_database("d") is True
+    assert "d" in pops.pops["a"].memory.homes()
+
+
 async def test_shard_dropped_behind_this_nodes_back_finds_nothing(pops):
     shard = pops.shards["a"]
     await shard.commit(write(1))
