@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -31,6 +31,7 @@ TABLE_PREFIX_BYTES: Final = len(table_prefix(0))
 _SCAN_PAIRS_FIRST: Final = 64
 _SCAN_PAIRS_MAX: Final = 4096
 _MISSING: Final = encode_value(None)
+_PRIMARY: Final = encode_value(0)
 
 
 class StoredSpecs(Struct, frozen=True):
@@ -63,12 +64,15 @@ class TableIndexes:
 
 @dataclass(slots=True)
 class DatabaseIndexes:
-    """`tables`: by the table's encoded number. `told`: the newest version known, followed by the indexes or not."""
+    """`specs` and `tables`: by the table's encoded number, the latter of those that were asked for since the start.
+
+    `told`: the newest version known, followed by the indexes or not.
+    """
 
     version: int
-    tables: dict[bytes, TableIndexes]
+    specs: dict[bytes, TableSpec]
     told: int = 0
-    specs: tuple[TableSpec, ...] = ()
+    tables: dict[bytes, TableIndexes] = field(default_factory=dict)
 
 
 def database_prefix(group: GroupKey) -> bytes:
@@ -111,9 +115,7 @@ class Indexes:
             except msgspec.MsgspecError as error:
                 raise StorageError(f"the table specs of a database cannot be read ({error}); wipe the node") from None
             told = max(stored.version, stored.told)
-            self._databases[name] = DatabaseIndexes(
-                stored.version, _tables_of(name, stored.tables), told, stored.tables
-            )
+            self._databases[name] = DatabaseIndexes(stored.version, _by_table(stored.tables), told)
 
     def version(self, database: str) -> int:
         """The catalog version whose indexes are complete here; 0 before the first."""
@@ -127,7 +129,7 @@ class Indexes:
             known = self._databases[database] = DatabaseIndexes(0, {})
         indexes = known.tables.get(table)
         if indexes is None:
-            indexes = known.tables[table] = TableIndexes(Index(0, (), database + table + encode_value(0)), ())
+            indexes = known.tables[table] = _indexes_of(database, table, known.specs.get(table))
         return indexes
 
     def change(
@@ -167,30 +169,33 @@ class Indexes:
         """
         name = encode_value(database)
         known = self._databases.get(name, DatabaseIndexes(0, {}))
-        tables = _tables_of(name, specs)
+        new = _by_table(specs)
         if self._disk.range(Space.INDEX, name, name + PREFIX_END, limit=1):
-            self._change_entries(batch, known.tables, tables, fill)
+            self._change_entries(batch, name, known.specs, new, fill)
         if version or specs:
             value = msgspec.msgpack.encode(StoredSpecs(version, tuple(specs)))
             batch.put(Space.SPEC, name, value)
         else:
             batch.delete(Space.SPEC, name)
-        self._databases[name] = DatabaseIndexes(version, tables, version, tuple(specs))
+        # A catalog changes in a table or two: what was made of the others stays.
+        kept = {table: made for table, made in known.tables.items() if known.specs.get(table) == new.get(table)}
+        self._databases[name] = DatabaseIndexes(version, new, version, kept)
 
     def _change_entries(
-        self, batch: Batch, old: dict[bytes, TableIndexes], new: dict[bytes, TableIndexes], fill: bool
+        self, batch: Batch, database: bytes, old: dict[bytes, TableSpec], new: dict[bytes, TableSpec], fill: bool
     ) -> None:
-        """Into the batch: what becomes of the entries of rows that are there, when these indexes follow on those."""
-        for table, indexes in old.items():
-            kept = new[table].others if table in new else ()
-            for index in indexes.others:
-                if index not in kept:
+        """Into the batch: what becomes of the entries of rows that are there when these specs follow on those."""
+        for table in dict.fromkeys([*old, *new]):
+            before, after = old.get(table), new.get(table)
+            if before == after:
+                continue
+            had, has = _indexes_of(database, table, before), _indexes_of(database, table, after)
+            for index in had.others:
+                if index not in has.others:
                     for key, _ in scan(self._disk, Space.INDEX, index.prefix, index.prefix + PREFIX_END):
                         batch.delete(Space.INDEX, key)
-        for table, indexes in new.items():
-            had = old[table].others if table in old else ()
             if fill:
-                self._fill(batch, table, indexes, [index for index in indexes.others if index not in had])
+                self._fill(batch, table, has, [index for index in has.others if index not in had.others])
 
     def told(self, database: bytes) -> int:
         """The newest catalog version that this node knows of; the argument encoded. 0 before the first."""
@@ -206,7 +211,7 @@ class Indexes:
         known = self._databases.setdefault(database, DatabaseIndexes(0, {}))
         if version > known.told:
             known.told = version
-            value = msgspec.msgpack.encode(StoredSpecs(known.version, known.specs, version))
+            value = msgspec.msgpack.encode(StoredSpecs(known.version, tuple(known.specs.values()), version))
             batch.put(Space.SPEC, database, value)
 
     def _fill(self, batch: Batch, table: bytes, indexes: TableIndexes, added: list[Index]) -> None:
@@ -251,12 +256,14 @@ def _encoded_columns(row: Row, columns: tuple[int, ...]) -> bytes:
     return b"".join([_MISSING if (value := row.get(column)) is None else encode_value(value) for column in columns])
 
 
-def _tables_of(database: bytes, specs: Sequence[TableSpec]) -> dict[bytes, TableIndexes]:
-    tables = {}
-    for spec in specs:
-        table = table_prefix(spec.table)
-        tables[table] = TableIndexes(
-            Index(0, spec.pk_columns, database + table + encode_value(0)),
-            tuple(Index(i.id, i.columns, database + table + encode_value(i.id)) for i in spec.indexes),
-        )
-    return tables
+def _by_table(specs: Sequence[TableSpec]) -> dict[bytes, TableSpec]:
+    return {table_prefix(spec.table): spec for spec in specs}
+
+
+def _indexes_of(database: bytes, table: bytes, spec: TableSpec | None) -> TableIndexes:
+    """The indexes that the spec says; without one, index 0 alone."""
+    place = database + table
+    if spec is None:
+        return TableIndexes(Index(0, (), place + _PRIMARY), ())
+    others = tuple([Index(i.id, i.columns, place + encode_value(i.id)) for i in spec.indexes])
+    return TableIndexes(Index(0, spec.pk_columns, place + _PRIMARY), others)

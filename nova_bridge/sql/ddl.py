@@ -71,9 +71,11 @@ class Ddl:
         steps = [step for i, step in enumerate(self._steps) if i not in self._creates or not self._resumed(before, i)]
         after = database.preview(before, steps, self._renamed, self._columns)
         for definition in after.values():
-            table = Table(database.name, definition)
-            for unique in _to_build(before, table):
-                unique_rows.check(database, table, unique)
+            known = before.by_number.get(definition.number)
+            if known is not None and known.definition is not definition:
+                table = Table(database.name, definition)
+                for unique in _to_build(before, table):
+                    unique_rows.check(database, table, unique)
         before, schema = database.change(before, steps, self._renamed, self._columns, cleared)
         for number, table in before.by_number.items():
             if number not in schema.by_number:

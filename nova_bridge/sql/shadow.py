@@ -5,6 +5,7 @@ It also answers everything that asks for the schema itself: sqlite_master and th
 
 from __future__ import annotations
 
+import functools
 import re
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -59,7 +60,7 @@ class Introspection:
         self, shadow: apsw.Connection, before: dict[str, TableDef], next_table: int, home: Callable[[], str]
     ) -> None:
         self.shadow, self.before, self.next_table = shadow, before, next_table
-        self._home = home
+        self._home = functools.cache(home)
         self._index_sql: dict[str, list[tuple[str, str]]] = {}
         for table, name, sql in rows(shadow, INDEXES_SQL):
             self._index_sql.setdefault(table.lower(), []).append((name, sql))

@@ -22,7 +22,7 @@ from dht.model import (
     TableSpec,
     Value,
 )
-from dht.rows import decode_row, encode_row, encode_value, group_key, row_key, tablet_of
+from dht.rows import decode_row, encode_row, encode_value, group_key, row_key, table_prefix, tablet_of
 from dht.storage.memory import MemoryDisk
 from dht.storage.registers import ABSENT, Header, RegisterFile
 from dht.world import Batch, Space
@@ -225,6 +225,30 @@ def test_set_specs_looks_at_each_index_only_where_the_database_has_rows(rows: in
     disk.submit(batch)
     file.set_specs(Batch(), "db", 3, ())
     assert len(ranges) == (2 if not rows else 2 + 29 + 90)
+
+
+def test_set_specs_of_one_changed_table_keeps_what_was_made_of_the_others() -> None:
+    disk, file = make((SPEC, TableSpec(2, (0,), SPEC.indexes[:1])))
+    indexes = file._indexes
+    first, second = (indexes.of(encode_value("db"), table_prefix(n)) for n in (1, 2))
+    put(file, disk, group(1), {row_key(2, (n,)): row(n, n % 2, 0, n % 3) for n in range(6)})
+    batch = Batch()
+    file.set_specs(batch, "db", 2, (SPEC, TableSpec(2, (0,), SPEC.indexes[:2])))
+    disk.submit(batch)
+    assert indexes.of(encode_value("db"), table_prefix(1)) is first
+    changed = indexes.of(encode_value("db"), table_prefix(2))
+    assert [index.id for index in second.others] == [1]
+    assert [index.id for index in changed.others] == [1, 2]
+    for again in (file, RegisterFile(disk)):
+        assert again._indexes.of(encode_value("db"), table_prefix(2)) == changed
+        query = FindQuery("db", 2, 2, (Constraint(3, Comparison.EQ, (2,)),))
+        assert [decode_row(r)[0] for _, _, r in again.find_local(query)[0]] == [2, 5]
+    changed_entries = disk.range(Space.INDEX, changed.others[1].prefix, changed.others[1].prefix + b"\xff")
+    assert len(changed_entries) == 6
+    file.set_specs(batch := Batch(), "db", 3, (SPEC,))
+    disk.submit(batch)
+    assert indexes.of(encode_value("db"), table_prefix(2)).others == ()
+    assert disk.range(Space.INDEX, changed.others[1].prefix, changed.others[1].prefix + b"\xff") == []
 
 
 def test_find_with_dangling_index_entry_raises_storage_error() -> None:

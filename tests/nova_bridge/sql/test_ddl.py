@@ -10,8 +10,10 @@ import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
+from dht.register.memory import MemoryStore
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.errors import ConflictError
+from nova_bridge.sql.schema import Table, TableDef
 
 Connect = Callable[..., Connection]
 
@@ -49,6 +51,27 @@ def test_dropped_and_created_again_is_empty(door: Connection) -> None:
     door.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, a TEXT UNIQUE)")
     assert rows(door, "SELECT * FROM t") == []
     door.execute("INSERT INTO t (a) VALUES ('x')")
+
+
+def test_statement_works_on_the_tables_that_it_changes_alone_and_asks_for_the_home_once(
+    door: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    home = MemoryStore.home
+    monkeypatch.setattr(MemoryStore, "home", lambda store, *of: asked.append(of[0]) or home(store, *of))  # type: ignore[func-returns-value]
+    door.executescript(";".join(f"CREATE TABLE t{n} (id INTEGER PRIMARY KEY, a TEXT)" for n in range(30)))
+    assert asked == [door.database.name]
+    made: list[str] = []
+    init = Table.__init__
+
+    def count(table: Table, database: str, definition: TableDef) -> None:
+        made.append(definition.name)
+        init(table, database, definition)
+
+    monkeypatch.setattr(Table, "__init__", count)
+    door.execute("CREATE UNIQUE INDEX ua ON t7 (a)")
+    door.execute("CREATE TABLE last (id INTEGER PRIMARY KEY)")
+    assert set(made) == {"t7", "last"}
 
 
 def test_unique_index_over_rows_reserves_their_values(door: Connection, connect: Connect) -> None:
