@@ -26,11 +26,11 @@ from collections.abc import Awaitable, Callable
 
 from dht.domain.roster import TabletReplicas
 from dht.errors import DhtError, Indeterminate, NotServing, Unavailable
-from dht.limits import GROUP_QUEUE_WRITES_MAX, WINDOW_TRANSACTIONS
+from dht.limits import GROUP_QUEUE_WRITES_MAX
 from dht.model import Ballot, GroupKey
 from dht.register import group, operations
 from dht.register.context import Context
-from dht.register.group import REFUSED, Delta, GroupState
+from dht.register.group import REFUSED, WRITE_OPERATIONS_MAX, Delta, GroupState
 from dht.register.messages import Coordinated, Operation
 from dht.register.operations import Blocked
 from dht.register.reach import Reach
@@ -140,9 +140,7 @@ class Coordinator:
         batch: list[_Waiting] = []
         try:
             while waiting := [one for one in batch + held.queue if not one.future.done()]:
-                # No more than the window keeps: what one accept wrote must not be forgotten by the same accept, else
-                # its later operations would be refused for a floor at their own ballot.
-                batch, held.queue = waiting[:WINDOW_TRANSACTIONS], waiting[WINDOW_TRANSACTIONS:]
+                batch, held.queue = waiting[:WRITE_OPERATIONS_MAX], waiting[WRITE_OPERATIONS_MAX:]
                 self._groups.move_to_end(held.standing.key)
                 if not await self._round(held.standing, batch):
                     await self._context.back_off()

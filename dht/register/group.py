@@ -8,8 +8,12 @@ only store the result. So everything that must hold at commit is decided here, o
   the oldest are evicted, the ballot of the newest evicted one becomes the floor. Every write names the ballot at which
   its transaction first saw the group; the transaction's own write is above that ballot. Hence: id found, the recorded
   outcome is the answer; id absent and that ballot not below the floor, it was never applied; id absent and below the
-  floor, nobody can tell, and it is not applied (Conflict at a first attempt, which certainly was not applied before,
-  Indeterminate at a retry).
+  floor, it is not applied, and never will be: Conflict at a first attempt, which certainly was not applied before;
+  Indeterminate at a retry, for an earlier attempt may have been.
+* What was applied is remembered longer than what was refused or aborted: where many writers race for one group, nearly
+  all lose, and their refusals would push the few that won out of the window within a moment. None is forgotten before
+  32 more were applied, and the newest that was has a floor of its own, the applied floor. A retry below the floor, but
+  not below the applied floor, certainly was not applied, and no attempt of it ever will be: Conflict.
 * A refused first attempt leaves no trace. A refused retry records its refusal, and is answered when that record is
   chosen: an earlier attempt that is still on its way can then no longer apply after the Conflict was reported.
 * Guards compare by value with the row as it is now; columns that are not set are never touched. Part guards hold
@@ -59,6 +63,11 @@ Delta = dict[RowKey, bytes | None]
 
 WINDOW_SLACK_TRANSACTIONS = 16
 """The window is cut back to its size only when it is this much longer: one eviction in 16 writes, not one in each."""
+WINDOW_REFUSALS_FIRST = WINDOW_TRANSACTIONS // 2
+"""With so many in it that were not applied, the window forgets the oldest of these, not the oldest of all."""
+WRITE_OPERATIONS_MAX = WINDOW_TRANSACTIONS // 2
+"""Of one write of a group. What it adds to the window must not push out what it adds as well (later operations of it
+would be refused for a floor at their own ballot), nor all that was applied before."""
 
 UNDECIDED, APPLIED, REFUSED, ABORTED, FORGOTTEN = 0, 1, 2, 3, 4
 """Outcomes; APPLIED, REFUSED and ABORTED stand in the window. REFUSED: by a guard, whose error is kept. ABORTED: by a
@@ -86,6 +95,13 @@ def unpack_ballot(data: object) -> Ballot:
         raise Invalid(f"not a ballot: {error}") from None
 
 
+def unpack_floors(row: bytes) -> tuple[Ballot, Ballot]:
+    """The floor and the applied floor of a group's row of them; one alone stands for both."""
+    floors = decode_row(row)
+    floor = unpack_ballot(floors[0])
+    return floor, unpack_ballot(floors[1]) if 1 in floors else floor
+
+
 def is_system(key: RowKey) -> bool:
     """Whether the row is the store's own."""
     return key[1] < 0x80
@@ -111,9 +127,22 @@ class GroupState:
     """All rows of a group at one ballot, with what is derived from them kept current by `apply`.
 
     `floor`: of the window, for a group without rows whose predecessor may have been collected; `pin_floor` keeps it.
+    `applied_floor`: never above it, and the same where nobody knows better. `not_applied`: those of the window.
     """
 
-    __slots__ = ("ballot", "data_rows", "decisions", "digest", "floor", "intents", "rows", "size_bytes", "window")
+    __slots__ = (
+        "applied_floor",
+        "ballot",
+        "data_rows",
+        "decisions",
+        "digest",
+        "floor",
+        "intents",
+        "not_applied",
+        "rows",
+        "size_bytes",
+        "window",
+    )
 
     def __init__(self, rows: dict[RowKey, bytes], ballot: Ballot, floor: Ballot = ZERO) -> None:
         self.rows = rows
@@ -122,7 +151,8 @@ class GroupState:
         self.size_bytes = 0
         self.data_rows = 0
         self.window: dict[TransactionId, Ballot] = {}
-        self.floor = floor
+        self.not_applied: dict[TransactionId, None] = {}
+        self.floor = self.applied_floor = floor
         self.intents: dict[RowKey, bytes] = {}
         self.decisions: dict[RowKey, bytes] = {}
         for key, row in rows.items():
@@ -141,14 +171,18 @@ class GroupState:
             assert isinstance(id, bytes)
             if sign < 0:
                 self.window.pop(id, None)
+                self.not_applied.pop(id, None)
             else:
-                self.window[id] = unpack_ballot(decode_row(row)[0])
+                entry = decode_row(row)
+                self.window[id] = unpack_ballot(entry[0])
+                if entry[1] != APPLIED:
+                    self.not_applied[id] = None
         elif key.startswith(_INTENT_PREFIX):
             _keep(self.intents, key, row, sign)
         elif key.startswith(_DECISION_PREFIX):
             _keep(self.decisions, key, row, sign)
         elif key == FLOOR_KEY:
-            self.floor = unpack_ballot(decode_row(row)[0]) if sign > 0 else ZERO
+            self.floor, self.applied_floor = unpack_floors(row) if sign > 0 else (ZERO, ZERO)
 
     @property
     def deleted(self) -> bool:
@@ -196,12 +230,14 @@ def digest_after(digest: int, changed: Iterable[tuple[RowKey, bytes | None, byte
 # The once-only window.
 
 
-def recall(state: GroupState, id: TransactionId, seen: Ballot | None, attempt: int) -> tuple[Ballot, int] | None:
+def recall(
+    state: GroupState, id: TransactionId, seen: Ballot | None, attempt: int, applied_floor: Ballot | None = None
+) -> tuple[Ballot, int] | None:
     """The recorded (ballot, outcome) of the transaction, or None when it certainly was not applied here.
 
     A recorded refusal is raised as the error that it was. Raises Conflict or Indeterminate (module docstring) when the
     window no longer covers the transaction. `seen` None counts as older than any floor; whoever may let it pass (a
-    first delivery) puts the state's own ballot there.
+    first delivery) puts the state's own ballot there. `applied_floor` None: the state's own.
     """
     ballot = state.window.get(id)
     if ballot is not None:
@@ -211,7 +247,8 @@ def recall(state: GroupState, id: TransactionId, seen: Ballot | None, attempt: i
             raise _recorded_refusal(entry)
         return ballot, int(outcome)  # type: ignore[arg-type]
     if state.floor != ZERO and (seen is None or seen < state.floor):
-        if attempt:
+        applied_floor = state.applied_floor if applied_floor is None else applied_floor
+        if attempt and (seen is None or seen < applied_floor):
             raise Indeterminate(
                 f"transaction {id.hex()} was tried before, and its group has since forgotten so old a transaction; "
                 "read the rows to see whether it was applied",
@@ -222,6 +259,7 @@ def recall(state: GroupState, id: TransactionId, seen: Ballot | None, attempt: i
             "the group changed too often since the transaction first read it; run the transaction again",
             what="window",
             index=0,
+            retried=attempt > 0,
         )
     return None
 
@@ -239,18 +277,29 @@ def remember(
     outcome: int,
     refusal: DhtError | None = None,
 ) -> None:
-    """Add the window entry to the delta, and what it evicts. Evictions raise the floor in the same delta."""
+    """Add the window entry to the delta, and what it evicts. Evictions raise the floors in the same delta."""
     entry: Row = {0: pack_ballot(ballot), 1: outcome}
     if refusal is not None:
         entry |= {2: refusal.code, 3: refusal.message, 4: msgspec.msgpack.encode(refusal.detail)}
     delta[window_key(id)] = encode_row(entry)
     if len(state.window) < WINDOW_TRANSACTIONS + WINDOW_SLACK_TRANSACTIONS:
         return
-    oldest = list(state.window.items())[: WINDOW_SLACK_TRANSACTIONS + 1]
-    for old_id, _ in oldest:
+    floor, applied_floor = state.floor, state.applied_floor
+    for old_id, old_ballot in _evicted(state, ballot):
         delta[window_key(old_id)] = None
-    floor = max(state.floor, oldest[-1][1])
-    delta[FLOOR_KEY] = encode_row({0: pack_ballot(floor)})
+        floor = max(floor, old_ballot)
+        if old_id not in state.not_applied:
+            applied_floor = max(applied_floor, old_ballot)
+    delta[FLOOR_KEY] = encode_row({0: pack_ballot(floor), 1: pack_ballot(applied_floor)})
+
+
+def _evicted(state: GroupState, now: Ballot) -> list[tuple[TransactionId, Ballot]]:
+    """What a full window forgets when the write at ballot `now` adds to it: nothing of that write itself."""
+    known = list(state.window.items())
+    if len(state.not_applied) >= WINDOW_REFUSALS_FIRST:
+        refused = [entry for entry in known if entry[0] in state.not_applied and entry[1] < now]
+        known = refused + [entry for entry in known if entry[0] not in state.not_applied]
+    return known[: WINDOW_SLACK_TRANSACTIONS + 1]
 
 
 def pin_floor(state: GroupState, delta: Delta) -> None:

@@ -52,7 +52,7 @@ from dht.register.messages import (
 )
 from dht.register.reach import Reach
 from dht.register.reader import Reader
-from dht.register.resolver import Resolver, below_floor
+from dht.register.resolver import Resolver, below_applied_floor, below_floor
 from dht.register.rounds import Rounds
 from dht.register.routing import Router
 from dht.register.rules import RULES, Rules
@@ -232,7 +232,8 @@ class StoreNode:
                 found = await self._resolver.outcome(intent, deadline)
                 found = await self._resolver.abort(intent, deadline) if found is None else found
             elif found is None and (below_floor(rows, seen or ZERO) or (not rows and (seen or ZERO) < ballot)):
-                return "unknown"  # forgotten, or collected with its group
+                # Forgotten, or collected with its group; unless only what was not applied is forgotten.
+                return "unknown" if not rows or below_applied_floor(rows, seen or ZERO) else "not_applied"
             elif found is None:
                 # An attempt may still be on its way: it must find the transaction ended.
                 step = Operation(Kind.ABORT, id, Part(key, seen))

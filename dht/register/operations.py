@@ -119,7 +119,8 @@ def _recall(
         return None
     if not rules.window_floor:
         seen = state.ballot
-    found = group.recall(state, operation.id, seen, attempt)
+    applied_floor = state.applied_floor if rules.applied_floor else ZERO
+    found = group.recall(state, operation.id, seen, attempt, applied_floor)
     if found is not None and found[1] == ABORTED:
         raise Conflict(
             "the transaction was ended by another that waited for it; run it again",
@@ -226,7 +227,8 @@ def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot:
 
     FORGOTTEN, when it is so old that the window tells nothing: its commit will be refused for the floor, so it needs
     no record of its own, and an intent of it that is still there is void (an applied one's record stays until all are
-    finished). Who tried to commit it before cannot tell.
+    finished). Who tried to commit it before cannot tell. Below the floor, but not below the applied floor, it needs no
+    record either, and ABORTED is certain.
     Asked of a group that holds the transaction's intent, and so is not its primary: UNDECIDED, and nothing is done.
     """
     known = outcome(state.rows, operation.id)
@@ -240,7 +242,7 @@ def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot:
             # Nothing is chosen here yet, and another majority may know a lower floor: this one has to be chosen, or
             # the transaction could still commit there after its intents were dropped.
             group.pin_floor(state, delta)
-        return delta, ballot, FORGOTTEN
+        return delta, ballot, FORGOTTEN if seen is None or seen < state.applied_floor else ABORTED
     group.remember(state, delta, operation.id, ballot, ABORTED)
     return delta, ballot, ABORTED
 

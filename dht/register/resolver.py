@@ -16,12 +16,11 @@ from dht.model import ZERO, Ballot, GroupKey, Part, RowKey, TransactionId
 from dht.register import operations
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
-from dht.register.group import ABORTED, APPLIED, FLOOR_KEY, FORGOTTEN, intent_key, unpack_ballot
+from dht.register.group import ABORTED, APPLIED, FLOOR_KEY, FORGOTTEN, intent_key, unpack_floors
 from dht.register.messages import Kind, Operation
 from dht.register.operations import Intent
 from dht.register.reader import Reader
 from dht.register.routing import Router
-from dht.rows import decode_row
 
 GRACE_S = 0.004
 """Most transactions finish by themselves within this; asking sooner only adds messages."""
@@ -157,4 +156,10 @@ class Resolver:
 def below_floor(rows: dict[RowKey, bytes], seen: Ballot | None) -> bool:
     """Whether a transaction that first saw the group at that ballot may be forgotten there."""
     floor = rows.get(FLOOR_KEY)
-    return floor is not None and seen is not None and seen < unpack_ballot(decode_row(floor)[0])
+    return floor is not None and seen is not None and seen < unpack_floors(floor)[0]
+
+
+def below_applied_floor(rows: dict[RowKey, bytes], seen: Ballot) -> bool:
+    """Whether such a transaction may have been applied there before it was forgotten."""
+    floor = rows.get(FLOOR_KEY)
+    return floor is not None and seen < unpack_floors(floor)[1]

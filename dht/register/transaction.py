@@ -55,7 +55,8 @@ class Transactions:
                 operation = Operation(Kind.COMMIT, transaction.id, part, version=transaction.catalog_version)
                 return (await self._router.submit(operation, attempt, deadline)).ballot
             except Conflict as error:
-                if not blind or error.detail.get("what") != "window" or self._context.remaining(deadline) <= 0:
+                old = error.detail.get("what") == "window" and not error.detail.get("retried")
+                if not blind or not old or self._context.remaining(deadline) <= 0:
                     raise
             # The group has forgotten transactions, so the write has to say from when on it counts: from now. Among
             # many others that may be too old again when its turn comes.

@@ -113,6 +113,7 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         "test_drop_after_failed_accept_state_that_nobody_promised_on_loses_an_acknowledged_write",
     ),
     "window_floor": (_REGISTER, "test_window_floor_transaction_that_was_forgotten_is_applied_again"),
+    "applied_floor": (_REGISTER, "test_applied_floor_retry_of_an_applied_transaction_is_told_that_it_was_not"),
     "find_majority": (_REGISTER, "test_find_majority_replica_that_missed_the_write_answers_alone"),
     "find_indexed": (_REGISTER, "test_find_indexed_row_from_before_the_index_is_missed"),
     "find_lists_unsettled": (

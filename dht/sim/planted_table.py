@@ -22,6 +22,7 @@ BUGS: Final = {
     "confirm_refusal": "an overtaken coordinator refuses out of its cache",
     "window": "no window: a retry is applied twice",
     "window_floor": "a retry after its id left the window is applied",
+    "applied_floor": "a retry that its group has forgotten is told that it was not applied",
     "refusal_recorded_at_retry": "a refused retry leaves no record, the first attempt applies later",
     "read_same_ballot": "a read's majority need not agree on one ballot",
     "read_writes_back": "a read takes the highest ballot without writing it back",

@@ -64,7 +64,8 @@ class _End:
         pass
 
     def alive(self, node: NodeId) -> bool:
-        return node in self._bench.running
+        bench = self._bench
+        return node in bench.running and not bench.silent(bench.ids[self._number], node)
 
     def silent_s(self, node: NodeId) -> float:
         return 0.0
@@ -91,7 +92,10 @@ async def _deliver(sender: int, to: int, message: Struct) -> bool:
 
 
 class Bench:
-    """Nodes by number. `gate` decides of each message whether it arrives, and when: (from, to, message)."""
+    """Nodes by number. `gate` decides of each message whether it arrives, and when: (from, to, message).
+
+    `silent`: whether a running node has fallen silent for another: (who listens, to whom).
+    """
 
     def __init__(self, rules: Rules, size: int = 3) -> None:
         self.rules = rules
@@ -101,6 +105,7 @@ class Bench:
         self.running: dict[NodeId, StoreNode] = {}
         self.files: dict[int, RegisterFile] = {}
         self.gate: Gate = _deliver
+        self.silent: Callable[[NodeId, NodeId], bool] = lambda me, node: False
         self._transactions = itertools.count(1)
         for number in range(size):
             self.flush(number, fast=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from dht.errors import Conflict, Duplicate, Indeterminate, Invalid
@@ -9,7 +11,7 @@ from dht.limits import GROUP_BYTES_MAX, WINDOW_TRANSACTIONS
 from dht.model import ZERO, Ballot, Change, Guard, GuardKind, Op, Part, Transaction
 from dht.register import group
 from dht.register.admission import check_operation, check_transaction
-from dht.register.group import APPLIED, REFUSED, GroupState
+from dht.register.group import APPLIED, REFUSED, WRITE_OPERATIONS_MAX, GroupState
 from dht.register.messages import Kind, Operation
 from dht.rows import decode_row, encode_row, group_key, row_digest, row_key
 
@@ -171,6 +173,93 @@ def test_recall_below_the_floor_is_conflict_at_first_and_indeterminate_at_a_retr
         with pytest.raises(Indeterminate):
             group.recall(state, id, seen, 1)
     assert group.recall(state, id, state.floor, 1) is None
+
+
+def refuse(state: GroupState, id: bytes, n: int) -> None:
+    delta = {}
+    group.remember(state, delta, id, ballot(n), REFUSED, Conflict("no", what="change", index=0))
+    state.apply(delta)
+    state.ballot = ballot(n)
+
+
+def test_refusals_push_each_other_out_of_the_window_and_what_was_applied_stays():
+    state = state_of()
+    won = [b"won%13d" % n for n in range(12)]
+    for n in range(600):
+        if n % 50:
+            refuse(state, n.to_bytes(16, "big"), n + 2)
+        else:
+            write(state, won[n // 50], insert((n,), {}), n + 2)
+        assert min(n + 1, WINDOW_TRANSACTIONS) <= len(state.window) <= WINDOW_TRANSACTIONS + 16
+    assert [group.recall(state, id, ballot(1), 1) for id in won] == [(ballot(50 * n + 2), APPLIED) for n in range(12)]
+    fresh = GroupState(dict(state.rows), state.ballot)
+    assert (fresh.floor, fresh.applied_floor, fresh.not_applied) == (state.floor, ZERO, state.not_applied)
+    assert state.floor > ballot(400)
+    with pytest.raises(Conflict) as caught:
+        group.recall(state, b"lost" * 4, ballot(400), 1)
+    assert caught.value.detail["what"] == "window"
+    assert caught.value.detail["retried"]
+
+
+def test_applied_floor_is_the_newest_applied_transaction_that_was_forgotten():
+    state = state_of()
+    applied: list[int] = []
+    for n in range(2, 900):
+        if n % 3:
+            write(state, n.to_bytes(16, "big"), insert((n,), {}), n)
+            applied.append(n)
+        else:
+            refuse(state, n.to_bytes(16, "big"), n)
+        gone = [a for a in applied if a.to_bytes(16, "big") not in state.window]
+        assert state.applied_floor == (ballot(gone[-1]) if gone else ZERO)
+        assert state.applied_floor <= state.floor
+    id = b"z" * 16
+    with pytest.raises(Indeterminate):
+        group.recall(state, id, ballot(gone[-1] - 1), 1)
+    with pytest.raises(Conflict):
+        group.recall(state, id, ballot(gone[-1]), 1)
+
+
+@pytest.mark.parametrize("won", [0.05, 0.2, 0.5, 0.8])
+def test_applied_transaction_is_not_forgotten_before_32_more_were_applied(won: float):
+    chance = random.Random(1)
+    state = state_of()
+    applied: list[bytes] = []
+    for n in range(2, 200):
+        for of in range(chance.choice((1, 1, 8, WRITE_OPERATIONS_MAX))):
+            id = b"%08d%08d" % (n, of)
+            if chance.random() < won:
+                write(state, id, insert((n, of), {}), n)
+                applied.append(id)
+            else:
+                refuse(state, id, n)
+            assert all(id in state.window for id in applied[-32:])
+    assert applied[0] not in state.window
+    assert len(state.window) <= WINDOW_TRANSACTIONS + 16
+
+
+@pytest.mark.parametrize("before", [0, 40, 79, 80])
+def test_write_of_as_many_operations_as_one_may_have_forgets_none_of_its_own(before: int):
+    state = state_of()
+    for n in range(before):
+        write(state, n.to_bytes(16, "big"), insert((n,), {}), n + 2)
+    base = state.ballot
+    ids = [b"b" + n.to_bytes(15, "big") for n in range(WRITE_OPERATIONS_MAX)]
+    for id in ids:
+        assert group.recall(state, id, base, 0) is None
+        refuse(state, id, 500)
+    assert all(id in state.window for id in ids)
+    assert state.floor <= base
+
+
+def test_floor_without_an_applied_one_beside_it_stands_for_both():
+    delta = {}
+    group.pin_floor(GroupState({}, ZERO, ballot(7)), delta)
+    state = GroupState({}, ballot(8))
+    state.apply(delta)
+    assert (state.floor, state.applied_floor) == (ballot(7), ballot(7))
+    with pytest.raises(Indeterminate):
+        group.recall(state, b"z" * 16, ballot(6), 1)
 
 
 def test_group_without_data_is_deleted_but_keeps_its_window():

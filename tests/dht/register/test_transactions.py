@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+import msgspec
 import pytest
 from register_cluster import Cluster, eventually
 
@@ -245,6 +246,32 @@ async def test_retry_of_a_forgotten_transaction_is_indeterminate_whatever_fails(
         await driver.commit(both, 1)
     assert caught.value.detail["forgotten"]
     assert await driver.outcome(both.id, key("a")) == "unknown"
+
+
+async def test_many_refusals_do_not_hide_what_became_of_a_transaction(cluster):
+    driver = cluster[0]
+    await driver.commit(transaction(put("a", {0: 0}), put("b", {0: 0})))
+    await eventually(lambda: quiet(cluster, "a", "b"))
+    read = {group.key: group.ballot for group in await driver.read([key("a"), key("b")])}
+
+    def since(part: Part) -> Part:
+        return msgspec.structs.replace(part, seen=read[part.key])
+
+    won, lost = (transaction(*(since(put(name, {0: n}, Op.UPDATE)) for name in "ab")) for n in (1, 2))
+    await driver.commit(won)
+    await eventually(lambda: quiet(cluster, "a", "b"))
+    refused = (driver.commit(transaction(since(put("a", {0: n}))), 1) for n in range(200))
+    assert {type(error) for error in await asyncio.gather(*refused, return_exceptions=True)} == {Duplicate, Conflict}
+    with pytest.raises(Conflict) as caught:
+        await driver.commit(lost, 1)
+    assert caught.value.detail["what"] == "window"
+    await eventually(lambda: quiet(cluster, "a", "b"))
+    for name in "ab":
+        assert await driver.outcome(lost.id, key(name), read[key(name)]) == "not_applied"
+        assert await driver.outcome(won.id, key(name), read[key(name)]) == "applied"
+    assert await driver.outcome(b"n" * 16, key("a"), read[key("a")]) == "not_applied"
+    assert len((await driver.commit(won, 1)).ballots) == 2
+    assert await values(driver, "a", "b") == [1, 1]
 
 
 async def test_commit_that_gave_way_after_a_lost_one_is_no_conflict_unless_the_abort_is_recorded(cluster, monkeypatch):
