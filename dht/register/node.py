@@ -233,7 +233,7 @@ class StoreNode:
                 found = await self._resolver.abort(intent, deadline) if found is None else found
             elif found is None and (below_floor(rows, seen or ZERO) or (not rows and (seen or ZERO) < ballot)):
                 # Forgotten, or collected with its group; unless only what was not applied is forgotten.
-                return "unknown" if not rows or below_applied_floor(rows, seen or ZERO) else "not_applied"
+                return "unknown" if not rows or below_applied_floor(rows, seen) else "not_applied"
             elif found is None:
                 # An attempt may still be on its way: it must find the transaction ended.
                 step = Operation(Kind.ABORT, id, Part(key, seen))

@@ -159,7 +159,10 @@ def below_floor(rows: dict[RowKey, bytes], seen: Ballot | None) -> bool:
     return floor is not None and seen is not None and seen < unpack_floors(floor)[0]
 
 
-def below_applied_floor(rows: dict[RowKey, bytes], seen: Ballot) -> bool:
-    """Whether such a transaction may have been applied there before it was forgotten."""
+def below_applied_floor(rows: dict[RowKey, bytes], seen: Ballot | None) -> bool:
+    """Whether such a transaction may have been applied there before it was forgotten, or may be yet.
+
+    One that named no ballot counts from when it is first decided, which may be still to come.
+    """
     floor = rows.get(FLOOR_KEY)
-    return floor is not None and seen < unpack_floors(floor)[1]
+    return floor is not None and (seen is None or seen < unpack_floors(floor)[1])

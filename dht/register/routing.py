@@ -31,6 +31,9 @@ from dht.register.reach import Reach
 from dht.register.rounds import expect
 
 FORWARD_TIMEOUT_S = 3.0
+FORWARD_REPLY_S = 0.25
+"""How much earlier than its asker a coordinator gives up, for its reply to be in time: what only waited in its queue
+was certainly not applied, and must not be tried elsewhere as what may have been."""
 FORWARD_CHECK_S = 0.02
 """How often a waiting forward looks whether its coordinator still answers anything at all."""
 FORWARD_TO_SILENT_S = 0.25
@@ -77,7 +80,7 @@ class Router:
                 elsewhere = True
                 timeout_s = min(left, FORWARD_TIMEOUT_S)
                 context.count("forwards")
-                request = Coordinate(operation, attempt, False, int(timeout_s * 1000))
+                request = Coordinate(operation, attempt, False, _served_ms(timeout_s))
                 return await self._forward(target, request, timeout_s)
             except NotServing as error:
                 last = error
@@ -114,7 +117,7 @@ class Router:
         if target == self._context.node:
             return await self.execute(operation, 0, True, deadline)
         timeout_s = self._context.remaining(deadline)
-        return await self._forward(target, Coordinate(operation, 0, True, int(timeout_s * 1000)), timeout_s)
+        return await self._forward(target, Coordinate(operation, 0, True, _served_ms(timeout_s)), timeout_s)
 
     async def _forward(self, target: NodeId, request: Coordinate, timeout_s: float) -> Coordinated:
         """The coordinator's answer. A coordinator that hangs is given up when it falls silent, not at the timeout.
@@ -160,9 +163,10 @@ class Router:
         if request.passed:
             raise NotServing("this node is no replica of the group", roster_epoch=context.domain.roster.epoch)
         context.count("passed_on")
-        onward = Coordinate(operation, request.attempt, True, request.timeout_ms)
+        timeout_s = request.timeout_ms / 1000
+        onward = Coordinate(operation, request.attempt, True, _served_ms(timeout_s))
         try:
-            return await self._forward(target, onward, request.timeout_ms / 1000)
+            return await self._forward(target, onward, timeout_s)
         except NotServing:
             raise
         except Unavailable:
@@ -211,6 +215,11 @@ class Router:
             await self._context.catch_up(error)
         except DhtError:
             self._context.count("refreshes_failed")
+
+
+def _served_ms(timeout_s: float) -> int:
+    """The time that a coordinator is given by who waits so long for it."""
+    return int(1000 * max(timeout_s - FORWARD_REPLY_S, timeout_s / 2))
 
 
 def _undecided(operation: Operation, sent: bool, why: DhtError) -> DhtError:

@@ -18,6 +18,7 @@ import pytest
 
 from dht.errors import Conflict, Indeterminate
 from dht.model import Change, NodeId, Op, Part, Struct
+from dht.register.messages import Accept, Coordinate, Prepare
 from dht.register.rules import RULES
 from dht.rows import decode_row, group_key, row_key
 from tests.sim.bench import Bench, insert, play, update
@@ -93,6 +94,28 @@ async def _claim(bench: Bench, number: int, chance: random.Random) -> str:
             told = await store.outcome(claim.id, provider, held.ballot)
         if told != "not_applied":
             return "claimed" if told == "applied" else "unknown"
+
+
+def test_claim_that_only_waited_in_a_coordinators_queue_is_tried_elsewhere_as_the_first_attempt() -> None:
+    """0 coordinates and is heard, but its proposals reach nobody; 2 asks it, and then 1, which asks it as well."""
+
+    async def story(bench: Bench) -> list[int]:
+        key, attempts = bench.key(0), []
+        await bench.define()
+        await bench[0].commit(bench.transaction(insert(key, {0: 0})))
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Coordinate):
+                attempts.append(message.attempt)
+            await asyncio.sleep(0.001)
+            return sender != 0 or not isinstance(message, Prepare | Accept)
+
+        bench.gate = gate
+        bench[0]._coordinator.forget(key)
+        await bench[2].commit(bench.transaction(update(key, {0: 1})))
+        return attempts
+
+    assert play(story, RULES) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("seed", [2, 5, 6])

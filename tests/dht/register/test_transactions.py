@@ -270,6 +270,7 @@ async def test_many_refusals_do_not_hide_what_became_of_a_transaction(cluster):
         assert await driver.outcome(lost.id, key(name), read[key(name)]) == "not_applied"
         assert await driver.outcome(won.id, key(name), read[key(name)]) == "applied"
     assert await driver.outcome(b"n" * 16, key("a"), read[key("a")]) == "not_applied"
+    assert await driver.outcome(b"n" * 16, key("a"), None) == "unknown"
     assert len((await driver.commit(won, 1)).ballots) == 2
     assert await values(driver, "a", "b") == [1, 1]
 
