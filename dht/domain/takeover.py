@@ -24,6 +24,8 @@ from dht.world import Batch, Clock, Disk
 
 log = logging.getLogger(__name__)
 TRANSFERS_MAX: Final = 4
+"""At once; but one alone that gets on. What is copied ahead beside it takes the processor from the tablet that is
+sealed now, whose callers wait; and one that waits for replicas which do not answer must not hold up the others."""
 PATIENCE_S: Final = 30.0
 ERASE_KEYS: Final = 200
 
@@ -85,7 +87,8 @@ class Takeover:
         due = [t for t in self.pending() if t not in self._running and self._due(t)]
         due.sort(key=lambda t: (not self._sealed_already(t), t))
         for tablet in due:
-            if len(self._running) >= TRANSFERS_MAX and not self._sealed_already(tablet):
+            gets_on = self._running.keys() - self._transfer.waiting
+            if (gets_on or len(self._running) >= TRANSFERS_MAX) and not self._sealed_already(tablet):
                 break
             task = asyncio.create_task(self._transfer.initialise(tablet))
             self._running[tablet] = task

@@ -163,6 +163,8 @@ class Transfer:
         self._rules = rules
         self.remaining: dict[int, tuple[int, int]] = {}
         """Registers still to copy and their bytes, by tablet under way."""
+        self.waiting: set[int] = set()
+        """Tablets under way whose last attempt failed."""
         self._sealed_s: dict[int, float] = {}
         self._one_seal = asyncio.Lock()
         self._pace = Pace(clock, copy_bytes_per_s)
@@ -197,8 +199,10 @@ class Transfer:
                 except DhtError:
                     if self._disk.failed is not None:
                         raise
+                    self.waiting.add(tablet)
                     await self._clock.sleep(RETRY_S)
         finally:
+            self.waiting.discard(tablet)
             self.remaining.pop(tablet, None)
             self._sealed_s.pop(tablet, None)
 
