@@ -157,7 +157,16 @@ class Domain:
             copy_bytes_per_s,
         )
         self._takeover = Takeover(
-            node, self.chain, self.tablets, registers, disk, clock, self.watch, self.transfer, self._changed
+            node,
+            self.chain,
+            self.tablets,
+            registers,
+            disk,
+            clock,
+            self.watch,
+            self.transfer,
+            self._changed,
+            wide is None,
         )
         self._membership = Membership(
             node,

@@ -24,13 +24,18 @@ from dht.world import Batch, Clock, Disk
 
 log = logging.getLogger(__name__)
 TRANSFERS_MAX: Final = 4
-"""At once; but one alone that gets on. What is copied ahead beside it takes the processor from the tablet that is
-sealed now, whose callers wait; and one that waits for replicas which do not answer must not hold up the others."""
+"""At once."""
 PATIENCE_S: Final = 30.0
 ERASE_KEYS: Final = 200
 
 
 class Takeover:
+    """`one_by_one`: begin no other tablet beside one that gets on.
+
+    What is copied ahead beside a tablet that is sealed takes the processor from it, and its callers wait; between PoPs
+    it is only time that passes. One that waits for replicas which do not answer never holds up the others.
+    """
+
     def __init__(
         self,
         node: NodeId,
@@ -42,7 +47,9 @@ class Takeover:
         watch: Watch,
         transfer: Transfer,
         on_change: Callable[[], None],
+        one_by_one: bool = True,
     ) -> None:
+        self._one_by_one = one_by_one
         self._node = node
         self._chain = chain
         self._tablets = tablets
@@ -87,7 +94,7 @@ class Takeover:
         due = [t for t in self.pending() if t not in self._running and self._due(t)]
         due.sort(key=lambda t: (not self._sealed_already(t), t))
         for tablet in due:
-            gets_on = self._running.keys() - self._transfer.waiting
+            gets_on = self._running.keys() - self._transfer.waiting if self._one_by_one else ()
             if (gets_on or len(self._running) >= TRANSFERS_MAX) and not self._sealed_already(tablet):
                 break
             task = asyncio.create_task(self._transfer.initialise(tablet))

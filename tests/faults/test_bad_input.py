@@ -33,6 +33,7 @@ from lucd.demo.daemons import LocalNode
 from nova_bridge.sql import dbapi
 from tests.cluster import Cluster
 from tests.faults.load import Clients, Load
+from tests.laboratory import wait_until
 
 pytestmark = pytest.mark.cluster
 MIB = 1024 * 1024
@@ -49,7 +50,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def node(cluster: Cluster) -> LocalNode:
-    return cluster.nodes[0]
+    """Its log has all that it says of its start."""
+    node = cluster.nodes[0]
+    wait_until(lambda: "serves on" in node.log_text(), 10.0, "it does not say that it serves")
+    return node
 
 
 @pytest.fixture

@@ -61,10 +61,13 @@ def test_pops_have_indexes_in_the_order_in_which_they_were_founded(cluster: WanC
 
 
 def test_each_tablet_has_a_replica_in_each_pop(cluster: WanCluster) -> None:
-    reply = cluster.nodes[0].client().call(messages.AskDomain(GLOBAL))
-    assert isinstance(reply, messages.DomainReply)
-    pops = {line.node_id: line.pop for line in reply.members}
-    assert {tuple(sorted(pops[n] for n in tablet.replicas)) for tablet in reply.tablets} == {("pop0", "pop1", "pop2")}
+    def spread() -> bool:
+        reply = cluster.nodes[0].client().call(messages.AskDomain(GLOBAL))
+        assert isinstance(reply, messages.DomainReply)
+        pops = {line.node_id: line.pop for line in reply.members}
+        return {tuple(sorted(pops[n] for n in t.replicas)) for t in reply.tablets} == {("pop0", "pop1", "pop2")}
+
+    wait_until(spread, 30.0, "a tablet has no replica in a PoP")
 
 
 def test_database_of_domain_global_is_written_and_read_in_each_pop(cluster: WanCluster) -> None:
