@@ -10,10 +10,12 @@ attempt of it may have committed there. Only then is the failure certain, and an
 
 from __future__ import annotations
 
+import msgspec
+
 from dht.errors import Conflict, DhtError, Indeterminate, NotServing, Unavailable
-from dht.model import Applied, Ballot, Part, Transaction
+from dht.model import ZERO, Applied, Ballot, GroupKey, Part, Transaction
 from dht.register.context import Context
-from dht.register.group import APPLIED, FLOOR_KEY, FORGOTTEN
+from dht.register.group import APPLIED, FORGOTTEN
 from dht.register.messages import Kind, Operation
 from dht.register.reader import Reader
 from dht.register.resolver import Resolver
@@ -47,9 +49,8 @@ class Transactions:
     async def _commit_one(self, transaction: Transaction, attempt: int, deadline: float) -> Ballot:
         (part,) = transaction.parts
         blind = part.seen is None and not attempt
-        if blind and not self._router.coordinates(part.key) and self._context.file.row(part.key, FLOOR_KEY) is not None:
-            # The coordinator would refuse it: the group has forgotten transactions (see below).
-            (part,) = await self._pinned((part,), deadline)
+        if blind:
+            part = msgspec.structs.replace(part, seen=self._accepted_here(part.key))
         while True:
             try:
                 operation = Operation(Kind.COMMIT, transaction.id, part, version=transaction.catalog_version)
@@ -58,9 +59,21 @@ class Transactions:
                 old = error.detail.get("what") == "window" and not error.detail.get("retried")
                 if not blind or not old or self._context.remaining(deadline) <= 0:
                     raise
-            # The group has forgotten transactions, so the write has to say from when on it counts: from now. Among
-            # many others that may be too old again when its turn comes.
+            # The group has forgotten transactions, and what is known of it here is none or old, so the write has to
+            # say from when on it counts: from now. Among many others that may be too old again when its turn comes.
             (part,) = await self._pinned(transaction.parts, deadline)
+
+    def _accepted_here(self, key: GroupKey) -> Ballot | None:
+        """What a write that begins now has seen of the group without asking anybody; None where no replica is here.
+
+        Chosen or not: what a replica has accepted was promised by a majority before, so that nothing which is only
+        asked for now can be written at that ballot or below. It lets a retry be answered when the coordinator that
+        was tried first hangs, even if the group begins to forget meanwhile.
+        """
+        if self._context.node not in self._context.replicas(key).nodes:
+            return None
+        accepted = self._context.file.header(key).accepted
+        return accepted if accepted != ZERO else None
 
     async def _pinned(self, parts: tuple[Part, ...], deadline: float) -> tuple[Part, ...]:
         """The parts with the ballots that they see now, where they have seen none."""

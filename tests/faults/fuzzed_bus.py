@@ -8,14 +8,11 @@ not judged: that a host's bus does not fail unexpectedly, hang, leak, or lose wh
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import gc
-import logging
 import random
 import sys
-import time
 from collections import Counter
 from typing import Any
 
@@ -27,12 +24,12 @@ from dht.codec import Message
 from dht.errors import DhtError
 from dht.model import Struct
 from dht.requests import Done
-from dht.sim import loop as virtual
 from nova_bridge.rpc import peer_messages
 from nova_bridge.rpc.bus_messages import Address
 from nova_bridge.rpc.peer_messages import AskCalls, Carry, Origin, Relay
 from nova_bridge.rpc.reach import BUS_REQUESTS
 from tests.faults.fuzzed_frames import made
+from tests.faults.fuzzed_requests import main
 from tests.nova_bridge.rpc.bus_hosts import Lab
 
 PLANE = {"a": 3, "b": 2}
@@ -41,7 +38,6 @@ HONEST = ("b0", "b1")
 ANSWER_S_MAX = 40.0
 TAKEN = (Address("ex", "t"), Address("ex", "t", "server-a0"), Address("ex", "mute"))
 LEFT_MS = (0, 1, 100, 3_000)
-LOOK_EVERY = 250
 LIES = 0.2
 OVER_S = 700.0
 """After which whatever the bus keeps trying is over (`nova_bridge.rpc.reach.HELD_KEEP_S`)."""
@@ -157,6 +153,9 @@ class Target:
         assert not self.unhandled, self.unhandled[0]
         assert not (kept := {name: left for name, left in self.kept().items() if left}), f"kept for nothing: {kept}"
 
+    async def end(self) -> None:
+        await self.lab.stop()
+
     def kept(self) -> dict[str, int]:
         """What is to be nothing when nobody sends anything."""
         reach, bus = self.host.reach, self.host.bus
@@ -178,44 +177,5 @@ async def _let_fail(work: Any) -> None:
         await work
 
 
-async def run_messages(seed: int, first: int, count: int) -> Counter[str]:
-    target = Target(seed)
-    await target.begin()
-    for number in range(first, first + count):
-        try:
-            await target.send(number)
-            if number % LOOK_EVERY == 0:
-                await target.look()
-        except Exception as error:
-            raise AssertionError(f"seed {seed} message {number}: {type(error).__name__}: {error}") from error
-    await target.look()
-    await target.lab.stop()
-    return target.totals
-
-
-def play(seed: int, first: int, count: int) -> Counter[str]:
-    found: list[Counter[str]] = []
-
-    async def told() -> None:
-        found.append(await run_messages(seed, first, count))
-
-    virtual.run(told(), time_limit_s=1e9, steps_max=10**10)
-    return found[0]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--messages", type=int, default=20_000)
-    given = parser.parse_args()
-    logging.disable(logging.CRITICAL)
-    print(f"{given.messages} messages, seed {given.seed}", flush=True)
-    began = time.monotonic()
-    for kind, times in sorted(play(given.seed, 0, given.messages).items()):
-        print(f"{times:7d}  {kind}")
-    print(f"an answer or an error to each, and nothing kept, in {time.monotonic() - began:.0f} s")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Target, __doc__))

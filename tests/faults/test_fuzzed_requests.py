@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults import fuzzed_bus
-from tests.faults.fuzzed_requests import play
+from tests.faults import fuzzed_bus, fuzzed_requests
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +20,13 @@ def quiet() -> Iterator[None]:
 
 def test_messages_with_senseless_values_are_answered_or_refused_and_lose_nothing() -> None:
     seed = random.SystemRandom().randrange(10**6)
-    totals = play(seed, 0, 4000)
+    totals = fuzzed_requests.play(fuzzed_requests.Target, seed, 0, 4000)
     answered = sum(times for kind, times in totals.items() if kind != "no message")
     assert answered > 500, f"seed {seed}"
 
 
 def test_bus_messages_with_senseless_values_are_answered_or_refused_and_nothing_is_kept_of_them() -> None:
     seed = random.SystemRandom().randrange(10**6)
-    totals = fuzzed_bus.play(seed, 0, 1000)
+    totals = fuzzed_requests.play(fuzzed_bus.Target, seed, 0, 1000)
     answered = sum(times for kind, times in totals.items() if kind != "no message")
     assert answered > 300, f"seed {seed}"

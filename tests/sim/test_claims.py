@@ -17,7 +17,9 @@ from collections import Counter
 import pytest
 
 from dht.errors import Conflict, Indeterminate
-from dht.model import Change, NodeId, Op, Part, Struct
+from dht.limits import WINDOW_TRANSACTIONS
+from dht.model import Change, Columns, NodeId, Op, Part, Struct
+from dht.register.group import FLOOR_KEY, WINDOW_SLACK_TRANSACTIONS
 from dht.register.messages import Accept, Coordinate, Prepare
 from dht.register.rules import RULES
 from dht.rows import decode_row, group_key, row_key
@@ -116,6 +118,38 @@ def test_claim_that_only_waited_in_a_coordinators_queue_is_tried_elsewhere_as_th
         return attempts
 
     assert play(story, RULES) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("blind_at", [1, 2])
+def test_blind_write_whose_coordinator_hangs_is_applied_though_its_group_begins_to_forget_meanwhile(
+    blind_at: int,
+) -> None:
+    """0 coordinates, never gets the forward, writes on until the window evicts, and falls silent for the asker."""
+
+    async def story(bench: Bench) -> tuple[Columns | None, int]:
+        key, hung = bench.key(0), asyncio.Event()
+        await bench.define()
+        await bench[0].commit(bench.transaction(insert(key, {0: 0, 2: 0})))
+        for number in range(WINDOW_TRANSACTIONS + WINDOW_SLACK_TRANSACTIONS - 1):
+            await bench[0].commit(bench.transaction(update(key, {0: number})))
+        assert bench.files[0].row(key, FLOOR_KEY) is None
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Coordinate) and to == 0:
+                hung.set()
+                return False
+            return True
+
+        bench.gate = gate
+        write = asyncio.create_task(bench[blind_at].commit(bench.transaction(update(key, {2: 1}))))
+        await hung.wait()
+        await bench[0].commit(bench.transaction(update(key, {0: -1})))
+        assert bench.files[0].row(key, FLOOR_KEY) is not None
+        bench.silent = lambda me, node: (me, node) == (bench.ids[blind_at], bench.ids[0])
+        await write
+        return await bench.row(0, key), bench[blind_at].counters["forwards_given_up"]
+
+    assert play(story, RULES) == ({0: -1, 2: 1}, 1)
 
 
 @pytest.mark.parametrize("seed", [2, 5, 6])
