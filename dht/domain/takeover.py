@@ -33,7 +33,8 @@ class Takeover:
     """`one_by_one`: begin no other tablet beside one that gets on.
 
     What is copied ahead beside a tablet that is sealed takes the processor from it, and its callers wait; between PoPs
-    it is only time that passes. One that waits for replicas which do not answer never holds up the others.
+    it is only time that passes. One that waits for replicas which do not answer does not hold up the others; as many as
+    TRANSFERS_MAX do.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Takeover:
         self._transfer = transfer
         self._on_change = on_change
         self._running: dict[int, asyncio.Task[None]] = {}
+        self._failed: dict[int, int] = {}
         self._wake = asyncio.Event()
         self._pending_since_s: dict[int, tuple[int, float]] = {}
 
@@ -92,7 +94,7 @@ class Takeover:
     def _start_due(self) -> None:
         """Those that were sealed first: their tablets are not served until a majority has taken them over."""
         due = [t for t in self.pending() if t not in self._running and self._due(t)]
-        due.sort(key=lambda t: (not self._sealed_already(t), t))
+        due.sort(key=lambda t: (not self._sealed_already(t), self._failed.get(t, 0), t))
         for tablet in due:
             gets_on = self._running.keys() - self._transfer.waiting if self._one_by_one else ()
             if (gets_on or len(self._running) >= TRANSFERS_MAX) and not self._sealed_already(tablet):
@@ -104,6 +106,8 @@ class Takeover:
     def _done(self, tablet: int, task: asyncio.Task[None]) -> None:
         self._running.pop(tablet, None)
         if not task.cancelled() and (error := task.exception()) is not None:
+            # Others first from now on: it may fail again and again.
+            self._failed[tablet] = self._failed.get(tablet, 0) + 1
             log.error("tablet %d is not taken over, which is tried again: %s", tablet, error, exc_info=error)
             return
         self._on_change()

@@ -74,7 +74,7 @@ UNDECIDED, APPLIED, REFUSED, ABORTED, FORGOTTEN = 0, 1, 2, 3, 4
 resolver or a rollback. FORGOTTEN: no record and below the floor. It will never be applied, but it may have been."""
 
 _DIGEST_MODULUS = 1 << 128
-_WINDOW_PREFIX = table_prefix(SYSTEM_WINDOW)
+WINDOW_PREFIX = table_prefix(SYSTEM_WINDOW)
 _INTENT_PREFIX = table_prefix(SYSTEM_INTENT)
 _DECISION_PREFIX = table_prefix(SYSTEM_DECISION)
 FLOOR_KEY = row_key(SYSTEM_META, ())
@@ -108,7 +108,7 @@ def is_system(key: RowKey) -> bool:
 
 
 def window_key(id: TransactionId) -> RowKey:
-    return _WINDOW_PREFIX + encode_value(id)
+    return WINDOW_PREFIX + encode_value(id)
 
 
 def intent_key(id: TransactionId) -> RowKey:
@@ -166,7 +166,7 @@ class GroupState:
         if not is_system(key):
             self.data_rows += sign
             return
-        if key.startswith(_WINDOW_PREFIX):
+        if key.startswith(WINDOW_PREFIX):
             id = split_row_key(key)[1][0]
             assert isinstance(id, bytes)
             if sign < 0:

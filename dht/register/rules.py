@@ -18,7 +18,8 @@ class Rules(Struct, frozen=True):
     drop_after_failed_accept: after an accept without quorum the state is fetched anew by a prepare.
     promise_not_across_epochs: a cached promise ends with its tablet epoch. confirm_refusal: a refusal out of cached
     state is confirmed by a quorum.
-    window, window_floor, applied_floor, refusal_recorded_at_retry: once only (dht.register.group).
+    window, window_floor, applied_floor, refusal_recorded_at_retry: once only (dht.register.group). seen_was_chosen: the
+    ballot that a write says it saw is one that a majority agreed on.
     read_same_ballot: a read's majority agrees on one ballot. read_writes_back: what no majority has yet is finished
     before it is read. find_lists_unsettled, find_intents: a find reads by itself what may not be decided.
     find_majority: a find waits for a majority of each tablet. reads_resolve_intents: a read asks the primary.
@@ -48,6 +49,7 @@ class Rules(Struct, frozen=True):
     window_floor: bool = True
     applied_floor: bool = True
     refusal_recorded_at_retry: bool = True
+    seen_was_chosen: bool = True
     read_same_ballot: bool = True
     read_writes_back: bool = True
     find_lists_unsettled: bool = True

@@ -10,12 +10,11 @@ attempt of it may have committed there. Only then is the failure certain, and an
 
 from __future__ import annotations
 
-import msgspec
-
 from dht.errors import Conflict, DhtError, Indeterminate, NotServing, Unavailable
-from dht.model import ZERO, Applied, Ballot, GroupKey, Part, Transaction
+from dht.limits import WINDOW_TRANSACTIONS
+from dht.model import Applied, Ballot, GroupKey, Part, Transaction
 from dht.register.context import Context
-from dht.register.group import APPLIED, FORGOTTEN
+from dht.register.group import APPLIED, FLOOR_KEY, FORGOTTEN, WINDOW_PREFIX
 from dht.register.messages import Kind, Operation
 from dht.register.reader import Reader
 from dht.register.resolver import Resolver
@@ -49,8 +48,10 @@ class Transactions:
     async def _commit_one(self, transaction: Transaction, attempt: int, deadline: float) -> Ballot:
         (part,) = transaction.parts
         blind = part.seen is None and not attempt
-        if blind:
-            part = msgspec.structs.replace(part, seen=self._accepted_here(part.key))
+        if blind and not self._context.rules.seen_was_chosen:
+            part = Part(part.key, self._context.file.header(part.key).accepted, part.changes, part.guards)
+        elif blind and not self._router.coordinates(part.key) and self._soon_forgets(part.key):
+            (part,) = await self._pinned((part,), deadline)
         while True:
             try:
                 operation = Operation(Kind.COMMIT, transaction.id, part, version=transaction.catalog_version)
@@ -59,24 +60,25 @@ class Transactions:
                 old = error.detail.get("what") == "window" and not error.detail.get("retried")
                 if not blind or not old or self._context.remaining(deadline) <= 0:
                     raise
-            # The group has forgotten transactions, and what is known of it here is none or old, so the write has to
-            # say from when on it counts: from now. Among many others that may be too old again when its turn comes.
+            # The group has forgotten transactions, so the write has to say from when on it counts: from now. Among
+            # many others that may be too old again when its turn comes.
             (part,) = await self._pinned(transaction.parts, deadline)
 
-    def _accepted_here(self, key: GroupKey) -> Ballot | None:
-        """What a write that begins now has seen of the group without asking anybody; None where no replica is here.
+    def _soon_forgets(self, key: GroupKey) -> bool:
+        """Whether the group forgets transactions, as far as is known here, or may begin to before a retry comes.
 
-        Chosen or not: what a replica has accepted was promised by a majority before, so that nothing which is only
-        asked for now can be written at that ballot or below. It lets a retry be answered when the coordinator that
-        was tried first hangs, even if the group begins to forget meanwhile.
+        Where it forgets, the coordinator would refuse who does not say from when on he counts (see above); where it
+        began to after a coordinator that hangs was asked, nobody could tell the retry what became of it.
         """
-        if self._context.node not in self._context.replicas(key).nodes:
-            return None
-        accepted = self._context.file.header(key).accepted
-        return accepted if accepted != ZERO else None
+        file = self._context.file
+        return file.row(key, FLOOR_KEY) is not None or file.holds(key, WINDOW_PREFIX, WINDOW_TRANSACTIONS // 2)
 
     async def _pinned(self, parts: tuple[Part, ...], deadline: float) -> tuple[Part, ...]:
-        """The parts with the ballots that they see now, where they have seen none."""
+        """The parts with the ballots that they see now, where they have seen none.
+
+        A ballot that a majority agreed on: what an acceptor has accepted alone may be above the ballot that the write
+        itself gets, if an older promise of the coordinator's is accepted elsewhere and finished later.
+        """
         unseen = [part.key for part in parts if part.seen is None]
         if not unseen:
             return parts

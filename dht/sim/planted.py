@@ -114,6 +114,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "window_floor": (_REGISTER, "test_window_floor_transaction_that_was_forgotten_is_applied_again"),
     "applied_floor": (_REGISTER, "test_applied_floor_retry_of_an_applied_transaction_is_told_that_it_was_not"),
+    "seen_was_chosen": (
+        _REGISTER,
+        "test_seen_was_chosen_write_below_an_unchosen_ballot_of_its_gateway_is_applied_again",
+    ),
     "find_majority": (_REGISTER, "test_find_majority_replica_that_missed_the_write_answers_alone"),
     "find_indexed": (_REGISTER, "test_find_indexed_row_from_before_the_index_is_missed"),
     "find_lists_unsettled": (

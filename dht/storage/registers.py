@@ -120,6 +120,11 @@ class RegisterFile:
     def row(self, key: GroupKey, rowkey: RowKey) -> bytes | None:
         return self._disk.get(Space.ROW, row_place(key) + rowkey)
 
+    def holds(self, key: GroupKey, prefix: bytes, count: int) -> bool:
+        """Whether the group has so many rows whose keys begin so."""
+        low = row_place(key) + prefix
+        return len(list(self._disk.range(Space.ROW, low, low + PREFIX_END, limit=count))) == count
+
     def write(self, batch: Batch, key: GroupKey, header: Header, delta: Mapping[RowKey, bytes | None]) -> Header:
         """Into the batch: the header, and the rows that changed (None deletes). Returns the header as stored.
 

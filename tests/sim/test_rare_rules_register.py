@@ -153,6 +153,61 @@ def test_window_floor_transaction_that_was_forgotten_is_applied_again(on: bool) 
 
 
 @BOTH
+def test_seen_was_chosen_write_below_an_unchosen_ballot_of_its_gateway_is_applied_again(on: bool) -> None:
+    """A proposer holds an older promise than another's accept that reached nobody else.
+
+    0 holds a promise; 1 prepares above it with 1 and 2, and its accept stays with 1, not chosen. 1's client writes, and
+    0 does it: accepted at 0 alone, at the ballot of the older promise. 0 prepares anew with 0 and 2, finds that and
+    finishes it. The answer is lost, and the window forgets the write as the newest that it evicts: the floor is that
+    older promise's ballot, below what 1 had accepted before the write began.
+    """
+
+    async def story(bench: Bench) -> object:
+        key = bench.key(0)
+        await bench.define()
+        await bench[0].commit(bench.transaction(insert(key, {0: "begin"})))
+        for _ in range(WINDOW_SLACK_TRANSACTIONS - 1):
+            await bench.propose(0, update(key, {0: "begun"}))
+        apart, answered = True, asyncio.Event()
+
+        async def forwarded(message: Coordinate) -> None:
+            await bench[0].answer((1).to_bytes(20, "big"), message)
+            answered.set()
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Coordinate) and (sender, to) == (1, 0):
+                tasks.append(asyncio.create_task(forwarded(message)))
+                return False
+            if apart and isinstance(message, Prepare):
+                return {sender, to} != {0, 1}
+            return not (apart and isinstance(message, Accept) and sender == 1)
+
+        tasks: list[asyncio.Task[None]] = []
+        bench.gate = gate
+        lost = asyncio.create_task(failed(bench.propose(1, update(key, {1: 1}), 0.5)))
+        await asyncio.sleep(0.01)
+        write = asyncio.create_task(failed(bench[1].commit(bench.transaction(update(key, {0: "first"})))))
+        await answered.wait()
+        assert await bench.row(0, key) == {0: "first"}
+        await lost
+        apart = False
+        for _ in range(WINDOW_TRANSACTIONS):
+            await bench.propose(0, update(key, {0: "last"}))
+        bench.silent = lambda me, node: (me, node) == (bench.ids[1], bench.ids[0])
+        error = await write
+        bench.silent = lambda me, node: False
+        return error, await bench.row(0, key)
+
+    error, row = play(story, Rules(seen_was_chosen=on))
+    if on:
+        assert isinstance(error, Indeterminate)
+        assert row == {0: "last"}
+    else:
+        assert error is None
+        assert row == {0: "first"}
+
+
+@BOTH
 def test_applied_floor_retry_of_an_applied_transaction_is_told_that_it_was_not(on: bool) -> None:
     """The same, with "first" pushed out of the window by others that were applied.
 

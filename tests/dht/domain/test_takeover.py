@@ -72,3 +72,17 @@ async def test_tablet_whose_replicas_do_not_answer_does_not_hold_up_the_others_b
         assert transfers.begun == list(range(min(tablet + 1, TRANSFERS_MAX)))
         transfers.waiting.update(transfers.begun)
     await due.end()
+
+
+async def test_tablet_that_fails_unexpectedly_is_begun_again_after_the_others() -> None:
+    class Broken(Transfers):
+        async def initialise(self, tablet: int) -> None:
+            self.begun.append(tablet)
+            raise KeyError("a defect")
+
+    transfers = Broken()
+    due = Due(transfers)
+    for _ in range(22):
+        await due.look()
+    assert transfers.begun[:11] == [*range(10), 0]
+    await due.end()
