@@ -47,6 +47,11 @@ class Chain:
         """Of the newest link; 0 with none."""
         return self._links[-1].epoch if self._links else 0
 
+    @property
+    def generation(self) -> int:
+        """Of the newest link; 0 with none."""
+        return self._links[-1].generation if self._links else 0
+
     def link(self, epoch: int) -> Roster:
         """Raises NotFound for a link not held here."""
         if not self._links or not FIRST_EPOCH <= epoch <= self.epoch:

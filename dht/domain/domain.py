@@ -1,18 +1,19 @@
 """A node's part in one domain: who keeps which tablet, and whether this node may answer for it (DESIGN section 5).
 
 Composition of the parts of this package. `replicas`, `admit` and `refresh` are what the registers use; `answer` serves
-the other members; the background work joins, watches, takes tablets over and mends the roster.
+the other members (`dht.domain.answers`), who are asked through `dht.domain.peers`; the background work joins, watches,
+takes tablets over and mends the roster.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any
 
 from dht.codec import Message
 from dht.domain import roster as rosters
+from dht.domain.answers import Answers
 from dht.domain.asking import ask_each
 from dht.domain.chain import Chain
 from dht.domain.collection import Collection
@@ -20,33 +21,12 @@ from dht.domain.decree import DecreeAcceptor, DecreeProposer
 from dht.domain.followed import Followed
 from dht.domain.generations import Generations
 from dht.domain.health import health
-from dht.domain.joining import LINKS_PER_PAGE, Joining
-from dht.domain.lookout import RETURN_AFTER_S, STATUS_INTERVAL_S, Lookout
+from dht.domain.joining import Joining
+from dht.domain.lookout import STATUS_INTERVAL_S, Lookout
 from dht.domain.membership import Membership
-from dht.domain.messages import (
-    AskChanges,
-    AskHeaders,
-    AskJoin,
-    AskLeave,
-    AskLinks,
-    AskMarks,
-    AskRecovery,
-    AskRegisters,
-    AskSeal,
-    AskStatus,
-    AskTombstones,
-    Collect,
-    DecreeAccept,
-    DecreePrepare,
-    DomainMessage,
-    Links,
-    Newest,
-    Status,
-    TabletMark,
-    TellLink,
-    TellTablets,
-)
+from dht.domain.messages import AskLeave, AskStatus, Status, TabletMark
 from dht.domain.news import News
+from dht.domain.peers import Peers
 from dht.domain.recovery import restored
 from dht.domain.repair import Repair
 from dht.domain.roster import Member, Roster, TabletReplicas
@@ -56,12 +36,11 @@ from dht.domain.tablets import Tablets
 from dht.domain.takeover import Takeover
 from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
-from dht.domain.wide import Wide, Word, is_large, neighbours, rounds_for_all, word_of_pop
-from dht.errors import Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
+from dht.domain.wide import Wide, Word, rounds_for_all, word_of_pop
+from dht.errors import Invalid, NotServing, Unavailable
 from dht.limits import (
     COLLECT_INTERVAL_S,
     COPY_BYTES_PER_S,
-    PEER_TIMEOUT_S,
     REMOVE_AFTER_S,
     REPAIR_BYTES_PER_S,
     TABLETS_PER_DOMAIN,
@@ -69,10 +48,6 @@ from dht.limits import (
 from dht.model import Ballot, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk, Network
-
-log = logging.getLogger(__name__)
-JOIN_TIMEOUT_S: Final = 15.0
-PAGE_TIMEOUT_S: Final = 10.0
 
 
 class LocalNode(Struct, frozen=True):
@@ -122,26 +97,15 @@ class Domain:
         self.tablets = Tablets(disk, rules)
         self._clock = clock
         self._chance = chance
-        self._network = network
         self._disk = disk
         self._rules = rules
         self._tasks: list[asyncio.Task[None]] = []
         self._greeting: asyncio.Task[None] | None = None
         self._views: tuple[TabletReplicas, ...] = ()
         node = local.node_id
+        peers = self.peers = Peers(node, self.chain, self.tablets, network, self.answer, self._changed, wide)
+        ask = peers.ask
         self.watch = Watch(node, clock.monotonic())
-        self._acceptor = DecreeAcceptor(self.chain, disk, node, local.incarnation, rules)
-        self._source = Source(
-            node,
-            local.incarnation,
-            self.chain,
-            self.tablets,
-            registers,
-            self.learn,
-            self._sealed,
-            disk.durable,
-            rules,
-        )
         self.transfer = Transfer(
             node,
             local.incarnation,
@@ -150,7 +114,7 @@ class Domain:
             registers,
             disk,
             clock,
-            self.ask,
+            ask,
             network.alive,
             self._taken_over,
             rules,
@@ -172,27 +136,25 @@ class Domain:
             node,
             self.chain,
             self.watch,
-            DecreeProposer(self.chain, node, local.boot, clock, chance, self.ask, rules),
+            DecreeProposer(self.chain, node, local.boot, clock, chance, ask, rules),
             clock,
-            self.ask,
+            ask,
             self.status,
-            self.learn,
+            peers.learn,
             remove_after_s,
             rules,
             wide is not None,
         )
         self.repair = Repair(
-            self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, node, repair_bytes_per_s
+            self.chain, self.tablets, registers, disk, clock, chance, ask, self.watch, node, repair_bytes_per_s
         )
         self.generations = Generations(
-            node, local.incarnation, self.chain, disk, clock, self.ask, self.refresh, self.learn, self._changed
+            node, local.incarnation, self.chain, disk, clock, ask, self.refresh, peers.learn, self._changed
         )
         self.collection = Collection(
-            node, self.chain, self.tablets, registers, disk, clock, chance, self.ask, self.watch, collect_every_s, rules
+            node, self.chain, self.tablets, registers, disk, clock, chance, ask, self.watch, collect_every_s, rules
         )
-        instance = local.incarnation + local.boot.to_bytes(8, "big")
-        self._followed = Followed(instance, self.chain, self.tablets, registers, disk, self.admit, rules)
-        self._joining = Joining(local.member, self, self.chain, clock, chance, self.ask, contacts, self._catch_up, wide)
+        self._joining = Joining(local.member, self, self.chain, clock, chance, ask, contacts, peers.catch_up, wide)
         self._lookout = Lookout(
             self._member,
             self,
@@ -208,12 +170,46 @@ class Domain:
             chance,
             network,
             disk,
-            self.ask,
-            self._catch_up,
+            ask,
+            peers.catch_up,
             self._looked,
             wide,
         )
-        self._news = News(name, clock, self.ask, self.status, self._others_near)
+        acceptor = DecreeAcceptor(self.chain, disk, node, local.incarnation, rules)
+        source = Source(
+            node,
+            local.incarnation,
+            self.chain,
+            self.tablets,
+            registers,
+            peers.learn,
+            self._sealed,
+            disk.durable,
+            rules,
+        )
+        instance = local.incarnation + local.boot.to_bytes(8, "big")
+        followed = Followed(instance, self.chain, self.tablets, registers, disk, self.admit, rules)
+        self._answers = Answers(
+            self._member,
+            self,
+            self.chain,
+            self.tablets,
+            self.watch,
+            peers,
+            acceptor,
+            source,
+            followed,
+            self._membership,
+            self.generations,
+            self.collection,
+            self.transfer,
+            self.repair,
+            self._lookout,
+            clock,
+            self._looked,
+            wide,
+        )
+        self._news = News(name, clock, ask, self.status, peers.to_tell)
         self._changed()
 
     # ---- what the registers use
@@ -240,8 +236,7 @@ class Domain:
 
     @property
     def generation(self) -> int:
-        newest = self.chain.newest
-        return 0 if newest is None else newest.generation
+        return self.chain.generation
 
     def replicas(self, tablet: int) -> TabletReplicas:
         """Those to talk to now: the newest set, or the one before it while that is not known to be sealed."""
@@ -386,7 +381,7 @@ class Domain:
 
     async def _greet(self, node: NodeId) -> None:
         asked = AskStatus(self.name, self.chain.epoch, self.generation, self.chain.branch)
-        await ask_each(self.ask, [node], asked, Status)
+        await ask_each(self.peers.ask, [node], asked, Status)
 
     def look(self) -> None:
         """What this node was waiting for to join may be the case now."""
@@ -414,27 +409,13 @@ class Domain:
 
         In a large domain only of those that it has to do with all the time.
         """
-        newest = self.chain.newest
-        if newest is None:
-            return {}
-        out = self.chain.left_out
-        before = self.chain.link(self.chain.generation_epoch - 1).members if out else ()
-        known = {m.node_id: m.address for m in before if m.node_id in out}
-        me = self.local.node_id
-        all_of_them = self._wide is None or me in newest.voters
-        near = newest.others(me) if all_of_them else self._near(newest)
-        known.update({m.node_id: m.address for m in newest.members if m.node_id in near})
-        known.pop(me, None)
-        return known
+        return self.peers.acquaintances()
 
     def health(self) -> dict[str, object]:
         """For status commands and metrics; see `dht.domain.health`."""
         node, unchecked = self.local.node_id, self.repair.unchecked()
-        newest = self.chain.newest
-        unasked = frozenset[NodeId]()
-        if newest is not None and self._wide is not None and node not in newest.voters:
-            unasked = frozenset(newest.others(node)).difference(self._near(newest))
-        return health(newest, node, self.status(), self.watch, self._clock, unchecked, unasked)
+        unasked = self.peers.unasked()
+        return health(self.chain.newest, node, self.status(), self.watch, self._clock, unchecked, unasked)
 
     @property
     def counters(self) -> dict[str, int | float]:
@@ -444,66 +425,13 @@ class Domain:
 
     # ---- peers
 
-    async def ask(self, to: NodeId, message: DomainMessage) -> Message:
-        """A request to any node, this one too."""
-        if to == self.local.node_id:
-            return await self.answer(to, message)
-        match message:
-            case AskJoin() | AskLeave():
-                timeout_s = JOIN_TIMEOUT_S
-            case AskHeaders() | AskRegisters():
-                timeout_s = PAGE_TIMEOUT_S
-            case _:
-                timeout_s = PEER_TIMEOUT_S
-        reply = await self._network.call(to, message, timeout_s)
-        if not isinstance(reply, Message):
-            raise RemoteProtocolError(f"a peer answered {type(message).__name__} with {type(reply).__name__}")
-        return reply
-
     async def answer(self, sender: NodeId, message: Struct) -> Message:
         """Serve a peer. Raises NotFound for another domain, RemoteProtocolError for what is no domain message."""
-        if not isinstance(message, DomainMessage):
-            raise RemoteProtocolError(f"{type(message).__name__} is no message of a domain")
-        if message.domain != self.name:
-            raise NotFound(f"domain {message.domain} is not kept on this node; it keeps {self.name}")
-        if self.generations.superseded and not isinstance(message, AskStatus):
-            # Its links neither: who joins must not begin with a chain that is over.
-            raise NotServing(self.generations.stopped, domain=self.name, roster_epoch=self.chain.epoch)
-        match message:
-            case AskLinks():
-                await self.chain.durable()
-                limit = max(1, min(message.limit, LINKS_PER_PAGE))
-                return Links(self.chain.after(message.after, limit), self.chain.epoch)
-            case TellLink():
-                await self.learn(message.link, sender)
-                return Newest(self.chain.epoch)
-            case DecreePrepare():
-                await self._catch_up(message.epoch - 1, sender)
-                return await self._acceptor.prepare(message)
-            case DecreeAccept():
-                await self._catch_up(message.epoch - 1, sender)
-                return await self._acceptor.accept(message)
-            case AskStatus():
-                self._compare(sender, message)
-                return self.status()
-            case TellTablets():
-                return self._told(sender, message)
-            case AskJoin():
-                return await self._membership.join(sender, message)
-            case AskLeave():
-                return await self._membership.leave(message)
-            case _:
-                return await self._hand_over(sender, message)
+        return await self._answers.answer(sender, message)
 
-    def _compare(self, sender: NodeId, message: AskStatus) -> None:
-        """Who asks may hold newer links, or those of a generation that began without this node."""
-        if self.generations.is_higher(message.generation, message.branch):
-            self.generations.meet_soon(sender, message.generation)
-        elif (message.generation, message.branch) == (
-            self.generation,
-            self.chain.branch,
-        ) and message.epoch > self.chain.epoch:
-            self._lookout.refresh()
+    def status(self) -> Status:
+        """What the other members are told about this one."""
+        return self._answers.status()
 
     def _taken_over(self, tablet: int) -> None:
         self.repair.initialised(tablet)
@@ -512,102 +440,6 @@ class Domain:
     def _sealed(self, tablet: int) -> None:
         self.transfer.sealed(tablet)
         self._changed()
-
-    def _told(self, sender: NodeId, message: TellTablets) -> Newest:
-        newest = self.chain.newest
-        if newest is not None and newest.member(sender) is not None and message.generation == self.generation:
-            self.watch.told(sender, message.tablets)
-            if message.epoch > self.chain.epoch:
-                self._lookout.refresh()
-            self._changed(announce=False)
-        return Newest(self.chain.epoch)
-
-    def _others_near(self) -> tuple[NodeId, ...]:
-        """The other members that are not known to be away; those that just left, too, who may have to let go."""
-        newest = self.chain.newest
-        if newest is None:
-            return ()
-        before = self.chain.link(newest.epoch - 1).members if newest.epoch > rosters.FIRST_EPOCH else ()
-        gone = [m.node_id for m in before if newest.member(m.node_id) is None and m.node_id != self.local.node_id]
-        return tuple(n for n in (*self._near(newest), *gone) if self._network.alive(n))
-
-    def _near(self, newest: Roster) -> tuple[NodeId, ...]:
-        """The other members that this one has to do with."""
-        me = self.local.node_id
-        if self._wide is None or not is_large(newest):
-            return newest.others(me)
-        return tuple(sorted(neighbours(newest, me, self._lookout.held())))
-
-    async def _hand_over(self, sender: NodeId, message: DomainMessage) -> Message:
-        match message:
-            case AskSeal():
-                return await self._source.seal(sender, message)
-            case AskHeaders():
-                return self._source.headers(message)
-            case AskRegisters():
-                return self._source.registers(message)
-            case AskChanges():
-                return await self._followed.changes(message)
-            case AskMarks():
-                return await self._followed.marks(message)
-            case AskRecovery():
-                return await self.generations.grant(sender, message)
-            case AskTombstones():
-                return await self.collection.acknowledge(message)
-            case Collect():
-                return await self.collection.collect(message)
-            case _:
-                raise RemoteProtocolError(f"{type(message).__name__} is not served by a domain")
-
-    async def learn(self, link: Roster, sender: NodeId) -> None:
-        """Take a decided link, and those before it from the sender; durable when this returns.
-
-        Raises Unavailable when the sender does not give what is missing.
-        """
-        await self._catch_up(link.epoch - 1, sender)
-        if self.chain.append(link):
-            self._changed()
-        await self.chain.durable()
-
-    async def _catch_up(self, epoch: int, sender: NodeId) -> None:
-        while self.chain.epoch < epoch:
-            before = self.chain.epoch
-            reply = await self.ask(sender, AskLinks(self.name, before, LINKS_PER_PAGE))
-            if isinstance(reply, Links):
-                for link in reply.links:
-                    if self.chain.append(link):
-                        self._changed()
-            if self.chain.epoch == before:
-                raise Unavailable(
-                    f"links after {before} of domain {self.name} are needed and the peer does not give them; another "
-                    "member is asked later"
-                )
-
-    def status(self) -> Status:
-        """What the other members are told about this one."""
-        marks = []
-        for tablet in sorted({*self.tablets.known(), *self.transfer.remaining}):
-            state = self.tablets.state(tablet)
-            current = state.current if self.tablets.confirmed(tablet) else 0
-            groups, size_bytes = self.transfer.remaining.get(tablet) or self.repair.remaining.get(tablet, (0, 0))
-            marks.append(TabletMark(tablet, current, state.sealed, groups, state.agreed, size_bytes))
-        silences = self.watch.silent_s(self._clock.monotonic())
-        silent = tuple((n, s) for n, s in silences.items() if s > RETURN_AFTER_S)
-        return Status(
-            self.chain.epoch,
-            self.local.incarnation,
-            tuple(marks),
-            silent,
-            self.generation,
-            self.chain.branch,
-            self._word(),
-        )
-
-    def _word(self) -> Word:
-        newest = self.chain.newest
-        if self._wide is None or newest is None or not self.joined:
-            return Word()
-        return self._wide.word([m.node_id for m in newest.members if m.pop == self.local.pop])
 
     def _member(self) -> Member:
         return self.local.member()

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from dht.domain.asking import Ask
 from dht.domain.chain import Chain
 from dht.domain.messages import AskJoin, AskLeave, AskLinks, Links, Newest
+from dht.domain.peers import LINKS_PER_PAGE
 from dht.domain.roster import Member
 from dht.domain.wide import Wide, has_room
 from dht.errors import DhtError, Unavailable
@@ -20,7 +21,6 @@ from dht.model import NodeId
 from dht.world import Chance, Clock
 
 log = logging.getLogger(__name__)
-LINKS_PER_PAGE: Final = 100
 LOOK_ON_INTERVAL_S: Final = 5.0
 LOOK_ON_NODES_MAX: Final = 3
 """How often, and of how many nodes in turn, who looks on asks for newer links."""

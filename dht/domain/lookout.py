@@ -86,7 +86,7 @@ class Lookout:
         """Until cancelled, or the disk fails."""
         while True:
             try:
-                if self._wide is not None and not self._standing.joined and not self.held():
+                if self._wide is not None and not self._standing.joined and not self._tablets.held():
                     await self._joining.look_on(self._wide)
                     if not self._standing.joined:
                         await self._pause()
@@ -121,10 +121,6 @@ class Lookout:
             self._refreshing = asyncio.get_running_loop().create_task(self._round(only_alive=True))
         return self._refreshing
 
-    def held(self) -> tuple[int, ...]:
-        """Tablets with content here to hand over, or to let go of, as a member or after having been one."""
-        return tuple(t for t in self._tablets.known() if self._tablets.state(t).initialised)
-
     async def _pause(self) -> None:
         """Until the next status is due, or a node is met through which this one may join."""
         self._now.clear()
@@ -153,7 +149,7 @@ class Lookout:
         generation, branch = newest.generation, self._chain.branch
         question = AskStatus(self._chain.domain, self._chain.epoch, generation, branch)
         for node, status in (await ask_each(self._ask, others, question, Status)).items():
-            if (status.generation, status.branch) != (self._generation(), branch) or newest.member(node) is None:
+            if (status.generation, status.branch) != (self._chain.generation, branch) or newest.member(node) is None:
                 if self._generations.is_higher(status.generation, status.branch):
                     self._generations.meet_soon(node, status.generation)
                 continue
@@ -169,13 +165,10 @@ class Lookout:
                     log.info("domain %s: %s", self._chain.domain, error)
         self._changed()
 
-    def _generation(self) -> int:
-        newest = self._chain.newest
-        return 0 if newest is None else newest.generation
-
     def _asked(self, newest: Roster) -> tuple[NodeId, ...]:
         """The members to ask in this round: all, but in a large domain."""
-        return asked(newest, self._node, self.held(), self._rounds) if self._wide else newest.others(self._node)
+        held = self._tablets.held()
+        return asked(newest, self._node, held, self._rounds) if self._wide else newest.others(self._node)
 
     async def _announce(self) -> None:
         """Have the roster say where this node is now, if it says otherwise."""

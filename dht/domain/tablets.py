@@ -66,6 +66,10 @@ class Tablets:
         """Tablets with a state, ascending."""
         return tuple(sorted(self._states))
 
+    def held(self) -> tuple[int, ...]:
+        """Tablets with content here to hand over, or to let go of, as a member or after having been one."""
+        return tuple(t for t in self.known() if self.state(t).initialised)
+
     def serves(self, tablet: int) -> int:
         """The epoch at which this node votes on the tablet, 0 if none."""
         state = self.state(tablet)

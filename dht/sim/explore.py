@@ -367,7 +367,7 @@ class World:
     async def learn(self, number: int, links: Sequence[Roster]) -> None:
         domain = self.boots[number].node.domain
         for link in links:
-            await domain.learn(link, self.ids[number])
+            await domain.peers.learn(link, self.ids[number])
         await self.take_over(number)
 
     async def write(self, number: int, first: int) -> None:
@@ -420,7 +420,7 @@ class World:
         for number in range(self.case.machines):
             domain = self.boots[number].node.domain
             for link in links:
-                await domain.learn(link, self.ids[number])
+                await domain.peers.learn(link, self.ids[number])
         for number in newest:
             self.spawn(number, self.take_over(number))
         await asyncio.sleep(AFTER_S)

@@ -36,7 +36,7 @@ def test_propose_under_contention_and_loss_all_see_one_link(seed: int) -> None:
         async def propose(i: int) -> None:
             domain = world.domain(i % 3)
             proposer = DecreeProposer(
-                domain.chain, domain.local.node_id, 100 + i, domain._clock, domain._chance, domain.ask, RULES
+                domain.chain, domain.local.node_id, 100 + i, domain._clock, domain._chance, domain.peers.ask, RULES
             )
             for _ in range(5):
                 try:

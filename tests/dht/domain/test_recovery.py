@@ -146,8 +146,8 @@ def test_member_with_a_longer_chain_of_the_old_generation_is_superseded_for_good
         world.cluster.crash(0)
         old = world.domain(1).roster
         secret = successor(old, old.members, old.voters[::-1], old.tablets)
-        await world.domain(1).learn(secret, node_id(world, 1))
-        await world.domain(1).learn(
+        await world.domain(1).peers.learn(secret, node_id(world, 1))
+        await world.domain(1).peers.learn(
             successor(secret, secret.members, secret.voters[::-1], secret.tablets), node_id(world, 1)
         )
         world.cluster.crash(1)

@@ -58,7 +58,7 @@ class Stage:
     async def tell(self, *numbers: int) -> None:
         for number in numbers:
             for link in self.links:
-                await self.world.domain(number).learn(link, self.world.domain(0).local.node_id)
+                await self.world.domain(number).peers.learn(link, self.world.domain(0).local.node_id)
 
     def write(self, number: int, k: bytes, round: int, text: str, *, chosen: bool = True, epoch: int = 1) -> None:
         node = self.world.node(number)
@@ -177,7 +177,7 @@ def test_sealed_replica_admits_nothing_at_or_below_and_says_where_to_look() -> N
         domain = stage.world.domain(0)
         domain.admit(stage.tablet, 1)
         link = stage.move(1)
-        reply = await stage.world.domain(1).ask(domain.local.node_id, AskSeal("one", stage.tablet, 1, link))
+        reply = await stage.world.domain(1).peers.ask(domain.local.node_id, AskSeal("one", stage.tablet, 1, link))
         assert isinstance(reply, Sealed)
         assert reply.initialised
         with pytest.raises(NotServing) as refusal:
