@@ -1,0 +1,239 @@
+"""Who counts as alive, suspected or parted: links between real nodes on loopback, of which one falls silent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+
+import pytest
+from wire_nodes import Ask, nodes, until
+
+from dht.errors import Indeterminate
+from dht.limits import PEER_TIMEOUT_S
+from dht.wire import link, tcp
+
+
+async def test_silent_peer_is_not_alive_within_half_a_second():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        await asyncio.sleep(0.8)
+        assert a.network.alive(b.id), "an idle link stays alive by its signs of life"
+        b.network._ticking.cancel()
+        await until(lambda: not a.network.alive(b.id), 0.6)
+
+
+async def test_peer_that_leaves_a_request_in_silence_is_suspected(monkeypatch):
+    monkeypatch.setattr(link, "ALIVE_S", 60.0)
+    monkeypatch.setattr(link, "SILENCE_MAX_S", 60.0)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        b.network._ticking.cancel()
+        await asyncio.sleep(2 * link.SUSPECT_S)
+        assert a.network.alive(b.id), "nobody waits for it"
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 2.0), 5.0))
+        await until(lambda: not a.network.alive(b.id), 1.0)
+        await call
+        assert a.network.alive(b.id), "it answered after all"
+
+
+@pytest.mark.parametrize("limit", ["ALIVE_S", "SUSPECT_S", "GIVE_UP_S"])
+async def test_far_peer_has_two_round_trips_more(monkeypatch, limit):
+    """What was lost on the way is missed, and repeated, before its sender counts as silent."""
+    short_s = getattr(link, limit)
+    for far_us in (1000, 300_000):
+        async with unheard(monkeypatch, (0, 0, far_us, 0)) as (ours, _):
+            monkeypatch.setattr(link, limit, short_s)
+            ours.heard_s = ours._asked_s = now_s = asyncio.get_running_loop().time()
+            ours._short = dict.fromkeys(ours._waiting)
+            (waiter,) = ours._waiting.values()
+            ours.tick(now_s + short_s + 0.4)
+            ours.heard_s -= short_s + 0.4
+            assert (ours.alive and not waiter.done()) == (far_us == 300_000)
+            waiter.cancel()
+
+
+class Kernel:
+    """A link's socket as far as `dht.wire.tcp` asks it. `known`: what the kernel would say."""
+
+    def __init__(self, known):
+        self.known = known
+
+    def getsockopt(self, *_):
+        info = bytearray(104)
+        for at, value in zip((24, 56, 68, 72), self.known, strict=True):
+            struct.pack_into("I", info, at, value)
+        return bytes(info)
+
+
+@contextlib.asynccontextmanager
+async def silenced(monkeypatch, known):
+    """Two nodes and a link of the first whose peer says nothing.
+
+    The kernel says `known`: segments on their way, ms since anything came back, us of a round trip, of its deviation.
+    """
+    for name in ("ALIVE_S", "SUSPECT_S", "GIVE_UP_S", "SILENCE_MAX_S"):
+        monkeypatch.setattr(link, name, 60.0)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        b.network._ticking.cancel()
+        ours = a.network._peers[b.id].link
+        monkeypatch.setattr(ours._socket, "get_extra_info", lambda name: Kernel(known))
+        yield a, b
+
+
+@contextlib.asynccontextmanager
+async def unheard(monkeypatch, known):
+    """The same, without ticks but those of the test: (the link, when a request was about to leave on it)."""
+    async with silenced(monkeypatch, known) as (a, b):
+        a.network._ticking.cancel()
+        ours = a.network._peers[b.id].link
+        left_s = asyncio.get_running_loop().time()
+        call = asyncio.ensure_future(ours.call(Ask("slow", 5.0), 10.0))
+        try:
+            await until(lambda: len(b.served) > 1)
+            yield ours, left_s
+        finally:
+            call.cancel()
+
+
+async def test_peer_whose_host_acknowledges_nothing_is_parted_and_its_short_requests_fail(monkeypatch):
+    async with silenced(monkeypatch, (1, 900, 1000, 0)) as (a, b):
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 2.0), PEER_TIMEOUT_S))
+        await until(lambda: a.network.parted(b.id), 1.0)
+        assert not a.network.alive(b.id)
+        with pytest.raises(Indeterminate, match="fell silent"):
+            await asyncio.wait_for(call, 0.3)
+        b.network._tick()
+        await until(lambda: a.network.alive(b.id))
+        assert not a.network.parted(b.id), "it was heard again"
+
+
+@pytest.mark.parametrize(
+    ("known", "why"),
+    [
+        ((0, 900, 1000, 0), "nothing is on its way"),
+        ((1, 50, 1000, 0), "acknowledged a moment ago"),
+        ((1, 450, 300_000, 0), "far away"),
+        ((1, 450, 50_000, 70_000), "round trips of very different length"),
+    ],
+)
+async def test_silent_peer_whose_host_acknowledges_is_alive(monkeypatch, known, why):
+    async with silenced(monkeypatch, known) as (a, b):
+        await asyncio.sleep(3 * link.PARTED_S)
+        assert a.network.alive(b.id), why
+        assert not a.network.parted(b.id), why
+
+
+async def test_peer_whose_host_has_just_fallen_silent_is_passed_by_but_not_given_up(monkeypatch):
+    async with unheard(monkeypatch, (1, 150, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert not ours.alive
+        assert not ours.parted
+
+
+async def test_silence_of_a_host_is_counted_from_the_message_that_it_does_not_acknowledge(monkeypatch):
+    """Not from before it: an idle peer has nothing to say. And not from the first look at it."""
+    async with unheard(monkeypatch, (1, 5_000, 1000, 0)) as (ours, left_s):
+        ours.heard_s -= 5.0
+        ours.tick(left_s + 0.9 * link.MUTE_S)
+        assert ours.alive
+    async with unheard(monkeypatch, (1, 5_000, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert not ours.alive
+        assert ours.parted
+
+
+async def test_silence_of_a_host_is_counted_from_what_came_after_the_message_was_sent(monkeypatch):
+    """It had left already, and what was heard then did not acknowledge it."""
+    async with unheard(monkeypatch, (1, 5_000, 1000, 0)) as (ours, left_s):
+        ours.heard_s, ours._owed_s = left_s, None
+        ours.tick(left_s + 0.9 * link.MUTE_S)
+        assert ours.alive
+        ours.tick(left_s + 1.1 * link.MUTE_S)
+        assert not ours.alive
+
+
+async def test_host_that_owes_an_acknowledgement_is_sent_more_to_acknowledge(monkeypatch):
+    """The first message may have been lost, and its repetition comes late."""
+    monkeypatch.setattr(link, "SIGN_OF_LIFE_S", 60.0)
+    async with unheard(monkeypatch, (1, 60, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert ours._queue == [b""]
+    for known in ((0, 60, 1000, 0), (1, 60, 80_000, 0)):
+        async with unheard(monkeypatch, known) as (ours, left_s):
+            ours.tick(left_s + 50.0)
+            assert ours._queue == [], "it is acknowledged, or the peer is far away"
+
+
+async def test_peer_whose_host_is_not_heard_is_told_so(monkeypatch):
+    """It may hear this node; the sooner it knows, the likelier that the message still gets through."""
+    async with unheard(monkeypatch, (1, 150, 1000, 0)) as (ours, left_s):
+        ours.tick(left_s + 50.0)
+        assert ours._queue == [link.DEAF]
+
+
+async def test_peer_is_not_parted_for_a_pause_of_this_host(monkeypatch):
+    """The kernel's clock went on while nothing ran: what was sent before has had no time to be acknowledged."""
+    async with silenced(monkeypatch, (1, 60_000, 1000, 0)) as (a, b):
+        a.network._ticking.cancel()
+        ours = a.network._peers[b.id].link
+        now_s = asyncio.get_running_loop().time()
+        ours.heard_s = now_s - 5.1
+        ours._owed_s = a.network._ticked_s = now_s - 5.05
+        a.network._tick()
+        assert ours.alive
+        assert not ours.parted
+
+
+async def test_kernel_knows_of_a_real_connection_that_all_is_acknowledged():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        connection = a.network._peers[b.id].link._socket.get_extra_info("socket")
+        await until(lambda: tcp.read(connection).unacknowledged == 0)
+        known = tcp.read(connection)
+        assert 0 < known.round_trip_s < 1
+        assert known.last_ack_s < 5
+
+
+async def test_peer_that_is_slow_to_answer_is_not_suspected(monkeypatch):
+    monkeypatch.setattr(link, "SIGN_OF_LIFE_S", 0.7 * link.ALIVE_S)
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 1.0), 5.0))
+        await until(lambda: b.served)
+        while not call.done():
+            assert a.network.alive(b.id)
+            await asyncio.sleep(0.02)
+
+
+async def test_peer_that_does_not_hear_this_node_is_not_alive(monkeypatch):
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        sending = a.network._peers[b.id].link._socket
+
+        async def lose(data):
+            pass
+
+        monkeypatch.setattr(sending, "send_bytes", lose)
+        await until(lambda: not b.network.alive(a.id), 2.0)
+        await until(lambda: not a.network.alive(b.id), 1.0)
+        assert time.monotonic() - a.network._peers[b.id].link.heard_s < link.ALIVE_S, "it is heard all the time"
+        monkeypatch.undo()
+        await until(lambda: a.network.alive(b.id) and b.network.alive(a.id))
+
+
+async def test_silence_is_counted_from_the_last_sign_of_life():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        assert a.network.silent_s(b.id) == 0.0
+        await b.network.stop()
+        await until(lambda: a.network.silent_s(b.id) > 0.3)
+        assert a.network.silent_s(b.id) < 5.0

@@ -1,0 +1,77 @@
+"""Real nodes on loopback that answer a test's own requests over links."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from dht.codec import Message, message
+from dht.errors import Conflict, NotServing
+from dht.requests import Done
+from dht.wire.identity import Cluster, NodeIdentity
+from dht.wire.links import LinkNetwork
+
+CLUSTER = Cluster.found()
+
+
+@message
+class Ask(Message, frozen=True, tag=99_001):
+    text: str
+    wait_s: float = 0.0
+
+
+@message
+class Told(Message, frozen=True, tag=99_002):
+    text: str
+
+
+class Node:
+    def __init__(self, pop="lyon", cluster=CLUSTER, identity=None):
+        self.identity = identity or NodeIdentity.create(pop)
+        self.id = self.identity.node_id
+        self.boots = {}
+        self.served = []
+        self.network = LinkNetwork(self.identity, cluster, self.accept_boot)
+        self.network.serve(self.answer)
+
+    def accept_boot(self, node_id, incarnation, boot, start_id):
+        if boot < self.boots.get((node_id, incarnation), 0):
+            raise Conflict(f"boot {boot} is older than {self.boots[node_id, incarnation]}")
+        self.boots[node_id, incarnation] = boot
+
+    async def answer(self, sender, asked):
+        self.served.append(asked)
+        match asked:
+            case Ask("not serving"):
+                raise NotServing("sealed", domain="lyon", tablet=3, roster_epoch=4)
+            case Ask("bug"):
+                raise ZeroDivisionError("bug")
+            case Ask(text, wait_s):
+                await asyncio.sleep(wait_s)
+                return Told(text + " to " + sender.hex())
+        return Done()
+
+    async def start(self, port=0):
+        await self.network.start("127.0.0.1", port)
+        return self
+
+    def knows(self, other):
+        self.network.set_address(other.id, "127.0.0.1", other.network.port)
+
+
+@contextlib.asynccontextmanager
+async def nodes(count):
+    made = [await Node().start() for _ in range(count)]
+    try:
+        yield made
+    finally:
+        for node in made:
+            await node.network.stop()
+
+
+async def until(condition, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
