@@ -54,6 +54,7 @@ from lucd.world import LoopClock
 from nova_bridge.rpc import worker
 from nova_bridge.rpc.bus import Bus
 from nova_bridge.rpc.reach import BUS_REQUESTS, Reach
+from nova_bridge.sql.families import made_once
 
 log = logging.getLogger(__name__)
 GLOBAL_RESERVE_BYTES = 4 * 1024 * 1024
@@ -117,6 +118,7 @@ class Daemon:
             self.pops.index,
             self.overlay.find_hint,
             self.hints.made,
+            made_once,
         )
         self.followers = Followers(
             opened.path,

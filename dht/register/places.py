@@ -10,6 +10,9 @@ missed. A PoP out of reach makes what the others do not have Unavailable.
 A ballot that the asker holds is passed on only if rows were seen at it: of an absent group the same ballot may be held
 in many PoPs.
 
+Of some groups the key is made once, ever. Where this node saw such a group, and that PoP has it no more, it is gone,
+and nobody else is asked: a PoP that is cut off can tell that of what it made.
+
 A commit goes whole to the one PoP that has its groups; one over several is refused and says where each of its parts
 lives. A group that the transaction makes, as `created` says, comes into being here, and nobody else is asked. That is
 right as long as no two clients make a group of one key, which random keys see to. If they do, each PoP keeps its own: a
@@ -70,7 +73,8 @@ class Places:
 
     `own`: the PoP's shard (`dht.register.shards`); `far`: that of another. `registry`: domain `global` as it is reached
     from here now. `index`: the own PoP's; raises Unavailable. `hint`: awaits the PoP that the overlay believes a group
-    to be in. `made`: told of the groups made here. `counters`: requests to other PoPs, PoPs left out.
+    to be in. `made`: told of the groups made here. `made_once`: whether nobody makes a group of that key again,
+    once it is deleted. `counters`: requests to other PoPs, PoPs left out.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Places:
         index: Callable[[], int],
         hint: Callable[[GroupKey], Awaitable[str | None]],
         made: Callable[[GroupKey], None],
+        made_once: Callable[[GroupKey], bool] = lambda key: False,
     ) -> None:
         self.counters = {"asked_far": 0, "searched": 0, "hinted": 0, "partial_finds": 0, "pops_left_out": 0}
         self._pop = pop
@@ -93,6 +98,7 @@ class Places:
         self._index = index
         self._hint = hint
         self._made = made
+        self._made_once = made_once
         self._places: OrderedDict[GroupKey, Place] = OrderedDict()
         self._sent: OrderedDict[TransactionId, str] = OrderedDict()
         self._shards: dict[str, tuple[Ballot, tuple[str, ...]]] = {}
@@ -322,8 +328,13 @@ class Places:
                     self._remember(key, pop, read.ballot)
             else:
                 search.none[key][pop] = read
-                if (place := self._places.get(key)) is not None and place.pop == pop:
+                if (place := self._places.get(key)) is None or place.pop != pop:
+                    continue
+                if not self._made_once(key):
                     del self._places[key]
+                elif key in search.open:
+                    search.take(key, read)
+                    self._remember(key, pop, ZERO)
 
     # Commits.
 
@@ -352,7 +363,10 @@ class Places:
     def _note(self, part: Part, pop: str, ballot: Ballot) -> None:
         """After a change of rows some are there; after a DELETE perhaps none."""
         if any(change.op is Op.DELETE for change in part.changes):
-            self._places.pop(part.key, None)
+            if self._made_once(part.key):
+                self._remember(part.key, pop, ZERO)
+            else:
+                self._places.pop(part.key, None)
         elif part.changes:
             self._remember(part.key, pop, ballot)
 

@@ -15,8 +15,8 @@ from typing import Literal
 import msgspec
 import yaml
 
-from dht.model import LOCAL, SPANNING, Reading
-from dht.rows import LOCAL_MARK
+from dht.model import LOCAL, SPANNING, GroupKey, Reading
+from dht.rows import LOCAL_MARK, split_group_key
 
 TEMPORARY = "_alembic_tmp_"
 """Alembic's batch mode copies table x to `_alembic_tmp_x` and renames it: the copy follows the rules of x."""
@@ -46,6 +46,7 @@ class _Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tables: dict[str, tuple[str, ...]]
     whole: bool = False
     home: Literal["", "local", "global"] = ""
+    made_once: bool = False
     read: tuple[Literal["follow", "serve_stale", "partial_ok"], ...] = ()
 
 
@@ -85,3 +86,14 @@ def rule_of(table: str, columns: Collection[str], home: str = "") -> Rule:
         root=local and found.root,
         read=read if home in SPANNING else 0,
     )
+
+
+@functools.cache
+def _made_once() -> frozenset[str]:
+    families = _document().families
+    return frozenset(LOCAL_MARK + name for name, content in families.items() if content.made_once)
+
+
+def made_once(key: GroupKey) -> bool:
+    """Whether nobody makes a group of this key again when it was deleted (families.yaml, `made_once`)."""
+    return split_group_key(key)[1] in _made_once()

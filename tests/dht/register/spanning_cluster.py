@@ -75,7 +75,7 @@ class Spanning:
     def registry(self) -> Pop:
         return self.home
 
-    def places(self, pop: str) -> Places:
+    def places(self, pop: str, made_once: bool = False) -> Places:
         async def hint(key: bytes) -> str | None:
             return self.hints.get(key)
 
@@ -89,6 +89,7 @@ class Spanning:
             lambda: index,
             hint,
             self.made.append,
+            lambda key: made_once,
         )
         made._shards[DATABASE] = (ZERO._replace(round=1), tuple(self.known))
         return made

@@ -167,6 +167,34 @@ async def test_group_that_moved_is_found_where_it_is_now(pops):
     assert store.known_place(key_of(1)) is None
 
 
+@pytest.mark.parametrize("deletes_itself", [True, False])
+async def test_group_of_a_key_that_is_made_once_is_gone_where_its_pop_says_so_though_others_are_away(
+    pops, deletes_itself
+):
+    store = pops.places("a", made_once=True)
+    await make(store, 1, 2)
+    pops.cut("b", "c")
+    await (store if deletes_itself else pops.places("a")).commit(transaction(part(1, Op.DELETE), created=()))
+    for _ in range(2):
+        assert await value(store, 1) == []
+    assert await value(store, 2) == [2]
+    with pytest.raises(Unavailable, match="may be in b, c"):
+        await store.read([key_of(3)])  # never seen here: it may have been made there
+
+
+async def test_group_of_a_key_that_is_made_once_is_asked_of_its_pop_alone_even_when_it_is_gone(pops):
+    far = pops.places("b", made_once=True)
+    await make(pops.places("a"), 1)
+    assert await value(far, 1) == [1]
+    await pops.places("a").commit(transaction(part(1, Op.DELETE), created=()))
+    pops.asked()
+    assert await value(far, 1) == []
+    assert set(pops.asked()) == {"a"}
+    pops.cut("a")
+    with pytest.raises(Unavailable, match="a is cut off"):
+        await far.read([key_of(1)])
+
+
 async def test_ballot_of_an_absent_group_is_not_taken_for_rows(pops):
     here, far = pops.places("a"), pops.places("b")
     await make(here, 1)

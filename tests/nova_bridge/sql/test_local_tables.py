@@ -269,3 +269,9 @@ def test_second_process_has_the_homes_from_the_catalog(store: SpanningStore) -> 
     assert second.database.schema.tables["instance_mappings"].local
     first.close()
     second.close()
+
+
+def test_made_once_key_of_a_build_request_and_of_no_mapping():
+    assert families.made_once(group_key("nova_api", "~build_request", ("u",)))
+    assert not families.made_once(group_key("nova_api", "build_request", ("u",)))
+    assert not families.made_once(group_key("nova_api", "~host_mapping", ("h",)))
