@@ -111,9 +111,13 @@ class CreateDatabase(Message, frozen=True, tag=111):
 
 @message
 class DropDatabase(Message, frozen=True, tag=112):
-    """Delete the database with all its groups."""
+    """Delete the database with all its groups; one that is being dropped already, too.
+
+    `home`: only if the list that is asked has it with that home; None: whichever it has.
+    """
 
     name: str
+    home: str | None = None
 
 
 @message
@@ -263,7 +267,7 @@ class Store(Protocol):
 
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool: ...
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool: ...
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool: ...
 
 
 class BlockingStore(Protocol):

@@ -106,6 +106,6 @@ async def ask_registry(store: Store, message: Message, timeout_s: float) -> Mess
         case requests.CreateDatabase():
             return requests.Done(await store.create_database(message.name, timeout_s, message.home))
         case requests.DropDatabase():
-            return requests.Done(await store.drop_database(message.name, timeout_s))
+            return requests.Done(await store.drop_database(message.name, timeout_s, message.home))
         case _:
             raise Invalid(f"{type(message).__name__} is not a request that a daemon's door serves")

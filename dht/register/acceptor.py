@@ -218,7 +218,11 @@ class Acceptor:
             except NotServing:
                 break
             tablets += 1
-        return ListGroupsReply(tuple(keys), keys[-1] if len(keys) == request.limit else b"", tablets)
+        headers = [self._file.header(key) for key in keys]
+        ballots = tuple(header.accepted for header in headers)
+        gone = tuple(header.deleted and header.settled for header in headers)
+        last = keys[-1] if len(keys) == request.limit else b""
+        return ListGroupsReply(tuple(keys), last, tablets, ballots, gone)
 
     def _list(self, tablet: int, prefix: bytes, after: GroupKey, limit: int) -> list[GroupKey]:
         domain = self._context.domain

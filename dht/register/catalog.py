@@ -26,6 +26,7 @@ from dht.model import (
     Part,
     PopClaim,
     RowKey,
+    Struct,
     TableSpec,
     Value,
 )
@@ -37,7 +38,7 @@ DATABASE_NAME_CHARACTERS_MAX = 64
 SEQUENCE_IDS_MAX = 100_000
 INDEXES_LEFT_OUT = 16
 """After a recovery of `global`: so many PoPs may have been founded since what it had was written."""
-_HERE = (None, "", GLOBAL, LOCAL)
+_HERE = ("", GLOBAL, LOCAL)
 """Homes in a registry's rows of what lives in the registry's own domain; others are names of PoPs, or say a shard."""
 _SHARD = "~"
 SEQUENCE_FAMILY = "sequence"
@@ -66,10 +67,41 @@ def schema_changed(database: str, have: int, current: int) -> SchemaChanged:
     )
 
 
+def being_dropped(name: str) -> NotFound:
+    return NotFound(
+        f"database {name!r} is being dropped; `lucd database drop {name} --yes` goes on with it where that broke off, "
+        f"`lucd database create {name}` does too and makes it anew",
+        database=name,
+    )
+
+
+class Registered(Struct, frozen=True):
+    """A registry's row of a database.
+
+    `mark`: of its creation, which tells it from others that had or will have its name. `home`: empty: the registry's
+    own domain. `dropping`: it is served no more, and the name stays taken until its groups are empty.
+    """
+
+    mark: Value
+    home: str
+    dropping: bool
+
+
+def registered(rows: Mapping[RowKey, bytes]) -> dict[str, Registered]:
+    """All names in the registry's rows, sorted."""
+    named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
+    return {name: Registered(row.get(0), str(row.get(1) or ""), bool(row.get(2))) for name, row in sorted(named)}
+
+
 def databases_of(rows: Mapping[RowKey, bytes]) -> dict[str, Value]:
     """The names in the registry's rows of what its domain serves, sorted, each with the mark of its creation."""
-    named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
-    return dict(sorted((name, row.get(0)) for name, row in named if row.get(1) in _HERE or is_shard(row.get(1))))
+    served = ((name, row) for name, row in registered(rows).items() if not row.dropping)
+    return {name: row.mark for name, row in served if row.home in _HERE or is_shard(row.home)}
+
+
+def dropping_of(rows: Mapping[RowKey, bytes]) -> frozenset[str]:
+    """The names in the registry's rows that are being dropped."""
+    return frozenset(name for name, row in registered(rows).items() if row.dropping)
 
 
 def shard_home(mark: bytes) -> str:
@@ -88,9 +120,8 @@ def at_home(rows: Mapping[RowKey, bytes]) -> tuple[str, ...]:
 
 
 def homes_of(rows: Mapping[RowKey, bytes]) -> dict[str, str]:
-    """All names in the registry's rows, sorted, each with its home; empty: the registry's own domain."""
-    named = ((str(split_row_key(key)[1][0]), decode_row(row)) for key, row in rows.items())
-    return dict(sorted((name, str(row.get(1) or "")) for name, row in named))
+    """The names in the registry's rows, sorted, each with its home, but for those that are being dropped."""
+    return {name: row.home for name, row in registered(rows).items() if not row.dropping}
 
 
 def registry_row(name: str) -> RowKey:
@@ -175,8 +206,14 @@ def shards_of(rows: Mapping[RowKey, bytes]) -> tuple[str, ...]:
     return tuple(sorted(str(split_row_key(key)[1][0]) for key in rows))
 
 
-def database_removed(name: str) -> Part:
-    return Part(REGISTRY_GROUP, changes=(Change(Op.DELETE, 0, (name,)),))
+def database_dropping(name: str, mark: Value) -> Part:
+    """That creation of the database is served no more. Without effect where it is said already."""
+    return Part(REGISTRY_GROUP, changes=(Change(Op.UPDATE, 0, (name,), {2: 1}, {0: mark}),))
+
+
+def database_removed(name: str, mark: Value) -> Part:
+    """The end of that creation's drop: the name is free."""
+    return Part(REGISTRY_GROUP, changes=(Change(Op.DELETE, 0, (name,), guards={0: mark, 2: 1}),))
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -216,8 +253,11 @@ def emptied(key: GroupKey, rows: Mapping[RowKey, bytes]) -> dict[RowKey, bytes |
     """What empties a group of a database that was dropped.
 
     Of a catalog the versions and table numbers used up stay, so that those of a database of the same name go on from
-    there: nobody takes one of the old ones for one of the new.
+    there: nobody takes one of the old ones for one of the new. One that has no tables is as a drop leaves it: two that
+    drop a database at once come to an end.
     """
+    if split_group_key(key)[1] == CATALOG_FAMILY and not has_tables(rows):
+        return {}
     delta: dict[RowKey, bytes | None] = dict.fromkeys(rows)
     head = row_key(CATALOG_TABLE, (0,))
     if head in rows and split_group_key(key)[1] == CATALOG_FAMILY:

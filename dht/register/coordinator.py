@@ -243,7 +243,14 @@ class Coordinator:
             step: Delta = {}
             try:
                 step, at, outcome = operations.perform(
-                    state, operation, waiting.seen, waiting.attempt, ballot, rules, standing.version
+                    state,
+                    operation,
+                    waiting.seen,
+                    waiting.attempt,
+                    ballot,
+                    rules,
+                    standing.version,
+                    changed=bool(delta),
                 )
                 waiting.answer = Coordinated(at, outcome)
             except Blocked as blocked:

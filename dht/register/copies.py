@@ -401,8 +401,8 @@ class CopiedRegistry:
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return await self._voters().create_database(name, timeout_s, home)
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
-        dropped = await self._voters().drop_database(name, timeout_s)
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
+        dropped = await self._voters().drop_database(name, timeout_s, home)
         self._distrust(encode_value(name))
         return dropped
 

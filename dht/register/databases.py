@@ -1,7 +1,8 @@
 """Which databases there are, and what this node's indexes know of their tables.
 
-The registry is one group; names are cached for a moment, so a database that was just dropped elsewhere may be written
-for that long, into groups that nobody reads any more. The catalog of a database is a group too; a replica learns its
+The registry is one group; names are cached for a moment, so a database that is being dropped elsewhere may be written
+for that long. A drop has three steps: the database is served no more, then its groups are emptied
+(`dht.register.emptying`), then the name is free. The catalog of a database is a group too; a replica learns its
 table specs when a commit or find names a version that it does not follow yet.
 """
 
@@ -9,28 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
 
 import msgspec
 
-from dht.errors import Conflict, DhtError, Duplicate, NotServing, RemoteProtocolError, Unavailable
+from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Unavailable
 from dht.limits import PEER_TIMEOUT_S
-from dht.model import Ballot, GroupKey, NodeId, Part, PopClaim, Transaction, Value
+from dht.model import Ballot, NodeId, Part, PopClaim, Transaction, Value
 from dht.register import catalog
 from dht.register.acceptor import Acceptor
+from dht.register.catalog import Registered
 from dht.register.context import Context
-from dht.register.messages import Kind, Learn, ListGroups, ListGroupsReply, Operation
+from dht.register.emptying import Emptying
+from dht.register.messages import Learn
 from dht.register.reader import Reader
-from dht.register.rounds import expect
 from dht.register.routing import Router
 from dht.register.transaction import Transactions
 from dht.world import Batch
 
 NAMES_KEPT_S = 2.0
-_LIST_GROUPS_MAX = 1_000
-_TABLETS_LISTED_AT_ONCE = 16
-"""Of a database that is dropped: their groups' keys are held in memory."""
-_EMPTIED_AT_ONCE = 64
 
 
 class Databases:
@@ -45,6 +42,7 @@ class Databases:
         self._reader = reader
         self._transactions = transactions
         self._names: dict[str, Value] = {}
+        self._dropping: frozenset[str] = frozenset()
         self._names_until = 0.0
         self._learning: dict[str, asyncio.Lock] = {}
         # The batch that made the indexes follow the version that they follow.
@@ -56,11 +54,15 @@ class Databases:
         """All databases that are at home here, as the registry says now."""
         (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
         self._names = catalog.databases_of(group.rows or {})
+        self._dropping = catalog.dropping_of(group.rows or {})
         self._names_until = self._context.clock.monotonic() + NAMES_KEPT_S
         return catalog.at_home(group.rows or {})
 
     async def homes(self, deadline: float) -> dict[str, str]:
-        """All databases that this domain's registry lists, each with its home; empty: this domain."""
+        """All databases that this domain's registry lists, each with its home; empty: this domain.
+
+        Without those that are being dropped.
+        """
         (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
         return catalog.homes_of(group.rows or {})
 
@@ -103,7 +105,8 @@ class Databases:
         if not known:
             await self.names(deadline)
         if database not in self._names:
-            raise catalog.no_such_database(database)
+            gone = catalog.being_dropped if database in self._dropping else catalog.no_such_database
+            raise gone(database)
         followed = self._context.file.spec_version(database)
         if version and version < followed:
             # After a recovery that lost writes the catalog may be older than this node knows, so it has the word.
@@ -124,49 +127,83 @@ class Databases:
             raise catalog.schema_changed(database, version, current)
 
     async def create(self, name: str, deadline: float, home: str = "") -> bool:
-        """False if it exists. With a PoP for its `home` only the name is taken: the database itself lives there."""
-        catalog.check_database_name(name)
-        if not home and catalog.is_shard((await self.homes(deadline)).get(name)):
-            # Left behind by a database of this name that was dropped: its rows are not this one's.
-            await self.drop(name, deadline)
-        added = catalog.database_added(name, self._context.chance.randbytes(8), home)
-        return await self._register(added, name, deadline)
+        """False if it exists. With a PoP for its `home` only the name is taken: the database itself lives there.
 
-    async def drop(self, name: str, deadline: float) -> bool:
-        """Take the name out of the registry, then empty the groups. False if there is no such database.
-
-        Raises Unavailable when some groups could not be emptied; the name is free then all the same, so it should be
-        created and dropped again before it is used for something else.
+        What is being dropped is dropped first, and so is a shard that a database of this name left behind, unless
+        another shard is to be made.
         """
-        if not await self._register(catalog.database_removed(name), name, deadline):
+        catalog.check_database_name(name)
+        while True:
+            rows, seen = await self._registered(deadline)
+            row = rows.get(name)
+            if row is None:
+                added = catalog.database_added(name, self._context.chance.randbytes(8), home)
+                return await self._register(added, name, deadline)
+            if not row.dropping and (home or not catalog.is_shard(row.home)):
+                return False
+            await self._drop(name, row, seen, deadline)
+
+    async def drop(self, name: str, deadline: float, home: str | None = None) -> bool:
+        """Delete the database. False if there is none of that name and, if one is given, of that home.
+
+        Nobody serves it from the moment when the registry says that it is being dropped; the name becomes free when its
+        groups are empty. Raises Unavailable when they could not be emptied in time: to drop it, or to create it, once
+        more goes on with that, on any node.
+        """
+        rows, seen = await self._registered(deadline)
+        row = rows.get(name)
+        if row is None or home not in (None, row.home):
             return False
-        count = len(self._context.domain.roster.tablets)
-        had_catalog = False
-        for first in range(0, count, _TABLETS_LISTED_AT_ONCE):
-            tablets = range(first, min(first + _TABLETS_LISTED_AT_ONCE, count))
-            keys = await self._groups(name, tablets, deadline)
-            had_catalog = had_catalog or catalog.catalog_group(name) in keys
-            for at in range(0, len(keys), _EMPTIED_AT_ONCE):
-                await asyncio.gather(*(self._empty(key, deadline) for key in keys[at : at + _EMPTIED_AT_ONCE]))
-        if had_catalog:
-            await self.announce(name)
-        return True
+        return await self._drop(name, row, seen, deadline)
 
-    async def _empty(self, key: GroupKey, deadline: float) -> None:
-        operation = Operation(Kind.EMPTY, self._context.chance.randbytes(16), Part(key))
-        await self._router.submit(operation, 0, deadline)
+    async def _drop(self, name: str, row: Registered, seen: Ballot, deadline: float) -> bool:
+        """Drop that creation of the database, or go on with it. False if it was gone already."""
+        marked = row.dropping or await self._register(catalog.database_dropping(name, row.mark), name, deadline, seen)
+        if not marked:
+            return False
 
-    async def _register(self, part: Part, name: str, deadline: float) -> bool:
-        self._names_until = 0.0
+        async def still() -> bool:
+            now = (await self._registered(deadline))[0].get(name)
+            same = now is not None and now.dropping and now.mark == row.mark
+            return same or not self._context.rules.drop_looks_again
+
+        work = Emptying(self._context, self._acceptor, self._router, name)
         try:
-            await self._commit(part, name, deadline)
-        except Duplicate:
-            return False
-        except Conflict as error:
-            if error.detail.get("what") != "change":
-                raise
-            return False
+            if not await work.run(still, deadline):
+                return True  # somebody else has finished it
+        except (Unavailable, Indeterminate) as error:
+            raise Unavailable(
+                f"database {name!r} is being dropped and serves nobody any more, but not all of it could be "
+                f"emptied in time: {error.message}; drop it again, which goes on with that"
+            ) from None
+        if work.had_catalog:
+            await self.announce(name)
+        await self._register(catalog.database_removed(name, row.mark), name, deadline)
         return True
+
+    async def _registered(self, deadline: float) -> tuple[dict[str, Registered], Ballot]:
+        """The registry, and where it stands."""
+        (group,) = await self._reader.read([catalog.REGISTRY_GROUP], None, deadline)
+        return catalog.registered(group.rows or {}), group.ballot
+
+    async def _register(self, part: Part, name: str, deadline: float, seen: Ballot | None = None) -> bool:
+        """False if it is not as the part has it, or somebody else was faster."""
+        self._names_until = 0.0
+        while True:
+            try:
+                await self._commit(part, name, deadline, seen)
+            except Duplicate:
+                return False
+            except Conflict as error:
+                if error.detail.get("what") == "change":
+                    return False
+                if error.detail.get("what") != "window" or seen is None:
+                    raise
+                # The list has changed too often since it was read: certainly not applied.
+                seen = None
+            else:
+                self._names_until = 0.0
+                return True
 
     async def _commit(self, part: Part, database: str, deadline: float, seen: Ballot | None = None) -> None:
         """A change of a list, from where it stands: many change it, and one that is sent again is known by that."""
@@ -177,57 +214,6 @@ class Databases:
         await self._transactions.commit(
             Transaction(self._context.chance.randbytes(16), database, 0, (part,)), 0, deadline
         )
-
-    async def _groups(self, database: str, tablets: Sequence[int], deadline: float) -> list[GroupKey]:
-        """Groups of the database in the tablets, as any of their replicas knows them; of each, a majority answers."""
-        keys: dict[GroupKey, None] = {}
-        waiting = list(tablets)
-        while True:
-            heard: dict[int, int] = dict.fromkeys(waiting, 0)
-            replicas = {tablet: self._context.domain.replicas(tablet).nodes for tablet in waiting}
-            asked: dict[NodeId, list[int]] = {}
-            for tablet, nodes in replicas.items():
-                for node in nodes:
-                    asked.setdefault(node, []).append(tablet)
-            await asyncio.gather(*(self._list_at(node, database, of, keys, heard) for node, of in asked.items()))
-            waiting = [tablet for tablet in waiting if heard[tablet] * 2 <= len(replicas[tablet])]
-            if not waiting:
-                return list(keys)
-            if self._context.remaining(deadline) <= 0:
-                raise Unavailable(
-                    f"the groups of tablet {waiting[0]} cannot be listed: {heard[waiting[0]]} of "
-                    f"{len(replicas[waiting[0]])} answered"
-                )
-            await self._context.back_off()
-
-    async def _list_at(
-        self, node: NodeId, database: str, tablets: list[int], keys: dict[GroupKey, None], heard: dict[int, int]
-    ) -> None:
-        """Add the groups that one node has in its tablets, and count those of the tablets that it told all of."""
-        after = b""
-        while tablets:
-            request = ListGroups(database, tablets[0], after, _LIST_GROUPS_MAX, tuple(tablets[1:]))
-            try:
-                reply = await self._ask_groups(node, request)
-            except DhtError as error:
-                self._context.count("lists_failed")
-                if not isinstance(error, NotServing):
-                    return
-                tablets, after = tablets[1:], b""
-                continue
-            keys.update(dict.fromkeys(reply.keys))
-            told, after = reply.tablets - bool(reply.last), reply.last
-            for tablet in tablets[:told]:
-                heard[tablet] += 1
-            tablets = tablets[told:]
-
-    async def _ask_groups(self, node: NodeId, request: ListGroups) -> ListGroupsReply:
-        if node == self._context.node:
-            return self._acceptor.list_groups(request)
-        reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ListGroupsReply)
-        if not 1 <= reply.tablets <= 1 + len(request.others):
-            raise RemoteProtocolError(f"{reply.tablets} tablets were told of, {1 + len(request.others)} were asked for")
-        return reply
 
     # Catalogs.
 

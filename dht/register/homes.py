@@ -143,8 +143,8 @@ class FarStore:
         message = requests.CreateDatabase(name, home)
         return (await self.ask(message, requests.Done, timeout_s, repeatable=False)).changed
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
-        return (await self.ask(requests.DropDatabase(name), requests.Done, timeout_s, repeatable=False)).changed
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
+        return (await self.ask(requests.DropDatabase(name, home), requests.Done, timeout_s, repeatable=False)).changed
 
     async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
         return (await self.ask(requests.ListPops(), requests.ListPopsReply, timeout_s)).pops
@@ -385,15 +385,21 @@ class HomedStore:
         # Also where it is listed already: a creation may have broken off in between.
         return created if lives in SPANNING else await self._at(lives).create_database(name, timeout_s)
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
         """At its home first, then from the list: what broke off in between is finished by dropping it again.
 
-        Of what is in no list, a shard that was left behind in this PoP.
+        Of what is in no list, a shard that was left behind in this PoP. `home`: only if it has that one.
         """
-        home = (await self.homes(timeout_s)).get(name)
+        lives = (await self.homes(timeout_s)).get(name)
         self._homes.pop(name, None)
-        if home is None:
-            left = name in await self.left_behind(timeout_s)
-            return left and await self._own.drop_database(name, timeout_s)
-        dropped = await self._at(home).drop_database(name, timeout_s)
-        return dropped if home in SPANNING else await self._registry().drop_database(name, timeout_s) or dropped
+        if lives is None:
+            # The list may have it as being dropped: its home comes first, so all that is left to do is there.
+            left = home is None and name in await self.left_behind(timeout_s)
+            finished = await self._at(GLOBAL).drop_database(name, timeout_s, home)
+            return (left and await self._own.drop_database(name, timeout_s)) or finished
+        if home not in (None, lives):
+            return False
+        if lives in SPANNING:
+            return await self._at(lives).drop_database(name, timeout_s, lives)
+        dropped = await self._at(lives).drop_database(name, timeout_s)
+        return await self._registry().drop_database(name, timeout_s, lives) or dropped

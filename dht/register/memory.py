@@ -226,14 +226,14 @@ class MemoryStore:
             self._write(catalog.REGISTRY_GROUP, state, delta, self._next_ballot())
             return True
 
-    def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+    def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
+        """In one step: nobody ever meets a database that is being dropped."""
         with self._lock:
             state = self._state(catalog.REGISTRY_GROUP)
-            try:
-                delta = group.evaluate(state, catalog.database_removed(name))
-            except Conflict:
+            row = catalog.registered(state.data()).get(name)
+            if row is None or home not in (None, row.home):
                 return False
-            self._write(catalog.REGISTRY_GROUP, state, delta, self._next_ballot())
+            self._write(catalog.REGISTRY_GROUP, state, {catalog.registry_row(name): None}, self._next_ballot())
             for tablet in range(64):
                 for key in self._file.keys(tablet):
                     if split_group_key(key)[0] == name and key != catalog.catalog_group(name):

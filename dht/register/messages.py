@@ -147,6 +147,7 @@ class Kind(enum.IntEnum):
 class Operation(Struct, frozen=True):
     """One step on one group.
 
+    `part`: of an EMPTY, its `seen` is where the group stood when it was listed.
     `part_index`: for the errors. `primary`, `primary_seen`: of a PREPARE. `others`: of a COMMIT_PRIMARY. `version`: of
     the catalog under which the transaction was made, 0 where it does not matter (`dht.register.fence`). `author`: of a
     PREPARE, the node that carries the transaction out.
@@ -175,7 +176,9 @@ class Coordinate(Message, frozen=True, tag=9):
 
 @message
 class Coordinated(Message, frozen=True, tag=10):
-    """`ballot`: where the group stands now. `outcome`: group.APPLIED or group.ABORTED."""
+    """`ballot`: where the group stands now. `outcome`: group.APPLIED or group.ABORTED; of an EMPTY that came too late
+    for what is there now, group.REFUSED.
+    """
 
     ballot: Ballot
     outcome: int
@@ -231,12 +234,15 @@ class ListGroups(Message, frozen=True, tag=13):
 class ListGroupsReply(Message, frozen=True, tag=14):
     """`tablets`: how many of those asked for this is about, in order; the one behind them may not be served.
 
-    `last`: where to go on in the last of them; empty when its end was reached.
+    `last`: where to go on in the last of them; empty when its end was reached. Of each key, `ballots`: what is accepted
+    here; `gone`: that is chosen, and a tombstone.
     """
 
     keys: tuple[GroupKey, ...]
     last: GroupKey
     tablets: int = 1
+    ballots: tuple[Ballot, ...] = ()
+    gone: tuple[bool, ...] = ()
 
 
 @message

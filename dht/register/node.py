@@ -286,7 +286,7 @@ class StoreNode:
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return await self._databases.create(name, self._deadline(timeout_s), home)
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
-        dropped = await self._databases.drop(name, self._deadline(timeout_s))
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
+        dropped = await self._databases.drop(name, self._deadline(timeout_s), home)
         self._sequences.forget(name)
         return dropped

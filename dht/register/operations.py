@@ -14,10 +14,20 @@ from __future__ import annotations
 
 import msgspec
 
-from dht.errors import Conflict, DhtError
+from dht.errors import Conflict, DhtError, Invalid
 from dht.model import SYSTEM_DECISION, ZERO, Ballot, GroupKey, NodeId, Part, RowKey, Struct, TransactionId
 from dht.register import catalog, group
-from dht.register.group import ABORTED, APPLIED, FORGOTTEN, UNDECIDED, Delta, GroupState, decision_key, intent_key
+from dht.register.group import (
+    ABORTED,
+    APPLIED,
+    FORGOTTEN,
+    REFUSED,
+    UNDECIDED,
+    Delta,
+    GroupState,
+    decision_key,
+    intent_key,
+)
 from dht.register.messages import Kind, Operation
 from dht.register.rules import Rules
 from dht.rows import decode_row, encode_row, split_group_key, table_prefix
@@ -78,10 +88,13 @@ def perform(
     ballot: Ballot,
     rules: Rules,
     version: int = 0,
+    *,
+    changed: bool = False,
 ) -> tuple[Delta, Ballot, int]:
     """(delta, ballot at which it is or was applied, outcome). Raises what refuses it, or Blocked.
 
-    `version`: the newest catalog that the promise of the ballot named (`dht.register.fence`).
+    `version`: the newest catalog that the promise of the ballot named (`dht.register.fence`). `changed`: others that
+    go with this one have changed the state already, which is above its ballot then.
     """
     match operation.kind:
         case Kind.COMMIT | Kind.COMMIT_PRIMARY:
@@ -98,8 +111,7 @@ def perform(
         case Kind.SETTLE:
             return {}, state.ballot, APPLIED
         case Kind.EMPTY:
-            _check_free(state, operation.id)
-            return catalog.emptied(operation.part.key, state.data()), ballot, APPLIED
+            return _empty(state, operation, ballot, rules, ballot if changed else state.ballot)
 
 
 def must_record(operation: Operation, attempt: int, rules: Rules) -> bool:
@@ -245,6 +257,24 @@ def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot:
         return delta, ballot, FORGOTTEN if seen is None or seen < state.applied_floor else ABORTED
     group.remember(state, delta, operation.id, ballot, ABORTED)
     return delta, ballot, ABORTED
+
+
+def _empty(
+    state: GroupState, operation: Operation, ballot: Ballot, rules: Rules, stands: Ballot
+) -> tuple[Delta, Ballot, int]:
+    """Delete the rows, if the group stands no higher than when it was listed (`dht.register.emptying`).
+
+    Else REFUSED, unless nothing is left anyway. `stands`: where the state stands; what is found empty is so there.
+    """
+    seen = operation.part.seen
+    delta: Delta = catalog.emptied(operation.part.key, state.data())
+    if rules.empty_bound:
+        if seen is None:
+            raise Invalid("a group is emptied up to a ballot, and this order names none; its sender is another version")
+        if stands > seen:
+            return {}, stands, REFUSED if delta or state.intents else APPLIED
+    _check_free(state, operation.id)
+    return delta, ballot if delta else stands, APPLIED
 
 
 def outcome(rows: dict[RowKey, bytes], id: TransactionId) -> int | None:

@@ -484,20 +484,21 @@ class Places:
 
     # Ids, fences, the end.
 
-    async def drop(self, database: str, timeout_s: float | None = None) -> tuple[str, ...]:
+    async def drop(self, database: str, shard: str, timeout_s: float | None = None) -> tuple[str, ...]:
         """Drop the shards. Raises Unavailable that names a PoP out of reach; some may be gone then.
 
-        Until no other one is listed meanwhile. Returns the PoPs, for `drop_again`, when the list is gone too.
+        `shard`: their home in the PoPs' registries. Until no other one is listed meanwhile. Returns the PoPs, for
+        `drop_again`, when the list is gone too.
         """
         deadline = self._deadline(timeout_s)
         dropped: dict[str, None] = {}
         while new := [pop for pop in await self._pops(database, self._left_s(deadline)) if pop not in dropped]:
-            await self.drop_again(database, new, self._left_s(deadline))
+            await self.drop_again(database, new, shard, self._left_s(deadline))
             dropped |= dict.fromkeys(new)
         return tuple(dropped)
 
-    async def drop_again(self, database: str, pops: Sequence[str], timeout_s: float | None = None) -> None:
-        await asyncio.gather(*(self._store(pop).drop_database(database, timeout_s) for pop in pops))
+    async def drop_again(self, database: str, pops: Sequence[str], shard: str, timeout_s: float | None = None) -> None:
+        await asyncio.gather(*(self._store(pop).drop_database(database, timeout_s, shard) for pop in pops))
         self._places.clear()
         self._shards.pop(database, None)
 

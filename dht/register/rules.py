@@ -33,6 +33,8 @@ class Rules(Struct, frozen=True):
     collected_primary_asked: a primary that was collected with what it knew is not taken for one that has not decided.
     version_with_promise: nothing is proposed that was made under an older catalog than its promises named.
     fence_settles_groups, fence_ends_intents: what was begun under an older catalog is chosen or dead behind a fence.
+    empty_bound: of a database that is dropped nothing goes that was written after its groups were listed.
+    drop_looks_again: after the listing the dropper sees that the database is still the one that it means.
     """
 
     promise_durable: bool = True
@@ -69,6 +71,8 @@ class Rules(Struct, frozen=True):
     version_with_promise: bool = True
     fence_settles_groups: bool = True
     fence_ends_intents: bool = True
+    empty_bound: bool = True
+    drop_looks_again: bool = True
 
 
 RULES = Rules()

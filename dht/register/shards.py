@@ -136,9 +136,9 @@ class Shard:
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return await self._store.create_database(name, timeout_s, home)
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
         self._versions.pop(name, None)
-        return await self._store.drop_database(name, timeout_s)
+        return await self._store.drop_database(name, timeout_s, home)
 
     async def _in_shard(
         self, database: str, version: int, timeout_s: float | None, ask: Callable[[float], Awaitable[T]]
@@ -223,9 +223,8 @@ class Shard:
                 "one that is listed, so that this one is entered into the list again"
             )
         if shard is not None:
-            if (await self._store.homes(self._left_s(deadline))).get(database) != shard:
-                return  # another node of this PoP was faster, and somebody may have rows in it already
-            await self._store.drop_database(database, self._left_s(deadline))
+            # Nothing but that one: another node of this PoP may be faster, and somebody may have rows in the new one.
+            await self._store.drop_database(database, self._left_s(deadline), shard)
         await self._store.create_database(database, self._left_s(deadline), catalog.shard_home(mark))
 
     async def _raise_version(self, database: str, home: GroupRead, version: int, deadline: float) -> None:

@@ -132,12 +132,18 @@ class SpanningStore:
         """The name is taken and the database is there in one step; shards come with the first commits."""
         return await self._registry().create_database(name, timeout_s, home)
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
-        """Needs all PoPs that have rows of it. Shards go while the name is held; one made meanwhile, after it."""
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
+        """Needs all PoPs that have rows of it. Shards go while the name is held; one made meanwhile, after it.
+
+        Of one that somebody creates meanwhile the shards are not touched: they say whose they are.
+        """
         limit_s = REQUEST_TIMEOUT_S if timeout_s is None else timeout_s
-        pops = await self._places.drop(name, limit_s)
-        dropped = await self._registry().drop_database(name, limit_s)
-        if name not in await self._registry().homes(limit_s):
-            # Of one that somebody has created since, the shards are not to be touched.
-            await self._places.drop_again(name, pops, limit_s)
+        (registry,) = await self._registry().read([catalog.REGISTRY_GROUP], None, limit_s)
+        row = catalog.registered(registry.rows or {}).get(name)
+        if row is None or not isinstance(row.mark, bytes) or home not in (None, row.home):
+            return False
+        shard = catalog.shard_home(row.mark)
+        pops = await self._places.drop(name, shard, limit_s)
+        dropped = await self._registry().drop_database(name, limit_s, row.home)
+        await self._places.drop_again(name, pops, shard, limit_s)
         return dropped

@@ -102,6 +102,7 @@ _REGISTER = "tests.sim.test_rare_rules_register"
 _DOMAIN = "tests.sim.test_rare_rules_domain"
 _FLOORS = "tests.sim.test_rare_rules_collection"
 _FENCE = "tests.sim.test_rare_rules_fence"
+_DROP = "tests.sim.test_rare_rules_drop"
 _COLLECTION = "tests.dht.domain.test_collection"
 _TRANSFER = "tests.dht.domain.test_transfer"
 _FOLLOWER = "tests.dht.domain.test_follower"
@@ -175,6 +176,11 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "fence_settles_groups": (_FENCE, "test_fence_settles_groups_value_of_a_minority_comes_to_light_after_it"),
     "fence_ends_intents": (_FENCE, "test_fence_ends_intents_transaction_prepared_before_it_commits_after_it"),
+    "empty_bound": (_DROP, "test_empty_bound_order_to_empty_comes_when_the_name_has_a_new_database"),
+    "drop_looks_again": (
+        _DROP,
+        "test_drop_looks_again_groups_of_the_new_database_are_listed_by_the_dropper_of_the_old_one",
+    ),
     "versions_carried": (_FENCE, "test_versions_carried_new_replica_tells_what_the_old_ones_told"),
     "promises_carried": (_FENCE, "test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replica"),
     "followed_served_only": (_FOLLOWER, "test_followed_served_only_sealed_replica_covers_nothing"),

@@ -37,6 +37,8 @@ BUGS: Final = {
     "version_with_promise": "a value made under an older catalog is proposed on a newer promise",
     "fence_settles_groups": "a fence does not settle what a minority accepted",
     "fence_ends_intents": "a fence leaves intents of the older catalog",
+    "empty_bound": "a late order to empty a group takes what a new database of the name wrote there",
+    "drop_looks_again": "a dropper empties what it listed, whoever has the name by now",
     "read_majority": "a read from one replica",
     "read_exact_data": "a read returns data of another ballot than the quorum's",
     "serving_only": "a sealed or uninitialised replica answers reads and counts in a find",

@@ -27,7 +27,7 @@ def _shown(home: str) -> str:
 @socket_option
 @format_option
 def database_list(config: Path | None, socket: Path | None, form: str) -> None:
-    """Their names, and where they live."""
+    """Their names, and where they live; without those that are being dropped."""
     with store(config, socket) as opened:
         homes = opened.homes()
     if form == "json":
@@ -48,6 +48,8 @@ def database_create(name: str, home: str, config: Path | None, socket: Path | No
     Its data lives in one PoP, whose nodes keep it among themselves; or (global) in the domain over all PoPs, where a
     read and a write wait for the way between PoPs, and any PoP may be lost; or (local) each row in the PoP that made
     it. Families that families.yaml gives a home of their own live there, in a database that is global or local.
+
+    Where a database of that name is being dropped, that is finished first.
     """
     if home and home not in SPANNING and not (home.startswith(_POP) and home.removeprefix(_POP)):
         raise Invalid(
@@ -66,7 +68,10 @@ def database_create(name: str, home: str, config: Path | None, socket: Path | No
 @click.option("--yes", is_flag=True, help="Really delete it with everything in it.")
 @socket_option
 def database_drop(name: str, yes: bool, config: Path | None, socket: Path | None) -> None:
-    """Delete the database NAME with everything in it."""
+    """Delete the database NAME with everything in it.
+
+    From its first moment on nobody is served from it. If it ends with an error, give it again, on any node: it goes on.
+    """
     if not yes:
         raise Invalid(f"database {name} was not dropped: everything in it would be lost; add --yes if that is meant")
     with store(config, socket, timeout_s=120.0) as opened:

@@ -133,5 +133,5 @@ class ToyNode:
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         return self.shared.create_database(name)
 
-    async def drop_database(self, name: str, timeout_s: float | None = None) -> bool:
+    async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
         return self.shared.drop_database(name)

@@ -107,6 +107,7 @@ class Pop:
     def __init__(self, *databases, listed=()):
         self.databases = list(databases)
         self.listed = dict(listed)
+        self.dropping = set()
         self.away = None
         self.asked = []
 
@@ -151,9 +152,14 @@ class Pop:
         self._serve("pops")
         return {pop: PopClaim(A, b"i" * 16, index) for index, pop in enumerate(("lyon", "nice"))}
 
-    async def drop_database(self, name, timeout_s=None):
+    async def drop_database(self, name, timeout_s=None, home=None):
         self._serve("drop")
         had = name in self.databases or name in self.listed
+        if name in self.dropping:
+            self.dropping.remove(name)
+            return True
+        if home not in (None, self.listed.get(name, "")):
+            return False
         self.databases = [other for other in self.databases if other != name]
         self.listed.pop(name, None)
         return had
@@ -438,6 +444,24 @@ async def test_drop_that_broke_off_is_finished_by_the_next(pops):
     assert await store.drop_database("d") is True
     assert "d" not in pops.pops[GLOBAL].listed
     assert await store.drop_database("d") is False
+
+
+async def test_drop_that_broke_off_in_the_list_is_finished_by_the_next(pops):
+    """The list has the name as being dropped, and tells nobody of it."""
+    store, list_of = pops.store("nice"), pops.pops[GLOBAL]
+    list_of.dropping.add("half")
+    with pytest.raises(NotFound):
+        await store.find(FindQuery("half", 1, 0))
+    assert await store.drop_database("half") is True
+    assert await store.drop_database("half") is False
+    assert list_of.dropping == set()
+
+
+async def test_drop_of_a_database_with_another_home_drops_nothing(pops):
+    store = pops.store("nice")
+    assert await store.drop_database("d", home="nice") is False
+    assert pops.pops["lyon"].databases == ["d"]
+    assert await store.drop_database("d", home="lyon") is True
 
 
 async def test_groups_of_two_databases_in_one_read_are_refused(pops):

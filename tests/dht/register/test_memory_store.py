@@ -129,6 +129,26 @@ def test_database_created_once_and_dropped_with_its_groups(store):
     assert store.read([key("a")])[0].rows == {}
 
 
+def test_database_of_another_home_is_not_dropped(store):
+    assert not store.drop_database("db", None, "~6d61726b")
+    assert store.list_databases() == ("db",)
+    assert store.drop_database("db", None, "")
+
+
+def test_database_created_again_keeps_its_writes_and_goes_on_with_the_catalog_versions(store):
+    set_catalog(store, 3)
+    store.commit(transaction(insert("a", (1,), {}), version=3))
+    assert store.drop_database("db")
+    with pytest.raises(NotFound):
+        store.commit(transaction(insert("a", (1,), {}), version=3))
+    store.create_database("db")
+    with pytest.raises(SchemaChanged):
+        store.commit(transaction(insert("a", (1,), {}), version=3))
+    store.commit(transaction(insert("a", (1,), {0: 2})))
+    assert not store.create_database("db")
+    assert len(store.read([key("a")])[0].rows) == 1
+
+
 def test_sequence_gives_increasing_ids_above_what_is_asked(store):
     assert store.reserve_ids("db", "t", 1) == 1
     assert store.reserve_ids("db", "t", 5) == 2

@@ -23,6 +23,7 @@ from dht.model import (
     Scope,
     Transaction,
 )
+from dht.register import catalog
 from dht.register import places as places_module
 from dht.rows import decode_row, group_key
 
@@ -482,13 +483,15 @@ async def test_shard_that_is_made_while_the_others_are_dropped_is_dropped_too():
         await make(pops.places(name), name)
     drop = pops.shards["b"].drop_database
 
-    async def meanwhile(database, timeout_s=None):
+    mark = catalog.databases_of(pops.home.memory.read([catalog.REGISTRY_GROUP])[0].rows)["d"]
+
+    async def meanwhile(database, timeout_s=None, home=None):
         pops.shards["b"].drop_database = drop
         await make(pops.places("c"), "c")
-        return await drop(database, timeout_s)
+        return await drop(database, timeout_s, home)
 
     pops.shards["b"].drop_database = meanwhile
-    assert sorted(await pops.places("a").drop("d")) == ["a", "b", "c"]
+    assert sorted(await pops.places("a").drop("d", catalog.shard_home(mark))) == ["a", "b", "c"]
     assert ["d" in pop.memory.list_databases() for pop in pops.pops.values()] == [False] * 3
 
 

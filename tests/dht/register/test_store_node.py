@@ -389,12 +389,12 @@ async def test_drop_asks_a_node_for_many_tablets_at_once_and_tells_of_no_catalog
     await cluster[0].commit(transaction(insert("a")))
     cluster.wire.messages.clear()
     assert await cluster[0].drop_database("db")
-    assert cluster.wire.messages["ListGroups"] == 2 * 4  # 64 tablets, 16 at once, of two others
+    assert cluster.wire.messages["ListGroups"] == 2 * 2 * 4  # twice 64 tablets, 16 at once, of two others
     assert "Learn" not in cluster.wire.messages
 
 
 async def test_drop_in_pages_with_a_tablet_that_one_node_does_not_serve_empties_all_groups(cluster, monkeypatch):
-    monkeypatch.setattr("dht.register.databases._LIST_GROUPS_MAX", 3)
+    monkeypatch.setattr("dht.register.emptying._LIST_GROUPS_MAX", 3)
     for n in range(100):
         await cluster[0].commit(transaction(insert(n)))
     domain = cluster.domains[cluster.ids[1]]

@@ -1,0 +1,156 @@
+"""Rules of a drop: hand-made schedules in which a dropper pauses, while others finish the drop and make the name anew.
+
+With the rule nothing of the new database is lost; without it its first row is, which was acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dht.model import GroupKey, Part, Struct, Value
+from dht.register import catalog
+from dht.register.group import APPLIED, REFUSED
+from dht.register.messages import Coordinate, Kind, ListGroups, Operation
+from dht.register.rules import Rules
+from dht.sim.clock import SimClock
+from tests.sim.bench import Bench, Gate, insert, play, update
+
+BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+OLD: dict[int, Value] = {0: "old"}
+NEW: dict[int, Value] = {0: "new"}
+
+
+class Pause:
+    """Holds messages of one node until it is told to go on. `kind`: of operations that are passed on, of one group."""
+
+    def __init__(self, sender: int, kind: Kind | None = None, key: GroupKey = b"") -> None:
+        self.begun = asyncio.Event()
+        self.over = asyncio.Event()
+        self._sender = sender
+        self._kind = kind
+        self._key = key
+
+    def _held(self, message: Struct) -> bool:
+        if self._kind is None:
+            return isinstance(message, ListGroups)
+        if not isinstance(message, Coordinate):
+            return False
+        return message.operation.kind == self._kind and message.operation.part.key == self._key
+
+    @property
+    def gate(self) -> Gate:
+        async def hold(sender: int, to: int, message: Struct) -> bool:
+            if sender == self._sender and self._held(message):
+                self.begun.set()
+                await self.over.wait()
+            return True
+
+        return hold
+
+
+async def dropped_meanwhile(bench: Bench, pause: Pause, key: GroupKey, dropper: int, other: int) -> object:
+    """The dropper pauses; the other one finishes the drop, creates the database again and commits a row: that row, as
+    it is when the dropper has ended.
+    """
+    bench.gate = pause.gate
+    work = asyncio.create_task(bench[dropper].drop_database("db", 60.0))
+    await pause.begun.wait()
+    assert await bench[other].drop_database("db")
+    assert await bench[other].create_database("db")
+    await bench[other].commit(bench.transaction(insert(key, NEW)))
+    pause.over.set()
+    assert await work
+    assert await bench[dropper].list_databases() == ("db",)
+    return await bench.row(other, key)
+
+
+@BOTH
+def test_empty_bound_order_to_empty_comes_when_the_name_has_a_new_database(on: bool) -> None:
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(1)
+        await bench[0].commit(bench.transaction(insert(key, OLD)))
+        return await dropped_meanwhile(bench, Pause(0, Kind.EMPTY, key), key, 0, 2)
+
+    assert play(story, Rules(empty_bound=on)) == (NEW if on else None)
+
+
+@BOTH
+def test_drop_looks_again_groups_of_the_new_database_are_listed_by_the_dropper_of_the_old_one(on: bool) -> None:
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(1)
+        await bench[0].commit(bench.transaction(insert(key, OLD)))
+        return await dropped_meanwhile(bench, Pause(0), key, 0, 2)
+
+    assert play(story, Rules(drop_looks_again=on)) == (NEW if on else None)
+
+
+def test_name_of_the_new_database_stays_when_the_dropper_of_the_old_one_would_free_it() -> None:
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        first = bench.files[0].tablet(catalog.REGISTRY_GROUP) % 3
+        dropper, other = (first + 1) % 3, (first + 2) % 3
+        key = bench.key(1)
+        await bench[dropper].commit(bench.transaction(insert(key, OLD)))
+        # Its second change of the registry, after the one that says that the database is being dropped.
+        pause = Pause(dropper, Kind.COMMIT, catalog.REGISTRY_GROUP)
+        before = Pause(dropper)
+        bench.gate = before.gate
+        work = asyncio.create_task(bench[dropper].drop_database("db", 60.0))
+        await before.begun.wait()
+        bench.gate = pause.gate
+        before.over.set()
+        await pause.begun.wait()
+        assert await bench[other].drop_database("db")
+        assert await bench[other].create_database("db")
+        await bench[other].commit(bench.transaction(insert(key, NEW)))
+        pause.over.set()
+        assert await work
+        assert await bench[dropper].list_databases() == ("db",)
+        return await bench.row(dropper, key)
+
+    assert play(story, Rules()) == NEW
+
+
+def test_write_of_a_node_that_does_not_know_of_the_drop_yet_is_emptied_by_the_next_pass() -> None:
+    """It comes after the listing: to a group whose order is on its way, and to one that was not there."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        listed, fresh = bench.key(1), bench.key(1, 1)
+        await bench[2].commit(bench.transaction(insert(listed, OLD)))
+        pause = Pause(0, Kind.EMPTY, listed)
+        bench.gate = pause.gate
+        work = asyncio.create_task(bench[0].drop_database("db", 60.0))
+        await pause.begun.wait()
+        await bench[2].commit(bench.transaction(update(listed, {1: "late"})))
+        await bench[2].commit(bench.transaction(insert(fresh, OLD)))
+        pause.over.set()
+        assert await work
+        assert await bench[1].create_database("db")
+        return await bench.row(0, listed), await bench.row(0, fresh)
+
+    assert play(story, Rules()) == (None, None)
+
+
+@BOTH
+def test_empty_bound_order_behind_a_write_of_the_same_batch_leaves_it(on: bool) -> None:
+    """The group's ballot is still the listed one, though what the order is applied to has the write in it."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(1)
+        await bench[0].commit(bench.transaction(insert(key, OLD)))
+        (read,) = await bench[1].read([key])
+        order = Operation(Kind.EMPTY, b"e" * 16, Part(key, read.ballot))
+        write = Operation(Kind.COMMIT, b"w" * 16, update(key, NEW))
+        until = SimClock().monotonic() + 5.0
+        _, answer = await asyncio.gather(
+            bench[1]._coordinator.run(write, 0, True, until), bench[1]._coordinator.run(order, 0, True, until)
+        )
+        return answer.outcome, await bench.row(0, key)
+
+    assert play(story, Rules(empty_bound=on)) == ((REFUSED, NEW) if on else (APPLIED, None))
