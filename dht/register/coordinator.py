@@ -250,7 +250,7 @@ class Coordinator:
                     ballot,
                     rules,
                     standing.version,
-                    changed=bool(delta),
+                    chosen=standing.settled and not delta,
                 )
                 waiting.answer = Coordinated(at, outcome)
             except Blocked as blocked:

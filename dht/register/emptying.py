@@ -9,8 +9,9 @@ drop and a third creates the database again and writes to it. That does no harm:
   dropper reads the registry again. If that still has the same creation of the database, being dropped, no later one had
   begun when the groups were listed. What a later one writes is above the listed ballot: to have that accepted anywhere
   a majority had promised it before, and one of them accepts the later write.
-* The order to empty a group names the listed ballot. The group's coordinator obeys it only if the group stands no
-  higher; whenever the order comes, it takes nothing that was written after the listing. A write that lies between, by a
+* The order to empty a group names the listed ballot. The group's coordinator obeys it only on a state that is chosen,
+  and no higher: a later write may be accepted somewhere at an older promise, but is not chosen there. Whenever the
+  order comes, it takes nothing that was written after the listing. A write that lies between, by a
   node that did not know of the drop yet, is in the next listing.
 
 The passes come to an end: what an order finds above its ballot is chosen by then, or is chosen by the accept that this

@@ -89,12 +89,12 @@ def perform(
     rules: Rules,
     version: int = 0,
     *,
-    changed: bool = False,
+    chosen: bool = True,
 ) -> tuple[Delta, Ballot, int]:
     """(delta, ballot at which it is or was applied, outcome). Raises what refuses it, or Blocked.
 
-    `version`: the newest catalog that the promise of the ballot named (`dht.register.fence`). `changed`: others that
-    go with this one have changed the state already, which is above its ballot then.
+    `version`: the newest catalog that the promise of the ballot named (`dht.register.fence`). `chosen`: the state is,
+    as it stands, with nothing in it of what goes with this one, nor of a proposer who was not heard out.
     """
     match operation.kind:
         case Kind.COMMIT | Kind.COMMIT_PRIMARY:
@@ -111,7 +111,7 @@ def perform(
         case Kind.SETTLE:
             return {}, state.ballot, APPLIED
         case Kind.EMPTY:
-            return _empty(state, operation, ballot, rules, ballot if changed else state.ballot)
+            return _empty(state, operation, ballot, rules, chosen)
 
 
 def must_record(operation: Operation, attempt: int, rules: Rules) -> bool:
@@ -260,18 +260,20 @@ def _abort(state: GroupState, operation: Operation, seen: Ballot | None, ballot:
 
 
 def _empty(
-    state: GroupState, operation: Operation, ballot: Ballot, rules: Rules, stands: Ballot
+    state: GroupState, operation: Operation, ballot: Ballot, rules: Rules, chosen: bool
 ) -> tuple[Delta, Ballot, int]:
     """Delete the rows, if the group stands no higher than when it was listed (`dht.register.emptying`).
 
-    Else REFUSED, unless nothing is left anyway. `stands`: where the state stands; what is found empty is so there.
+    Else REFUSED, unless nothing is left anyway. What is not chosen yet counts as higher, whatever its ballot: it may be
+    of an older promise than a ballot that was listed, and begun after it.
     """
     seen = operation.part.seen
     delta: Delta = catalog.emptied(operation.part.key, state.data())
+    stands = state.ballot if chosen else ballot
     if rules.empty_bound:
         if seen is None:
             raise Invalid("a group is emptied up to a ballot, and this order names none; its sender is another version")
-        if stands > seen:
+        if not chosen or stands > seen:
             return {}, stands, REFUSED if delta or state.intents else APPLIED
     _check_free(state, operation.id)
     return delta, ballot if delta else stands, APPLIED

@@ -12,10 +12,10 @@ import pytest
 from dht.model import GroupKey, Part, Struct, Value
 from dht.register import catalog
 from dht.register.group import APPLIED, REFUSED
-from dht.register.messages import Coordinate, Kind, ListGroups, Operation
+from dht.register.messages import Accept, Coordinate, Kind, ListGroups, Operation, Prepare
 from dht.register.rules import Rules
 from dht.sim.clock import SimClock
-from tests.sim.bench import Bench, Gate, insert, play, update
+from tests.sim.bench import Bench, Gate, failed, insert, play, update
 
 BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 OLD: dict[int, Value] = {0: "old"}
@@ -152,5 +152,48 @@ def test_empty_bound_order_behind_a_write_of_the_same_batch_leaves_it(on: bool) 
             bench[1]._coordinator.run(write, 0, True, until), bench[1]._coordinator.run(order, 0, True, until)
         )
         return answer.outcome, await bench.row(0, key)
+
+    assert play(story, Rules(empty_bound=on)) == ((REFUSED, NEW) if on else (APPLIED, None))
+
+
+@BOTH
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "when the write is carried on"])
+def test_empty_bound_order_leaves_a_write_that_is_below_an_unchosen_ballot_of_the_listing(
+    on: bool, together: bool
+) -> None:
+    """1 prepared with 2 and has accepted b alone, which is listed; then the name has a new database.
+
+    A client of that writes through 0, whose promise is older than b: 0 alone accepts it, prepares anew with 2, finds it
+    and carries it on. Where the order comes in between, the state with the write in it still stands below b.
+    """
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(0)
+        await bench[0].commit(bench.transaction(insert(key, OLD)))
+        sent, go_on = asyncio.Event(), asyncio.Event()
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Accept) and sender == 0:
+                sent.set()
+                await go_on.wait()
+            if isinstance(message, Prepare):
+                return {sender, to} != {0, 1}
+            return not (isinstance(message, Accept) and sender == 1)
+
+        bench.gate = gate
+        await failed(bench.propose(1, update(key, {1: "lost"}), 0.2))
+        listed = bench.files[1].header(key).accepted
+        assert listed > bench.files[0].header(key).accepted
+        until = SimClock().monotonic() + 5.0
+        write = Operation(Kind.COMMIT, b"w" * 16, update(key, NEW))
+        written = asyncio.create_task(bench[0]._coordinator.run(write, 0, True, until))
+        if not together:
+            await sent.wait()
+        order = Operation(Kind.EMPTY, b"e" * 16, Part(key, listed))
+        emptied = asyncio.create_task(bench[0]._coordinator.run(order, 0, True, until))
+        go_on.set()
+        await written
+        return (await emptied).outcome, await bench.row(0, key)
 
     assert play(story, Rules(empty_bound=on)) == ((REFUSED, NEW) if on else (APPLIED, None))
