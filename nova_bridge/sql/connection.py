@@ -234,7 +234,7 @@ class Connection:
             self._send()
         finally:
             self.tx.reset()
-            self._savepoints = []
+            self._savepoints, self._begun_by_savepoint = [], False
 
     def _publish(self, ddl: Ddl) -> None:
         try:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 import apsw
 
-from dht.errors import DhtError, SchemaChanged
+from dht.errors import Conflict, DhtError, SchemaChanged
 from nova_bridge.sql import statements, vtab
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.errors import from_sqlite, from_store
+from nova_bridge.sql.transaction import Moved
 from nova_bridge.sql.values import adapt_all
 
 _SCHEMA = frozenset({"CREATE", "DROP", "ALTER"})
@@ -21,6 +22,8 @@ _NOTHING_TO_DO = frozenset({"VACUUM", "ANALYZE", "REINDEX"})
 _VACUUM_INTO = re.compile(r"\s*VACUUM\b.*\bINTO\b", re.IGNORECASE | re.DOTALL)
 _IN_LIST_BUG = ("<NULL>", "vtab_in")
 SCHEMA_RELOADS_MAX = 3
+RUNS_MAX = 12
+"""Of a statement whose groups change while it reads them; from the second on a look-up brings its groups whole."""
 COLUMN_NAMES_MAX = 500
 
 Description = tuple[tuple[Any, ...], ...]
@@ -171,7 +174,7 @@ class Cursor:
         connection = self.connection
         for attempt in range(SCHEMA_RELOADS_MAX + 1):
             try:
-                return self._run(sql, parameters)
+                return self._run_on_one_ballot(sql, parameters)
             except (SchemaChanged, apsw.SQLError) as error:
                 helped = attempt < SCHEMA_RELOADS_MAX and (
                     isinstance(error, SchemaChanged)
@@ -182,6 +185,22 @@ class Cursor:
                         connection.database.check_exists()
                     raise
         raise AssertionError("unreachable")
+
+    def _run_on_one_ballot(self, sql: str, parameters: Any) -> apsw.Connection:
+        """Run until no group moved between two looks at it, so that the result shows each at one ballot."""
+        tx = self.connection.tx
+        reading = tx.reading
+        try:
+            for run in range(RUNS_MAX):
+                # Outside a transaction a run that failed has reset all of it.
+                tx.tells_moves, tx.again, tx.reading = True, run > 0, reading
+                try:
+                    return self._run(sql, parameters)
+                except Moved:
+                    continue
+        finally:
+            tx.tells_moves = tx.again = False
+        raise Conflict("groups kept changing while the statement read them; run the transaction again")
 
     def _run(self, sql: str, parameters: Any) -> apsw.Connection:
         connection = self.connection

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dht.errors import Conflict, Invalid, SchemaChanged
+from dht.errors import Conflict, Invalid
 from dht.model import (
     Ballot,
     Comparison,
@@ -36,6 +36,10 @@ WHOLE_ANYWAY_MAX = 2
 _MISSING: Any = object()
 
 Place = tuple[GroupKey, RowKey]
+
+
+class Moved(Exception):
+    """A group is at another ballot than the running statement may have shown of it: run it again."""
 
 
 class Pending(NamedTuple):
@@ -81,6 +85,9 @@ class Transaction:
         self._siblings: dict[GroupKey, tuple[int, list[GroupKey]]] = {}
         self._missed = 0
         self._near: set[GroupKey] = set()
+        self.copied: dict[Place, int] = {}
+        self._moved = False
+        self.tells_moves = self.again = False
         self.statement = 0
         self.reading = False
 
@@ -154,6 +161,7 @@ class Transaction:
                 self._admit(view)
             if near:
                 self._near.update(missing)
+            self._tell_moves()
 
     def begins(self, table: Table, group: GroupKey) -> bool:
         """Whether a new row of the table makes its group, which nobody has as far as this process ever saw.
@@ -189,8 +197,18 @@ class Transaction:
             if self.journal:
                 raise Conflict("a group changed after this transaction read it; run the transaction again")
             self._keep_reads(key)
+            self._moved = True
         self._ballots[key] = ballot
         self.seen.setdefault(key, ballot)
+
+    def _tell_moves(self) -> None:
+        """A statement whose cursors stand on rows of an older ballot must not join them with newer ones.
+
+        Told after the answer is kept, so that the statement, when it is run again, has it at hand.
+        """
+        moved, self._moved = self._moved, False
+        if moved and self.tells_moves:
+            raise Moved
 
     def _keep_reads(self, key: GroupKey | None) -> None:
         """What was read of an older ballot, or schema, still guards what will be written. `key` None: all groups."""
@@ -368,11 +386,13 @@ class Transaction:
         if base is None:
             follows = self.database.follows if plan is not None and table.family_key and not whole else None
             whole = whole or (follows is not None and follows.expected((table.number, plan)))
+            whole = whole or (self.again and bool(table.family_key))
             base = self._ask(table, constraints, order, limit, whole, scope)
             if follows is not None and not whole:
                 self._asked.update(dict.fromkeys([r.group for r in base], ((table.number, plan), len(base))))
             if len(self._finds) < FINDS_KEPT_MAX:
                 self._finds[question] = base
+            self._tell_moves()
         if not own:
             return base
         result = [r for r in base if (r.group, r.key) not in own]
@@ -433,13 +453,7 @@ class Transaction:
     ) -> list[Record]:
         database, schema = self.database, self.schema
         query = FindQuery(database.name, table.number, schema.version, constraints, order, limit, whole, scope)
-        try:
-            result = database.store.find(query, database.timeout_s)
-        except SchemaChanged:
-            newer = database.reload()
-            if not newer.same_table(schema, table.number) or not self.adopt(newer):
-                raise
-            return self._ask_once(table, constraints, order, limit, whole, scope)
+        result = database.store.find(query, database.timeout_s)
         for read in result.groups:
             if read.key not in self._views:
                 known = database.groups.get(read.key, schema.version)
@@ -467,6 +481,12 @@ class Transaction:
         self._marks.append((records, mask))
         if len(self._marks) >= MARKS_MAX:
             self._fold_reads()
+
+    def mark_copied(self, records: Iterable[Record], mask: int) -> None:
+        """An INSERT took these columns of these rows, which guards a DELETE of them."""
+        for record in records:
+            place = (record.group, record.key)
+            self.copied[place] = self.copied.get(place, 0) | mask
 
     def mark_looked_at(self, sights: Iterable[tuple[int, Record, int]]) -> None:
         """What a statement that changes rows saw: (table's number, row, columns), those that it changed included."""

@@ -130,6 +130,8 @@ class Cursor:
         tx, planner = table.session.tx, table.planner
         rows = planner.run(tx, number, arguments, table.joined())
         tx.mark_read(rows, planner.plans[number].mask)
+        if not tx.reading:
+            tx.mark_copied(rows, planner.plans[number].mask)
         self._rows, self._at = rows, 0
         self._show(rows[0] if rows else None)
 

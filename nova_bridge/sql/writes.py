@@ -161,6 +161,8 @@ class Writer:
             mask |= sum(1 << p for p in unique.columns) if unique.kind == "entry" else 0
         before = tx.pending(table, current)
         place = (current.group, current.key)
+        # A row that was copied and goes, as into an archive: what another writes to it meanwhile would be in neither.
+        mask |= tx.copied.get(place, 0) & ~sum(1 << p for p in table.merge)
         tx.put(table, place, Pending(before.base, None, before.columns, tx.guards(table, before, place, mask, ())))
         if self.foreign_keys:
             self._lose_key(table, current, None)
@@ -171,12 +173,14 @@ class Writer:
         if not tx.schema.children.get(table.name.lower()):
             return
         for child, foreign, rows in rules.children_of(tx, table, old, new):
+            # A row that refers to another parent by the time of the commit is none of this one's.
+            refers = sum(1 << p for p in foreign.columns)
             if new is None and foreign.on_delete == "CASCADE":
                 for row in rows:
-                    self.delete(child, row, 0)
+                    self.delete(child, row, refers)
             elif new is None and foreign.on_delete in {"SET NULL", "SET DEFAULT"}:
                 for row in rows:
-                    self.update(child, row, _with_default(child, foreign.columns, foreign.on_delete), 0)
+                    self.update(child, row, _with_default(child, foreign.columns, foreign.on_delete), refers)
         self.checks.append(lambda: rules.check_parent(tx, table, old))
 
 

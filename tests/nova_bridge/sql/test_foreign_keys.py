@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.errors import ConflictError
 
 Connect = Callable[..., Connection]
 FAILED = "^FOREIGN KEY constraint failed$"
@@ -115,6 +116,22 @@ def test_on_delete_actions(two: tuple[Connection, Connection]) -> None:
     a.commit()
     assert b.execute("SELECT id FROM things").fetchall() == [(2,)]
     assert b.execute("SELECT box FROM notes").fetchall() == [(None,)]
+
+
+@pytest.mark.parametrize("table", ["things", "notes"])
+def test_child_given_to_another_parent_meanwhile_is_not_lost_with_the_first(
+    two: tuple[Connection, Connection], table: str
+) -> None:
+    a, b = two
+    a.execute("INSERT INTO boxes VALUES (1), (2)")
+    a.execute(f"INSERT INTO {table} VALUES (1, 1)")
+    a.commit()
+    b.execute("DELETE FROM boxes WHERE id = 1")
+    a.execute(f"UPDATE {table} SET box = 2 WHERE id = 1")
+    a.commit()
+    with pytest.raises(ConflictError):
+        b.commit()
+    assert a.execute(f"SELECT box FROM {table}").fetchall() == [(2,)]
 
 
 def test_pragma_turns_checks_off_and_on(connect: Connect) -> None:

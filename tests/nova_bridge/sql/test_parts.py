@@ -142,6 +142,17 @@ def test_savepoint_without_begin_commits_at_release(connect: Connect) -> None:
     assert connect().execute("SELECT * FROM t").fetchall() == [(1,)]
 
 
+def test_savepoint_after_ddl_does_not_commit_at_release(connect: Connect) -> None:
+    a = connect(isolation_level=None)
+    a.execute("SAVEPOINT s")
+    a.execute("CREATE TABLE t (id INTEGER PRIMARY KEY)")
+    a.execute("INSERT INTO t VALUES (1)")
+    a.execute("SAVEPOINT r")
+    a.execute("RELEASE r")
+    assert connect().execute("SELECT * FROM t").fetchall() == []
+    a.execute("ROLLBACK")
+
+
 @pytest.mark.parametrize(
     ("sql", "error"),
     [
