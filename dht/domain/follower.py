@@ -216,8 +216,9 @@ class Follower:
             serving = [n for n in answered if self._serves(n, tablet) == replicas.epoch]
             need = quorums(len(replicas.nodes))[0] if self._rules.cover_by_quorum else 1
             if len(serving) >= need:
-                floor = max(self._served[node][tablet].floor for node in serving)
-                self.copy.cover(tablet, until_s, floor)
+                # The least: below a higher one there may be a group that was made since the others answered.
+                floors = [self._served[node][tablet].floor for node in serving]
+                self.copy.cover(tablet, until_s, (min if self._rules.floor_of_all else max)(floors))
 
     def _serves(self, node: NodeId, tablet: int) -> int:
         """At which epoch the node served the tablet when it answered last, 0 if it did not."""

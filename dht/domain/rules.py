@@ -58,8 +58,9 @@ class FollowRules(Struct, frozen=True):
     answer of a quorum of its replicas. cover_from_begin: up to the begin of the round. open_is_older: a register of
     which more was heard is covered as far as its tablet was then. intents_stay_open: so is one with an intent.
     overflow_surveyed: a node whose changes were forgotten, or that began to count anew, is compared with as a whole.
-    gone_is_erased: what was collected at the replicas goes from the copy. generation_begins_again: so does everything,
-    when the domain was recovered.
+    gone_is_erased: what was collected at the replicas goes from the copy. floor_of_all: what is not in the copy is told
+    at a floor that all who cover the tablet had agreed on. generation_begins_again: everything goes from the copy when
+    the domain was recovered.
     """
 
     follow_chosen_only: bool = True
@@ -69,6 +70,7 @@ class FollowRules(Struct, frozen=True):
     intents_stay_open: bool = True
     overflow_surveyed: bool = True
     gone_is_erased: bool = True
+    floor_of_all: bool = True
     generation_begins_again: bool = True
 
 

@@ -195,6 +195,7 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _FOLLOWER,
         "test_gone_is_erased_group_that_was_deleted_and_collected_unseen_leaves_the_copy",
     ),
+    "floor_of_all": (_FOLLOWER, "test_floor_of_all_group_made_since_a_replica_answered_is_not_told_above_its_ballot"),
     "generation_begins_again": (
         _FOLLOWER,
         "test_generation_begins_again_write_that_the_recovery_lost_leaves_the_copy",

@@ -73,6 +73,7 @@ BUGS: Final = {
     "intents_stay_open": "a follower serves a group that holds an intent",
     "overflow_surveyed": "a follower takes a count that forgot changes for complete",
     "gone_is_erased": "what was collected unseen stays in a follower's copy",
+    "floor_of_all": "what a follower does not have is told at a floor that one replica agreed on",
     "generation_begins_again": "a follower keeps what a recovery of its domain lost",
     "epoch_checked": "a stale roster's frame is accepted",
     "boots_checked": "a copied or rolled-back data directory is accepted",

@@ -117,9 +117,16 @@ def write(stage: Stage, k: GroupKey, round: int, text: str, *numbers: int, chose
 FLOOR = Ballot(1, 2, 9, b"", 0, 0)
 
 
-def collected(stage: Stage, k: GroupKey) -> None:
-    """The register is erased everywhere, under a floor that all have."""
-    for number in (0, 1, 2):
+def raised(stage: Stage, number: int) -> None:
+    """The machine accepts nothing below the floor any more where there is no value."""
+    tablets, batch = stage.world.node(number).domain.tablets, Batch()
+    tablets.raise_floor(batch, stage.tablet, FLOOR)
+    tablets.submit(batch)
+
+
+def collected(stage: Stage, k: GroupKey, *numbers: int) -> None:
+    """The register is erased everywhere, or at these machines, under a floor that all have."""
+    for number in numbers or (0, 1, 2):
         node, batch = stage.world.node(number), Batch()
         node.domain.tablets.agree(batch, stage.tablet, FLOOR)
         node.registers.erase(batch, k)
@@ -485,3 +492,40 @@ def test_change_log_forgets_the_oldest_and_tells_how_far_it_reaches_back() -> No
     assert log.after(2, 10) == ([b"a", b"c", b"d"], 5, False)
     assert log.after(2, 2) == ([b"a", b"c"], 4, True)
     assert log.after(5, 2) == ([], 5, False)
+
+
+@BOTH
+def test_floor_of_all_group_made_since_a_replica_answered_is_not_told_above_its_ballot(on: bool) -> None:
+    """It is made after two replicas answered, and the third hears of a floor above its ballot before it answers."""
+
+    async def story(stage: Stage) -> None:
+        beside = await three(stage, follow_rules(floor_of_all=on))
+        k = stage.keys[0]
+        answered: set[int] = set()
+        call = beside.line.call
+
+        async def third_comes_last(to: NodeId, message: Struct, timeout_s: float) -> Struct:
+            number = next(i for i, machine in enumerate(stage.world.cluster.machines) if machine.node_id == to)
+            if number == 0 and not answered.issuperset({0}) and isinstance(message, AskChanges):
+                while answered != {1, 2}:
+                    await beside.wait()
+                write(stage, k, 3, "new", 1, 2)
+                for other in (1, 2):
+                    raised(stage, other)
+                collected(stage, stage.keys[1], 0)
+            reply = await call(to, message, timeout_s)
+            answered.add(number)
+            return reply
+
+        beside.line.call = third_comes_last  # type: ignore[method-assign]
+        before = beside.copy.told_at(k)
+        await beside.rounds()
+        written = stage.world.node(1).registers.header(k).accepted
+        assert before < written < FLOOR
+        assert beside.row(k) is None
+        assert (beside.copy.told_at(k) < written) is on
+        await beside.rounds()
+        assert beside.row(k) == value("new")
+        assert beside.copy.told_at(k) == written
+
+    staged(story, 3)
