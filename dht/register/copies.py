@@ -173,6 +173,7 @@ class CopiedRegistry:
         self._found_at: NodeId | None = None
         self._found_since_s = NEVER_S
         self._specs: dict[str, tuple[float, tuple[TableSpec, ...]]] = {}
+        self._specs_seen: dict[str, tuple[TableSpec, ...]] = {}
         self._starts: dict[str, tuple[tuple[TableSpec, ...], dict[bytes, int]]] = {}
 
     def warnings(self) -> list[str]:
@@ -195,6 +196,7 @@ class CopiedRegistry:
     ) -> tuple[GroupRead, ...]:
         prefix = database_prefix(keys[0]) if keys else b""
         allowed = await self._allowed(prefix, keys)
+        specs = self._specs_now(keys)
         if Reading.FOLLOW in allowed:
             groups = await self._read_copy(prefix, keys, known, self._staleness_max_s)
             if groups is not None:
@@ -211,7 +213,7 @@ class CopiedRegistry:
             self.counters["stale_reads"] += 1
             return stale
         self.counters["voter_reads"] += 1
-        if allowed or self._is_catalog(keys):
+        if allowed or self._is_catalog(keys) or self._specs_now(keys) is not specs:
             now_s = self._clock.monotonic()
             for group in groups:
                 self._seen.note(group.key, group.ballot, now_s)
@@ -240,10 +242,16 @@ class CopiedRegistry:
             raise
         self.counters["voter_reads"] += 1
         if allowed:
-            now_s = self._clock.monotonic()
-            for row in result.rows[:FOUND_NOTED_MAX]:
-                self._seen.note(row.group, row.ballot, now_s)
+            self._note_found(prefix, result)
         return result
+
+    def _note_found(self, prefix: bytes, result: FindResult) -> None:
+        """The ballots of what was found; of more than are noted, the moment."""
+        now_s = self._clock.monotonic()
+        for row in result.rows[:FOUND_NOTED_MAX]:
+            self._seen.note(row.group, row.ballot, now_s)
+        if len(result.rows) > FOUND_NOTED_MAX:
+            self._distrust(prefix)
 
     async def _read_copy(
         self, prefix: bytes, keys: Sequence[GroupKey], known: Sequence[Ballot | None] | None, age_max_s: float
@@ -266,6 +274,9 @@ class CopiedRegistry:
         asked = await self._ask_copy(FindInCopy(query, age_s), FindInCopyReply, age_max_s)
         if asked is None or any(row.ballot < self._seen.ballot(row.group) for row in asked.result.rows):
             return None
+        if self._own() is None:
+            # The next question may go to another follower; this node's own copy never goes back.
+            self._note_found(prefix, asked.result)
         return asked.result
 
     def _age_s(self, prefix: bytes, age_max_s: float) -> float:
@@ -325,7 +336,27 @@ class CopiedRegistry:
         return Reading(allowed)
 
     async def _specs_of(self, database: str) -> tuple[TableSpec, ...]:
-        """As a copy has them; kept for some seconds, so for so long a new table may be read from the voters."""
+        """As a copy has them. When they change, no copy is believed that is not covered beyond that moment.
+
+        For what the voters told before of a table that was not known to be followed was not noted.
+        """
+        specs = await self._copied_specs(database)
+        seen = self._specs_seen.get(database)
+        if seen is not specs:
+            if seen is not None and seen != specs:
+                self._distrust(encode_value(database))
+            if len(self._specs_seen) >= DATABASES_KEPT_MAX:
+                self._specs_seen.clear()
+                self._seen.note_all(self._clock.monotonic())
+            self._specs_seen[database] = specs
+        return specs
+
+    def _specs_now(self, keys: Sequence[GroupKey]) -> tuple[TableSpec, ...] | None:
+        """Those of the groups' database that were heard last."""
+        return self._specs_seen.get(catalog.database_of(keys[0])) if keys else None
+
+    async def _copied_specs(self, database: str) -> tuple[TableSpec, ...]:
+        """Kept for some seconds, so for so long a new table may be read from the voters."""
         own = self._own()
         if own is not None:
             return own.specs(database)

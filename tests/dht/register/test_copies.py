@@ -21,6 +21,7 @@ from dht.model import (
     Constraint,
     FindQuery,
     FindResult,
+    FoundRow,
     GroupKey,
     GroupRead,
     NodeId,
@@ -428,6 +429,9 @@ def test_database_made_a_moment_ago_is_soon_read_from_a_follower() -> None:
         assert await bed.asked_of_voters(bed.store.read([QUOTAS]))
         following.reads.specs = specs  # type: ignore[method-assign]
         await asyncio.sleep(copies.NO_SPECS_KEPT_S + 0.1)
+        assert await bed.asked_of_voters(bed.store.read([QUOTAS])), "what they told until now was not noted"
+        await asyncio.sleep(0.1)
+        following.put(QUOTAS, 9, {})
         following.cover()
         assert not await bed.asked_of_voters(bed.store.read([QUOTAS]))
 
@@ -469,3 +473,58 @@ def test_seen_databases_that_were_forgotten_count_for_all() -> None:
     seen.note_database(b"a", 5.0)
     seen.note_database(b"b", 4.0)
     assert (seen.beyond_s(b"a"), seen.beyond_s(b"b"), seen.beyond_s(b"c")) == (5.0, 5.0, 5.0)
+
+
+def test_row_found_in_the_copy_is_not_read_older_from_another_follower() -> None:
+    async def story() -> None:
+        bed = Bed(beside=2)
+        first = next(iter(bed.link.followers))
+        await bed.store.find(QUERY)
+        await asyncio.sleep(0.1)
+        for following in bed.link.followers.values():
+            following.cover()
+        bed.link.followers[first].put(FLAVORS, 3, {row_key(FLAVOR, (1,)): encode_row({0: 1, 1: "m1"})})
+        before = bed.voters.asked
+        (found,) = (await bed.store.find(QUERY)).rows
+        assert (found.ballot.round, bed.voters.asked) == (3, before)
+        del bed.link.followers[first]
+        assert await bed.round_of(FLAVORS) >= 3
+
+    play(story())
+
+
+def test_what_the_voters_told_before_it_was_known_to_be_followed_is_not_read_older_from_a_copy() -> None:
+    async def story() -> None:
+        bed = Bed(beside=1)
+        (following,) = bed.link.followers.values()
+        specs, following.reads.specs = following.reads.specs, lambda database: ()  # type: ignore[method-assign]
+        await bed.store.read([KEYPAIRS])
+        await asyncio.sleep(copies.NO_SPECS_KEPT_S - 0.1)
+        assert await bed.round_of(QUOTAS) == 9
+        following.reads.specs = specs  # type: ignore[method-assign]
+        following.cover(lag_s=0.2)
+        await asyncio.sleep(0.2)
+        assert await bed.round_of(QUOTAS) == 9
+
+    play(story())
+
+
+def test_rows_of_a_long_find_at_the_voters_are_not_read_older_from_the_copy() -> None:
+    async def story() -> None:
+        bed = Bed()
+        rows = tuple(
+            FoundRow(FLAVORS if n == copies.FOUND_NOTED_MAX else group_key("api", "flavor", (n,)), ballot(9), b"", b"")
+            for n in range(copies.FOUND_NOTED_MAX + 1)
+        )
+
+        async def find(*_: object) -> FindResult:
+            bed.voters.asked += 1
+            return FindResult(rows)
+
+        bed.voters.find = find  # type: ignore[method-assign]
+        await asyncio.sleep(copies.STALENESS_MAX_S + 0.1)
+        assert await bed.asked_of_voters(bed.store.find(QUERY))
+        bed.own.cover(lag_s=1.0)
+        assert await bed.round_of(FLAVORS) == 9
+
+    play(story())
