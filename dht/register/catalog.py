@@ -30,7 +30,7 @@ from dht.model import (
     TableSpec,
     Value,
 )
-from dht.rows import LOCAL_MARK, decode_row, encode_row, group_key, row_key, split_group_key, split_row_key
+from dht.rows import LOCAL_MARK, decode_row, encode_row, group_key, is_local, row_key, split_group_key, split_row_key
 
 REGISTRY_GROUP: GroupKey = group_key("", "databases", ())
 POPS_GROUP: GroupKey = group_key("", "pops", ())
@@ -254,9 +254,12 @@ def emptied(key: GroupKey, rows: Mapping[RowKey, bytes]) -> dict[RowKey, bytes |
 
     Of a catalog the versions and table numbers used up stay, so that those of a database of the same name go on from
     there: nobody takes one of the old ones for one of the new. One that has no tables is as a drop leaves it: two that
-    drop a database at once come to an end.
+    drop a database at once come to an end. Sequences of a shard stay: before it is known in the PoP that the database
+    was created again, ids may have been drawn for it from the shard that a drop left behind.
     """
     if split_group_key(key)[1] == CATALOG_FAMILY and not has_tables(rows):
+        return {}
+    if is_sequence(key) and is_local(key):
         return {}
     delta: dict[RowKey, bytes | None] = dict.fromkeys(rows)
     head = row_key(CATALOG_TABLE, (0,))

@@ -26,7 +26,7 @@ from dht.model import (
 from dht.register import catalog, group
 from dht.register.admission import check_query, check_transaction
 from dht.register.group import APPLIED, REFUSED, Delta, GroupState
-from dht.rows import split_group_key
+from dht.rows import is_local, split_group_key
 from dht.storage.memory import MemoryDisk
 from dht.storage.registers import Header, RegisterFile
 from dht.world import Batch
@@ -236,7 +236,9 @@ class MemoryStore:
             self._write(catalog.REGISTRY_GROUP, state, {catalog.registry_row(name): None}, self._next_ballot())
             for tablet in range(64):
                 for key in self._file.keys(tablet):
-                    if split_group_key(key)[0] == name and key != catalog.catalog_group(name):
+                    if split_group_key(key)[0] != name or (catalog.is_sequence(key) and is_local(key)):
+                        continue
+                    if key != catalog.catalog_group(name):
                         batch = Batch()
                         self._file.erase(batch, key)
                         self._disk.submit(batch)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from dht.model import CATALOG_TABLE, IndexSpec, Reading, TableSpec
-from dht.register.catalog import catalog_of
-from dht.rows import encode_row, row_key
+from dht.register.catalog import catalog_of, emptied, sequence_group
+from dht.rows import encode_row, group_key, row_key
 
 
 def rows(*specs: bytes) -> dict[bytes, bytes]:
@@ -24,3 +24,10 @@ def test_catalog_home_and_reading_of_a_table_come_back_as_they_were_stored() -> 
     spec = TableSpec(1, (0,), (), "local", Reading.SERVE_STALE | Reading.PARTIAL_OK, (b"family",))
     assert catalog_of(rows(msgspec.msgpack.encode(spec)))[1] == [spec]
     assert Reading.PARTIAL_OK in Reading(catalog_of(rows(msgspec.msgpack.encode(spec)))[1][0].read)
+
+
+def test_emptied_sequence_stays_in_a_shard_and_nowhere_else() -> None:
+    row = {row_key(0, ()): encode_row({0: 51})}
+    assert emptied(sequence_group("d", "~17"), row) == {}
+    for key in (sequence_group("d", "17"), group_key("d", "~f", ("17",))):
+        assert emptied(key, row) == dict.fromkeys(row)

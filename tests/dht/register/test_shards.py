@@ -303,3 +303,26 @@ async def test_database_of_the_pops_own_that_the_list_lost_is_not_dropped_for_a_
     with pytest.raises(Invalid, match="a database 'd' of its own"):
         await pops.shards["a"].commit(write(1))
     assert memory.read([group_key("d", "~f", (7,))])[0].rows
+
+
+async def test_id_drawn_from_a_shard_that_a_drop_left_behind_is_not_given_out_again(pops):
+    """By a process whose first statement is an INSERT: it draws an id before anything names the new catalog."""
+    shard = pops.shards["a"]
+    await shard.commit(write(1))
+    pops.home.memory.drop_database("d")
+    pops.home.memory.create_database("d")
+    publish(pops, 3, again=True)
+    first = await shard.reserve_ids("d", "~17", 50)
+    await shard.commit(write(3, 2))
+    assert await shard.reserve_ids("d", "~17", 50) >= first + 50
+
+
+async def test_sequence_raised_in_a_shard_that_a_drop_left_behind_stays_raised(pops):
+    shard = pops.shards["a"]
+    await shard.commit(write(1))
+    pops.home.memory.drop_database("d")
+    pops.home.memory.create_database("d")
+    publish(pops, 3, again=True)
+    await shard.raise_sequence("d", "~17", 500)
+    await shard.commit(write(3, 2))
+    assert await shard.reserve_ids("d", "~17", 50) > 500
