@@ -29,6 +29,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
+import msgspec
+
 from dht.errors import Conflict, Indeterminate, Invalid, Unavailable
 from dht.limits import FIND_ROWS_MAX, IDS_APART, REQUEST_TIMEOUT_S, SPANNING_ID_MAX
 from dht.model import (
@@ -45,6 +47,7 @@ from dht.model import (
     Transaction,
     TransactionId,
 )
+from dht.overlay.messages import pop_prefix
 from dht.register import catalog
 from dht.requests import Store
 from dht.rows import group_name, split_group_key
@@ -352,13 +355,27 @@ class Places:
         self._sent[transaction.id] = pop
         if len(self._sent) > SENT_MAX:
             self._sent.popitem(last=False)
-        applied = await self._store(pop).commit(transaction, attempt, self._left_s(deadline))
+        applied = await self._store(pop).commit(self._as_seen_in(pop, transaction), attempt, self._left_s(deadline))
         for part, ballot in zip(transaction.parts, applied.ballots, strict=True):
             self._note(part, pop, ballot)
         if pop == self._pop:
             for number in transaction.created:
                 self._made(transaction.parts[number].key)
         return applied
+
+    def _as_seen_in(self, pop: str, transaction: Transaction) -> Transaction:
+        """Without the ballots at which groups were seen in another PoP, before they were deleted and made there."""
+        parts = tuple(msgspec.structs.replace(p, seen=self._seen_in(pop, p.seen)) for p in transaction.parts)
+        return transaction if parts == transaction.parts else msgspec.structs.replace(transaction, parts=parts)
+
+    def _seen_in(self, pop: str, seen: Ballot | None) -> Ballot | None:
+        """None for a ballot of another domain: it says nothing of what was forgotten in this one.
+
+        Floors name no node. They are told of groups that nobody has, as the own PoP has them.
+        """
+        if seen is None or (seen.node.startswith(pop_prefix(pop)) if seen.node else pop == self._pop):
+            return seen
+        return None
 
     def _note(self, part: Part, pop: str, ballot: Ballot) -> None:
         """After a change of rows some are there; after a DELETE perhaps none."""
@@ -400,7 +417,7 @@ class Places:
         deadline = self._deadline(timeout_s)
         pop = self._sent.get(id)
         if pop is not None:
-            return await self._store(pop).outcome(id, key, seen, self._left_s(deadline))
+            return await self._store(pop).outcome(id, key, self._seen_in(pop, seen), self._left_s(deadline))
         said: dict[str, str] = {}
         silent: dict[str, Unavailable] = {}
 

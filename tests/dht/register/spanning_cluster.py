@@ -7,6 +7,7 @@ import random
 
 from dht.errors import Indeterminate, Unavailable
 from dht.model import ZERO, Ballot
+from dht.overlay.messages import pop_prefix
 from dht.register.memory import MemoryStore
 from dht.register.places import Places
 from dht.register.shards import Shard
@@ -25,11 +26,11 @@ class NamedMemory(MemoryStore):
     """Ballots of two PoPs are never the same."""
 
     def __init__(self, pop: str) -> None:
-        self.pop = pop.encode()
+        self.node = pop_prefix(pop) + pop.encode()
         super().__init__()
 
     def _next_ballot(self) -> Ballot:
-        return super()._next_ballot()._replace(node=self.pop)
+        return super()._next_ballot()._replace(node=self.node)
 
 
 class Pop:

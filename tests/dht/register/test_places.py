@@ -510,3 +510,36 @@ async def test_refusal_of_a_guard_is_the_answer(pops):
     gone = Change(Op.UPDATE, TABLE, (9,), {2: 1})
     with pytest.raises(Conflict):
         await store.commit(Transaction(os.urandom(16), "d", 0, (Part(key_of(1), None, (gone,)),)))
+
+
+async def test_outcome_of_a_write_that_saw_its_group_in_another_pop_is_not_told_for_not_applied(pops):
+    """Its ballot says nothing of the window of the PoP where the group is by now."""
+    store = pops.places("c")
+    for _ in range(500):
+        pops.pops["b"].memory._next_ballot()
+    await make(pops.places("b"), 1)
+    (seen,) = await store.read([key_of(1)])
+    await pops.places("b").commit(transaction(part(1, Op.DELETE), created=()))
+    await make(pops.places("a"), 1)
+    assert await value(store, 1) == [1]
+    sent = transaction(part(1, Op.UPDATE, 6, seen=seen.ballot), created=())
+    pops.pops["a"].lost = True
+    with pytest.raises(Indeterminate):
+        await store.commit(sent)
+    pops.pops["a"].lost = False
+    for number in range(100):
+        await pops.places("a").commit(transaction(part(1, Op.UPDATE, number), created=()))
+    assert await store.outcome(sent.id, key_of(1), seen.ballot) == "unknown"
+    with pytest.raises(Indeterminate):
+        await store.commit(sent, 1)
+    assert await value(store, 1) == [99]
+
+
+async def test_write_says_in_its_groups_pop_at_which_ballot_it_was_seen_there(pops):
+    store = pops.places("c")
+    await make(pops.places("a"), 1)
+    (seen,) = await store.read([key_of(1)])
+    for number in range(100):
+        await pops.places("a").commit(transaction(part(1, Op.UPDATE, number), created=()))
+    with pytest.raises(Conflict, match="changed too often"):
+        await store.commit(transaction(part(1, Op.UPDATE, 6, seen=seen.ballot), created=()))
