@@ -17,7 +17,7 @@ from dht.domain import restore
 from dht.domain.envelope import DomainNetwork, InDomain
 from dht.domain.roster import Member
 from dht.domain.wide import GLOBAL_TABLETS, Wide
-from dht.errors import DhtError
+from dht.errors import DhtError, Invalid
 from dht.limits import TABLETS_PER_DOMAIN
 from dht.model import GLOBAL, NodeId, Struct
 from dht.overlay.messages import Contact
@@ -409,7 +409,10 @@ class Daemon:
                 await self._global_known.wait()
         why = await self.pops.may_found(self.node_id, self.identity.incarnation)
         if not why:
-            await self.own.found()
+            try:
+                await self.own.found()
+            except Invalid as error:
+                return error.message
             log.info("founded domain %s, the first of PoP %s", self.own.name, self.settings.pop)
         return why
 

@@ -9,6 +9,7 @@ stop, and keep their files (DESIGN section 8).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -58,9 +59,17 @@ class PopRecoverer:
         self._registry = registry
         self._holders = holders
         self._met = met
+        self._ordered = asyncio.Lock()
 
     async def order(self, request: RecoverPop) -> RecoverReply:
-        """Raises Invalid where it is not allowed, Conflict if another node has recovered the PoP meanwhile."""
+        """Raises Invalid where it is not allowed, Conflict if another node has recovered the PoP meanwhile.
+
+        One at a time: a second one would put the copies into the file over what the first one serves from it.
+        """
+        async with self._ordered:
+            return await self._recover(request)
+
+    async def _recover(self, request: RecoverPop) -> RecoverReply:
         domain, node = self._own.domain, self._own.domain.local.node_id
         await self._refuse_unless_lost(request)
         claim = await self._claim()

@@ -88,6 +88,7 @@ class Domain:
         repair_bytes_per_s: int = REPAIR_BYTES_PER_S,
         wide: Wide | None = None,
     ) -> None:
+        self._registers = registers
         self.name = name
         self.local = local
         self._wide = wide
@@ -314,6 +315,11 @@ class Domain:
         """Found the domain with this node as its only member; once, by `lucd init`."""
         if self.chain.newest is not None:
             raise Invalid(f"domain {self.name} exists already; this node holds its link {self.chain.epoch}")
+        if any(self._registers.keys(tablet, b"", 1) for tablet in range(tablets)):
+            raise Invalid(
+                f"this node's file has groups of domain {self.name}, of a recovery that broke off: give the order "
+                f"`lucd pop recover {self.name}` here again"
+            )
         batch = Batch()
         for tablet in range(tablets):
             self.tablets.found(batch, tablet, rosters.FIRST_EPOCH)

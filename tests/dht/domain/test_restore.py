@@ -64,6 +64,27 @@ def test_restore_new_node_serves_what_the_copy_has_and_others_join_it() -> None:
     play(story)
 
 
+def test_restore_that_broke_off_is_not_taken_for_a_new_pop_that_may_be_founded() -> None:
+    """The claim is this node's by then, so nothing else keeps it from founding a domain in the old generation."""
+
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+
+        async def ask(node: NodeId, question: DomainMessage) -> Struct:
+            return hand_over(beside.follower, question)
+
+        node = world.node(number)
+        found = await find_copies(node.domain.name, ask, [bytes(20)])
+        await found.fetch(node.registers, node.boot.disk)
+        with pytest.raises(Invalid, match="pop recover"):
+            await node.domain.found(TABLETS)
+        assert node.domain.chain.newest is None
+        await restore(world, number, beside)
+        assert await world.get(number, KEYS[0]) == value("v0")
+
+    play(story)
+
+
 def test_restore_old_members_that_come_back_stop_and_keep_their_files() -> None:
     async def story(world: World) -> None:
         beside, number = await destroyed(world)
