@@ -56,13 +56,18 @@ async def dropped_meanwhile(bench: Bench, pause: Pause, key: GroupKey, dropper: 
     """
     bench.gate = pause.gate
     work = asyncio.create_task(bench[dropper].drop_database("db", 60.0))
+    return await made_anew(bench, pause, key, work, other)
+
+
+async def made_anew(bench: Bench, pause: Pause, key: GroupKey, work: asyncio.Task[bool], other: int) -> object:
+    """What `dropped_meanwhile` says, from where the dropper, whose `work` it is, pauses."""
     await pause.begun.wait()
     assert await bench[other].drop_database("db")
     assert await bench[other].create_database("db")
     await bench[other].commit(bench.transaction(insert(key, NEW)))
     pause.over.set()
     assert await work
-    assert await bench[dropper].list_databases() == ("db",)
+    assert await bench[other].list_databases() == ("db",)
     return await bench.row(other, key)
 
 
@@ -103,14 +108,7 @@ def test_name_of_the_new_database_stays_when_the_dropper_of_the_old_one_would_fr
         await before.begun.wait()
         bench.gate = pause.gate
         before.over.set()
-        await pause.begun.wait()
-        assert await bench[other].drop_database("db")
-        assert await bench[other].create_database("db")
-        await bench[other].commit(bench.transaction(insert(key, NEW)))
-        pause.over.set()
-        assert await work
-        assert await bench[dropper].list_databases() == ("db",)
-        return await bench.row(dropper, key)
+        return await made_anew(bench, pause, key, work, other)
 
     assert play(story, Rules()) == NEW
 
