@@ -153,6 +153,30 @@ def test_window_floor_transaction_that_was_forgotten_is_applied_again(on: bool) 
 
 
 @BOTH
+def test_applied_floor_retry_of_an_applied_transaction_is_told_that_it_was_not(on: bool) -> None:
+    """The same, with "first" pushed out of the window by others that were applied.
+
+    Below the floor nothing is applied any more. That the retry's first attempt was not either, the store may only say
+    while it has forgotten nothing applied since then.
+    """
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(0)
+        await bench[0].commit(bench.transaction(insert(key, {0: "begin"})))
+        (read,) = await bench[0].read([key])
+        unheard = bench.transaction(Part(key, read.ballot, update(key, {0: "first"}).changes))
+        await bench[1].commit(unheard)
+        for number in range(FORGOTTEN_AFTER):
+            await bench.propose(0, update(key, {1: number}))
+        return await failed(bench[1].commit(unheard, 1)), await bench.row(2, key)
+
+    error, row = play(story, Rules(applied_floor=on))
+    assert row == {0: "first", 1: FORGOTTEN_AFTER - 1}
+    assert isinstance(error, Indeterminate if on else Conflict)
+
+
+@BOTH
 def test_seen_was_chosen_write_below_an_unchosen_ballot_of_its_gateway_is_applied_again(on: bool) -> None:
     """A proposer holds an older promise than another's accept that reached nobody else.
 
@@ -205,30 +229,6 @@ def test_seen_was_chosen_write_below_an_unchosen_ballot_of_its_gateway_is_applie
     else:
         assert error is None
         assert row == {0: "first"}
-
-
-@BOTH
-def test_applied_floor_retry_of_an_applied_transaction_is_told_that_it_was_not(on: bool) -> None:
-    """The same, with "first" pushed out of the window by others that were applied.
-
-    Below the floor nothing is applied any more. That the retry's first attempt was not either, the store may only say
-    while it has forgotten nothing applied since then.
-    """
-
-    async def story(bench: Bench) -> object:
-        await bench.define()
-        key = bench.key(0)
-        await bench[0].commit(bench.transaction(insert(key, {0: "begin"})))
-        (read,) = await bench[0].read([key])
-        unheard = bench.transaction(Part(key, read.ballot, update(key, {0: "first"}).changes))
-        await bench[1].commit(unheard)
-        for number in range(FORGOTTEN_AFTER):
-            await bench.propose(0, update(key, {1: number}))
-        return await failed(bench[1].commit(unheard, 1)), await bench.row(2, key)
-
-    error, row = play(story, Rules(applied_floor=on))
-    assert row == {0: "first", 1: FORGOTTEN_AFTER - 1}
-    assert isinstance(error, Indeterminate if on else Conflict)
 
 
 @BOTH
