@@ -423,7 +423,7 @@ class Places:
 
         async def ask(pop: str) -> None:
             try:
-                said[pop] = await self._store(pop).outcome(id, key, seen, self._left_s(deadline))
+                said[pop] = await self._store(pop).outcome(id, key, self._seen_in(pop, seen), self._left_s(deadline))
             except Unavailable as error:
                 silent[pop] = error
 

@@ -512,9 +512,8 @@ async def test_refusal_of_a_guard_is_the_answer(pops):
         await store.commit(Transaction(os.urandom(16), "d", 0, (Part(key_of(1), None, (gone,)),)))
 
 
-async def test_outcome_of_a_write_that_saw_its_group_in_another_pop_is_not_told_for_not_applied(pops):
-    """Its ballot says nothing of the window of the PoP where the group is by now."""
-    store = pops.places("c")
+async def forgotten_where_its_group_is_now(pops, store):
+    """What c sent to a, applied and forgotten there since, after it saw the group in b, whose ballots are far higher."""
     for _ in range(500):
         pops.pops["b"].memory._next_ballot()
     await make(pops.places("b"), 1)
@@ -529,7 +528,17 @@ async def test_outcome_of_a_write_that_saw_its_group_in_another_pop_is_not_told_
     pops.pops["a"].lost = False
     for number in range(100):
         await pops.places("a").commit(transaction(part(1, Op.UPDATE, number), created=()))
-    assert await store.outcome(sent.id, key_of(1), seen.ballot) == "unknown"
+    return sent, seen.ballot
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["sent to that PoP", "sent to nobody knows which"])
+async def test_outcome_of_a_write_that_saw_its_group_in_another_pop_is_not_told_for_not_applied(pops, known):
+    """Its ballot says nothing of the window of the PoP where the group is by now."""
+    store = pops.places("c")
+    sent, seen = await forgotten_where_its_group_is_now(pops, store)
+    if not known:
+        store = pops.places("c")
+    assert await store.outcome(sent.id, key_of(1), seen) == "unknown"
     with pytest.raises(Indeterminate):
         await store.commit(sent, 1)
     assert await value(store, 1) == [99]
