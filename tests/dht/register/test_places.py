@@ -513,7 +513,7 @@ async def test_refusal_of_a_guard_is_the_answer(pops):
 
 
 async def forgotten_where_its_group_is_now(pops, store):
-    """What c sent to a, applied and forgotten there since, after it saw the group in b, whose ballots are far higher."""
+    """What c sent to a, applied and forgotten there since; c had seen the group in b, whose ballots are far higher."""
     for _ in range(500):
         pops.pops["b"].memory._next_ballot()
     await make(pops.places("b"), 1)
