@@ -91,7 +91,6 @@ CAUGHT: Final[dict[str, tuple[str, int]]] = {
     "seal": ("grow", 60),
     "serve_only_initialised": ("swarm", 120),
     "highest_ballot_wins": ("drain", 60),
-    "incarnation_checked": ("replace", 60),
     "boots_checked": ("rolled-back", 20),
     "flush_awaited": ("single", 60),
     "salvaged": ("recovered", 20),
@@ -152,6 +151,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     "init_durable": (_DOMAIN, "test_init_durable_restart_initialises_again_and_loses_what_was_written_since"),
     "refuse_stale_init": (_DOMAIN, "test_refuse_stale_init_epoch_below_a_seal_is_not_initialised"),
     "replace_content": (_DOMAIN, "test_replace_content_row_deleted_while_a_replica_was_away_comes_back_with_it"),
+    "incarnation_checked": (
+        _DOMAIN,
+        "test_incarnation_checked_wiped_replica_passes_for_the_one_it_was_and_a_write_is_lost",
+    ),
     "gate_on_majority": (_DOMAIN, "test_gate_on_majority_node_that_leaves_is_let_go_with_the_only_copy"),
     "decided_by_previous_voters": (
         _DOMAIN,

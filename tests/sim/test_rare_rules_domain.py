@@ -234,6 +234,31 @@ def test_refuse_stale_init_epoch_below_a_seal_is_not_initialised(on: bool) -> No
 
 
 @BOTH
+def test_incarnation_checked_wiped_replica_passes_for_the_one_it_was_and_a_write_is_lost(on: bool) -> None:
+    """Epoch 1 is {0}, epoch 2 is {0, 1, 2}, all initialised. 1 and 2 acknowledge a write that 0 misses.
+
+    Then 2 loses its disk. With its old name it reads in the link that it is a replica, and that 0 alone had everything
+    before. So 0 and 2 are a majority without the write.
+    """
+
+    async def story(stage: Stage) -> None:
+        k, world = stage.keys[0], stage.world
+        assert await accepts(stage, 0, k, 1, 1, "old")
+        await three_replicas(stage)
+        for number in (1, 2):
+            assert await accepts(stage, number, k, 2, 2, "new")
+        world.cluster.wipe(2)
+        await world.cluster.start(2)
+        await world.domain(2).stop()
+        await stage.tell(2)
+        serves = await stage.initialise(2)
+        assert serves is not on
+        assert [stage.row(number, k) for number in (0, 2)] == [value("old"), None if on else value("old")]
+
+    staged(story, 3, DomainRules(incarnation_checked=on))
+
+
+@BOTH
 def test_epoch_checked_proposer_with_a_stale_roster_is_enough_for_itself(on: bool) -> None:
     """Epoch 1 is {0}, epoch 2 is {0, 1, 2}, all initialised. Somebody who has only heard of epoch 1 proposes there.
 
