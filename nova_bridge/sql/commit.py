@@ -19,15 +19,15 @@ from dht.model import Transaction as StoreTransaction
 from nova_bridge.sql.access import entry_owner, owner_columns
 from nova_bridge.sql.errors import (
     ConflictError,
-    ForeignKeyError,
     IndeterminateError,
     LateDuplicateError,
+    LateForeignKeyError,
     from_store,
     unique_failed,
 )
 from nova_bridge.sql.families import TEMPORARY
-from nova_bridge.sql.rules import parent_of
-from nova_bridge.sql.schema import ENTRY_TABLE, Table, Unique
+from nova_bridge.sql.rules import foreign_failed, parent_of
+from nova_bridge.sql.schema import ENTRY_TABLE, Foreign, Table, Unique
 from nova_bridge.sql.transaction import Pending, Place, Transaction
 
 ENTRY_ROW = (0,)
@@ -45,10 +45,11 @@ Rows = list[tuple[Table, Place, Pending]]
 
 
 class Meaning(NamedTuple):
-    """What a change or guard stands for, should it be refused."""
+    """What a change or guard stands for, should it be refused. `foreign`: a key of the table that it keeps."""
 
     table: Table
     columns: tuple[int, ...]
+    foreign: Foreign | None = None
 
 
 class _Draft:
@@ -222,11 +223,10 @@ def _collect(tx: Transaction, rows: Rows, foreign_keys: bool) -> dict[GroupKey, 
         for unique in table.uniques:
             if unique.kind == "entry":
                 _add_step(tx, table, unique, place, pending, steps)
-    for group, number, pk, key in tx.foreign_guards:
+    for (group, number, pk, key), (child, foreign) in tx.foreign_guards.items():
         if group in drafts and not _is_own(tx, group, number, pk):
-            parent = tx.schema.by_number[number]
             guard = Guard(GuardKind.HAS, number, pk, dict(key), "foreign_key")
-            drafts[group].guard(guard, Meaning(parent, parent.primary))
+            drafts[group].guard(guard, Meaning(child, foreign.columns, foreign))
     for key, step in steps.items():
         change = _entry_change(step)
         if change is not None:
@@ -287,7 +287,7 @@ def _add_child_guards(tx: Transaction, table: Table, pending: Pending, draft: _D
         if None not in values and not _has_parent(tx, table, old.group, positions, values):
             columns = {child.number_of(c): v for c, v in zip(foreign.columns, values, strict=True)}
             guard = Guard(GuardKind.UNIQUE, child.number, (), columns, "foreign_key")
-            draft.guard(guard, Meaning(child, foreign.columns))
+            draft.guard(guard, Meaning(child, foreign.columns, foreign))
 
 
 def _has_parent(tx: Transaction, table: Table, group: GroupKey, positions: tuple[int, ...], key: list[Any]) -> bool:
@@ -334,9 +334,9 @@ def _named(error: Conflict, drafts: list[_Draft]) -> sqlite3.Error:
     meanings = [m for _, m in (draft.guards if detail.get("what") == "guard" else draft.changes)]
     if not 0 <= index < len(meanings):
         return from_store(error)
-    table, columns = meanings[index]
-    if detail.get("fails_as") == "foreign_key":
-        return ForeignKeyError(table.name, table.column_names(columns))
+    table, columns, foreign = meanings[index]
+    if foreign is not None:
+        return foreign_failed(table, foreign, LateForeignKeyError)
     if isinstance(error, Duplicate):
         return unique_failed(table.name, table.column_names(columns), LateDuplicateError)
     return from_store(error)

@@ -180,8 +180,13 @@ class Connection:
             self.tx.reset()
 
     def _send(self) -> None:
-        if self.tx.written:
+        if not self.tx.written:
+            return
+        try:
             commit(self.tx, self.writer.foreign_keys)
+        except DhtError as error:
+            # Of what was read for the commit, like a newer catalog; SQLAlchemy knows only the driver's exceptions.
+            raise from_store(error) from None
 
     def end_statement(self) -> None:
         """Outside a transaction each statement is one."""

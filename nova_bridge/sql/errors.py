@@ -85,3 +85,10 @@ class ForeignKeyError(sqlite3.IntegrityError):
     def __init__(self, table: str = "", columns: tuple[str, ...] = (), parent: str = "", constraint: str = "") -> None:
         super().__init__("FOREIGN KEY constraint failed")
         self.table, self.columns, self.parent, self.constraint = table, columns, parent, constraint
+
+
+class LateForeignKeyError(ForeignKeyError):
+    """Another transaction took the parent away, or gave it a child, after the statement's check; nothing was applied.
+
+    Run again, the statement itself meets what the other did. Becomes DBLateReferenceError.
+    """

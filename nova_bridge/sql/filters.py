@@ -17,6 +17,7 @@ from nova_bridge.sql.errors import (
     ForeignKeyError,
     IndeterminateError,
     LateDuplicateError,
+    LateForeignKeyError,
     UnavailableError,
 )
 
@@ -29,6 +30,10 @@ class DBLateDuplicateEntry(exception.DBDuplicateEntry, exception.DBDeadlock):
     Whoever handles DBDuplicateEntry still catches it; whoever runs deadlocked transactions again (wrap_db_retry, the
     RPC door's worker) does so here too, and then meets the other's row at the statement, as on MySQL.
     """
+
+
+class DBLateReferenceError(exception.DBReferenceError, exception.DBDeadlock):
+    """A foreign key that only the commit found broken: what holds of DBLateDuplicateEntry holds of it."""
 
 
 def install() -> None:
@@ -72,6 +77,5 @@ def _late_duplicate(error: Any, match: Any, engine_name: str, is_disconnect: boo
 def _foreign_key(error: Any, match: Any, engine_name: str, is_disconnect: bool) -> None:
     if isinstance(error.orig, ForeignKeyError) and error.orig.table:
         failed = error.orig
-        raise exception.DBReferenceError(
-            failed.table, failed.constraint, ", ".join(failed.columns), failed.parent, error
-        )
+        kind = DBLateReferenceError if isinstance(failed, LateForeignKeyError) else exception.DBReferenceError
+        raise kind(failed.table, failed.constraint, ", ".join(failed.columns), failed.parent, error)

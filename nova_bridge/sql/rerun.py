@@ -35,7 +35,7 @@ from oslo_db.sqlalchemy import enginefacade
 
 from nova_bridge.sql import commit
 from nova_bridge.sql.errors import ConflictError
-from nova_bridge.sql.filters import DBLateDuplicateEntry
+from nova_bridge.sql.filters import DBLateDuplicateEntry, DBLateReferenceError
 
 LOG = logging.getLogger(__name__)
 RUNS_MAX = 400
@@ -152,7 +152,7 @@ def again(call: Callable[[], Any], before: Before) -> Any:
 
 def lost_race(error: Exception) -> bool:
     """Whether it comes from a lucd database and says that the transaction certainly was not applied."""
-    if isinstance(error, DBLateDuplicateEntry):
+    if isinstance(error, (DBLateDuplicateEntry, DBLateReferenceError)):
         return True
     driver = getattr(getattr(error, "inner_exception", None), "orig", None)
     return isinstance(error, exception.DBDeadlock) and isinstance(driver, ConflictError)

@@ -87,11 +87,11 @@ def check_child(tx: Transaction, table: Table, record: Record, changed: Collecti
         if not found and _voters_have(tx, parent, positions, key):
             continue
         if not found:
-            raise _foreign_failed(table, foreign)
+            raise foreign_failed(table, foreign)
         stored = tx.pending(parent, found[0]).base
         if stored is not None and all(stored.values[p] == v for p, v in zip(positions, key, strict=True)):
             columns = [(parent.number_of(p), v) for p, v in zip(positions, key, strict=True) if p not in parent.primary]
-            tx.guard_parent(stored.group, parent, stored.pk, tuple(columns))
+            tx.guard_parent((stored.group, parent.number, stored.pk, tuple(columns)), table, foreign)
 
 
 def _voters_have(tx: Transaction, parent: Table, positions: tuple[int, ...], key: list[Any]) -> bool:
@@ -142,9 +142,10 @@ def check_parent(tx: Transaction, table: Table, old: Record) -> None:
     for child, foreign, _ in children_of(tx, table, old, tx.current(table, old)):
         _, positions = parent_of(tx.schema, foreign)
         if not equal(tx, table, {p: old.values[p] for p in positions}):
-            raise _foreign_failed(child, foreign)
+            raise foreign_failed(child, foreign)
 
 
-def _foreign_failed(table: Table, foreign: Foreign) -> ForeignKeyError:
+def foreign_failed(table: Table, foreign: Foreign, kind: type[ForeignKeyError] = ForeignKeyError) -> ForeignKeyError:
+    """The refusal of a row of `table` whose parent is not there, or of the parent that such a row needs."""
     columns = table.column_names(foreign.columns)
-    return ForeignKeyError(table.name, columns, foreign.parent, f"{table.name}_ibfk_{'_'.join(columns)}")
+    return kind(table.name, columns, foreign.parent, f"{table.name}_ibfk_{'_'.join(columns)}")

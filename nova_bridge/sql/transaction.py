@@ -26,7 +26,7 @@ from dht.rows import decode_row
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.groups import GroupView, table_part
 from nova_bridge.sql.matching import matches, order_records
-from nova_bridge.sql.schema import Record, Schema, Table, Unique
+from nova_bridge.sql.schema import Foreign, Record, Schema, Table, Unique
 
 SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
@@ -36,6 +36,8 @@ WHOLE_ANYWAY_MAX = 2
 _MISSING: Any = object()
 
 Place = tuple[GroupKey, RowKey]
+ParentRow = tuple[GroupKey, int, tuple[Value, ...], tuple[tuple[int, Value], ...]]
+"""Group, table's number, primary key, columns by number with their values."""
 
 
 class Moved(Exception):
@@ -70,7 +72,7 @@ class Transaction:
         self._values: dict[tuple[int, int, GroupKey], dict[tuple[Any, ...], Place]] = {}
         self._newest: dict[tuple[int, GroupKey], int] = {}
         self.journal: list[tuple[dict[Any, Any], Any, Any]] = []
-        self.foreign_guards: dict[tuple[GroupKey, int, tuple[Value, ...], tuple[tuple[int, Value], ...]], None] = {}
+        self.foreign_guards: dict[ParentRow, tuple[Table, Foreign]] = {}
         self._own_pk: dict[tuple[int, tuple[Value, ...]], Place] = {}
         self._views: dict[GroupKey, GroupView] = {}
         self._ballots: dict[GroupKey, Ballot] = {}
@@ -570,11 +572,9 @@ class Transaction:
             if known is not None and isinstance(number := pending.current.pk[0], int):
                 self._newest[table.number, place[0]] = max(known, number)
 
-    def guard_parent(
-        self, group: GroupKey, table: Table, pk: tuple[Value, ...], columns: tuple[tuple[int, Value], ...]
-    ) -> None:
-        """A row of this group must exist, and have these columns, by number, when the transaction commits."""
-        self._set(self.foreign_guards, (group, table.number, pk, columns), None)
+    def guard_parent(self, parent: ParentRow, child: Table, foreign: Foreign) -> None:
+        """The row must exist, and have these columns, when the transaction commits: a row of `child` refers to it."""
+        self._set(self.foreign_guards, parent, (child, foreign))
 
     def _set(self, target: dict[Any, Any], key: Any, value: Any) -> None:
         self.journal.append((target, key, target.get(key, _MISSING)))
@@ -583,13 +583,27 @@ class Transaction:
     def rollback_to(self, mark: int) -> None:
         """Undo what was written after the journal had this length."""
         journal = self.journal
+        self._fold_reads()
         while len(journal) > mark:
             target, key, old = journal.pop()
+            undone = target.get(key)
+            if isinstance(undone, Pending):
+                self._hand_marks_back(undone)
             if old is _MISSING:
                 target.pop(key, None)
             else:
                 target[key] = old
         self._forget_near()
+
+    def _hand_marks_back(self, undone: Pending) -> None:
+        """What was read of the row as a change had left it, and the change had not set, was read of the stored row."""
+        if undone.current is None:
+            return
+        mask = self._reads.pop(undone.current, 0)
+        for position in undone.columns:
+            mask &= ~(1 << position)
+        if mask and undone.base is not None:
+            self._reads[undone.base] = self._reads.get(undone.base, 0) | mask
 
     def _forget_near(self) -> None:
         """Where nothing is made any more of a group that the own PoP does not have, the others have not been asked."""

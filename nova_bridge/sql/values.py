@@ -88,7 +88,8 @@ def adapt(value: Any) -> Value:
         case datetime.date():
             return value.isoformat()
         case str():
-            return str(value)
+            # The text that it is, as sqlite3 and PyMySQL take it: str() of a member of an Enum is the member's name.
+            return str.__str__(value)
         case float():
             return float(value)
         case bytearray() | memoryview():

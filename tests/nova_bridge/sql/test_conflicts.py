@@ -269,6 +269,22 @@ def test_store_unavailable_named_as_such(
         a.execute("SELECT * FROM instances WHERE uuid = 'other'")
 
 
+def test_store_unavailable_where_a_commit_needs_the_newer_catalog_is_told_as_such(
+    two: tuple[Connection, Connection], store: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise Unavailable("no quorum")
+
+    a, b = two
+    a.execute("UPDATE instances SET vcpus = 3 WHERE id = 1")
+    b.execute("CREATE TABLE other (id INTEGER NOT NULL PRIMARY KEY)")
+    monkeypatch.setattr(store, "read", refuse)
+    with pytest.raises(UnavailableError):
+        a.commit()
+    monkeypatch.undo()
+    assert one(b, "SELECT vcpus FROM instances") == 4
+
+
 @pytest.mark.parametrize(
     ("answer", "raised"), [("applied", None), ("not_applied", ConflictError), ("unknown", IndeterminateError)]
 )

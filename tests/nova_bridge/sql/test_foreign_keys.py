@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from nova_bridge.sql.connection import Connection
-from nova_bridge.sql.errors import ConflictError
+from nova_bridge.sql.errors import ConflictError, ForeignKeyError
 
 Connect = Callable[..., Connection]
 FAILED = "^FOREIGN KEY constraint failed$"
@@ -189,3 +189,28 @@ def test_parent_in_another_group_that_is_written_too_is_guarded(two: tuple[Conne
     a.commit()
     with pytest.raises(sqlite3.IntegrityError, match=FAILED):
         b.commit()
+
+
+@pytest.mark.parametrize("child_first", [False, True])
+def test_foreign_key_that_the_commit_finds_broken_is_named_as_at_the_statement(
+    connect: Connect, child_first: bool
+) -> None:
+    a, b = connect(), connect()
+    a.execute("CREATE TABLE instances (id INTEGER NOT NULL PRIMARY KEY, uuid VARCHAR(36) NOT NULL, UNIQUE (uuid))")
+    a.execute(
+        "CREATE TABLE instance_info_caches (id INTEGER NOT NULL PRIMARY KEY, instance_uuid VARCHAR(36),"
+        " FOREIGN KEY (instance_uuid) REFERENCES instances (uuid))"
+    )
+    a.execute("INSERT INTO instances VALUES (1, 'u1')")
+    a.commit()
+    a.execute("INSERT INTO instance_info_caches (instance_uuid) VALUES ('u1')")
+    b.execute("DELETE FROM instances WHERE id = 1")
+    first, second = (a, b) if child_first else (b, a)
+    first.commit()
+    with pytest.raises(ForeignKeyError) as late:
+        second.commit()
+    again = "DELETE FROM instances" if child_first else "INSERT INTO instance_info_caches (instance_uuid) VALUES ('u1')"
+    with pytest.raises(ForeignKeyError) as early:
+        second.execute(again)
+    assert vars(late.value) == vars(early.value)
+    assert (early.value.table, early.value.columns) == ("instance_info_caches", ("instance_uuid",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import sqlite3
 from collections.abc import Callable
 from typing import Any
@@ -89,11 +90,18 @@ def test_coerce_same_as_a_stored_column(declared: str, value: Any) -> None:
     assert (type(got), got) == (type(expected), expected)
 
 
+class State(str, enum.Enum):
+    """Whose str() is the member's name."""
+
+    DOWN = "down"
+
+
 def test_adapt_what_sqlite_adapts() -> None:
     assert adapt(True) == 1
     assert adapt(datetime.datetime(2026, 1, 2, 3, 4, 5)) == "2026-01-02 03:04:05"  # noqa: DTZ001
     assert adapt(datetime.date(2026, 1, 2)) == "2026-01-02"
     assert adapt(bytearray(b"x")) == b"x"
+    assert (type(adapt(State.DOWN)), adapt(State.DOWN)) == (str, "down")
     with pytest.raises(sqlite3.ProgrammingError, match="type 'list' is not supported"):
         adapt([1])
 

@@ -111,6 +111,41 @@ def test_read_mark_survives_a_rolled_back_savepoint(two: tuple[Connection, Conne
         b.commit()
 
 
+def test_column_read_of_a_row_changed_in_a_rolled_back_savepoint_guards_a_change_after(
+    two: tuple[Connection, Connection],
+) -> None:
+    a, b = two
+    b.execute("BEGIN")
+    b.execute("SAVEPOINT s")
+    b.execute("UPDATE instances SET host = 'h5' WHERE id = 1")
+    assert b.execute("SELECT vcpus FROM instances WHERE id = 1").fetchall() == [(4,)]
+    b.execute("ROLLBACK TO s")
+    b.execute("UPDATE instances SET vcpus = 5 WHERE id = 1")
+    a.execute("UPDATE instances SET vcpus = 6 WHERE id = 1")
+    a.commit()
+    with pytest.raises(ConflictError):
+        b.commit()
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_own_value_read_in_a_rolled_back_savepoint_guards_nothing(
+    two: tuple[Connection, Connection], moves: bool
+) -> None:
+    a, b = two
+    b.execute("BEGIN")
+    b.execute("SAVEPOINT s")
+    b.execute("UPDATE instances SET host = 'h5' WHERE id = 1")
+    assert b.execute("SELECT host FROM instances WHERE id = 1").fetchall() == [("h5",)]
+    b.execute("ROLLBACK TO s")
+    a.execute("UPDATE instances SET vcpus = 7 WHERE id = 1")
+    a.commit()
+    if moves:
+        assert b.execute("SELECT id FROM instances WHERE vcpus = 7").fetchall() == [(1,)]
+    b.execute("UPDATE instances SET host = 'h6' WHERE id = 1")
+    b.commit()
+    assert a.execute("SELECT host, vcpus FROM instances WHERE id = 1").fetchall() == [("h6", 7)]
+
+
 def test_guard_of_a_rolled_back_savepoint_is_gone(two: tuple[Connection, Connection]) -> None:
     a, b = two
     b.execute("BEGIN")

@@ -24,6 +24,20 @@ class Provider(Base):
     generation = sa.Column(sa.Integer, default=0)
 
 
+class Instance(Base):
+    """Of one group with what refers to it, which a commit guards (`nova_bridge/sql/families.yaml`)."""
+
+    __tablename__ = "instances"
+    id = sa.Column(sa.Integer, primary_key=True)
+    uuid = sa.Column(sa.String(36), unique=True, nullable=False)
+
+
+class InfoCache(Base):
+    __tablename__ = "instance_info_caches"
+    id = sa.Column(sa.Integer, primary_key=True)
+    instance_uuid = sa.Column(sa.String(36), sa.ForeignKey("instances.uuid"))
+
+
 @enginefacade.transaction_context_provider
 class Context:
     """What oslo.db keeps its transaction on."""
@@ -135,6 +149,28 @@ def test_insert_that_lost_a_race_meets_the_duplicate_at_its_statement(meddler: M
     meddler.statement = sa.insert(Provider).values(id=99, name="two")
     with pytest.raises(TakenError):
         create(Context(), meddler.act, "two")
+
+
+@manager.writer
+def cache(context: Any, meddle: Callable[[], None], uuid: str) -> None:
+    context.session.add(InfoCache(instance_uuid=uuid))
+    try:
+        context.session.flush()
+    except exception.DBReferenceError:
+        raise GoneError from None
+    meddle()
+
+
+def test_row_whose_parent_is_taken_away_meets_that_at_its_statement(meddler: Meddler) -> None:
+    engine = manager.writer.get_engine()
+    engine.dispose()
+    sa.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA foreign_keys=ON"))
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Instance).values(id=1, uuid="u1"))
+    meddler.statement = sa.delete(Instance)
+    with pytest.raises(GoneError):
+        cache(Context(), meddler.act, "u1")
+    assert rerun.counters == {"rerun": 1, "given_up": 0}
 
 
 def test_inner_function_of_a_transaction_leaves_the_run_to_the_outermost(meddler: Meddler) -> None:
