@@ -5,7 +5,6 @@ Both are SQLAlchemy's SQLite dialect under its own name, so that the SQLite bran
 
 from __future__ import annotations
 
-import re
 from types import ModuleType
 from typing import Any
 
@@ -13,9 +12,9 @@ from sqlalchemy import pool
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.sql import selectable
+from sqlalchemy.sql import elements, operators, selectable
 
-from nova_bridge.sql import dbapi, filters, rerun
+from nova_bridge.sql import dbapi, filters, regexp, rerun
 from nova_bridge.sql.errors import UnavailableError
 
 _OPTIONS = {"socket": str, "timeout": float}
@@ -24,7 +23,8 @@ _OPTIONS = {"socket": str, "timeout": float}
 class LucdCompiler(SQLiteCompiler):
     """Rewrites `x LEFT JOIN (a JOIN b ON ab) ON xa`, which SQLite would materialise with nothing pushed down.
 
-    `x LEFT JOIN a ON xa AND EXISTS (SELECT 1 FROM b WHERE ab) LEFT JOIN b ON ab` is equivalent.
+    `x LEFT JOIN a ON xa AND EXISTS (SELECT 1 FROM b WHERE ab) LEFT JOIN b ON ab` is equivalent, if xa does not speak
+    of b, and ab holds of no b where a is missing.
     """
 
     def visit_join(self, join: Any, asfrom: bool = False, from_linter: Any = None, **kwargs: Any) -> Any:
@@ -38,6 +38,8 @@ class LucdCompiler(SQLiteCompiler):
             or right.isouter
             or isinstance(right.left, nested)
             or isinstance(right.right, nested)
+            or right.right in join.onclause._from_objects
+            or not _needs_both(right.onclause, right.left, right.right)
         ):
             return super().visit_join(join, asfrom=asfrom, from_linter=from_linter, **kwargs)
 
@@ -52,6 +54,18 @@ class LucdCompiler(SQLiteCompiler):
             f" AND EXISTS (SELECT 1 FROM {table(right.right)} WHERE {condition(right.onclause)})"
             f" LEFT OUTER JOIN {table(right.right)} ON {condition(right.onclause)}"
         )
+
+
+def _needs_both(condition: Any, left: Any, right: Any) -> bool:
+    """Whether the condition has an equation of a column of each, which a missing row never fulfils."""
+    conjunction = isinstance(condition, elements.BooleanClauseList) and condition.operator is operators.and_
+    return any(
+        isinstance(part, elements.BinaryExpression)
+        and part.operator is operators.eq
+        and all(isinstance(side, elements.ColumnClause) for side in (part.left, part.right))
+        and {*part.left._from_objects, *part.right._from_objects} == {left, right}
+        for part in (condition.clauses if conjunction else [condition])
+    )
 
 
 class _Dialect(SQLiteDialect_pysqlite):
@@ -75,6 +89,7 @@ class _Dialect(SQLiteDialect_pysqlite):
     def engine_created(cls, engine: Any) -> None:
         """SQLAlchemy calls it for each new engine: by then the application's functions are defined."""
         rerun.install()
+        regexp.install()
 
     def _without_returning(self) -> None:
         self.insert_returning = self.update_returning = self.delete_returning = False
@@ -102,15 +117,9 @@ class _Dialect(SQLiteDialect_pysqlite):
         """REGEXP, as oslo.db and SQLAlchemy give it to SQLite."""
 
         def add_regexp(connection: Any) -> None:
-            connection.create_function("regexp", 2, _regexp, deterministic=True)
+            connection.create_function("regexp", 2, regexp.regexp, deterministic=True)
 
         return add_regexp
-
-
-def _regexp(pattern: Any, value: Any) -> bool | None:
-    if pattern is None or value is None:
-        return None
-    return re.search(str(pattern), str(value)) is not None
 
 
 class LucdDialect(_Dialect):

@@ -128,6 +128,34 @@ def test_nested_outer_join_same_rows_as_without(engine: sa.Engine) -> None:
         assert sorted(session.execute(query).fetchall(), key=str) == [("o", "a"), ("p", None)]
 
 
+@pytest.mark.parametrize("case", ["outer condition of the second table", "inner condition of one table", "no column"])
+def test_nested_outer_join_that_cannot_be_taken_apart_same_rows_as_stock_sqlite(engine: sa.Engine, case: str) -> None:
+    anchor = sa.table("anchor", sa.column("id"), sa.column("group_id"))
+    matched, tied = anchor.c.group_id == Member.group_id, Member.group_id == Group.id
+    match case:
+        case "outer condition of the second table":
+            matched = anchor.c.group_id == Group.id
+        case "inner condition of one table":
+            tied = Group.name == "a"
+        case _:
+            tied = sa.func.coalesce(Member.group_id, Group.id) == Group.id
+    query = sa.select(anchor.c.id, Member.owner, Group.name).select_from(
+        sa.outerjoin(anchor, sa.join(Member, Group, tied), matched)
+    )
+    stock = sa.create_engine("sqlite://")
+    answers = []
+    for each in (stock, engine):
+        Base.metadata.create_all(each)
+        with each.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE anchor (id INTEGER PRIMARY KEY, group_id INTEGER)"))
+            connection.execute(sa.text("INSERT INTO anchor VALUES (1, 1), (2, 2), (3, NULL)"))
+            connection.execute(sa.insert(Group).values([{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]))
+            connection.execute(sa.insert(Member).values([{"owner": "o", "group_id": 1}]))
+            answers.append(sorted(connection.execute(query).fetchall(), key=str))
+    stock.dispose()
+    assert answers[0] == answers[1]
+
+
 def test_savepoints_of_the_orm(engine: sa.Engine) -> None:
     with orm.Session(engine) as session, session.begin():
         session.add(Group(name="kept"))
