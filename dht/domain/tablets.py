@@ -42,7 +42,10 @@ def tablet_key(tablet: int) -> bytes:
 
 
 class Tablets:
-    """States of all tablets, read at construction, changed through batches only."""
+    """States of all tablets, read at construction, changed through batches only: as they are submitted, not before.
+
+    So nothing is told of a change that the disk did not take.
+    """
 
     def __init__(self, disk: Disk, rules: DomainRules) -> None:
         self._disk = disk
@@ -52,7 +55,7 @@ class Tablets:
         self._unconfirmed: dict[int, int] = {}
         for key, value in disk.range(Space.TABLET, b"", None):
             try:
-                self._states[int.from_bytes(key, "big")] = _decode(value)
+                self._take(key, value)
             except msgspec.MsgspecError as error:
                 raise StorageError(
                     f"the state of a tablet cannot be read ({error}): the file is damaged or of another version; wipe "
@@ -88,7 +91,12 @@ class Tablets:
             del self._unconfirmed[tablet]
 
     def seal(self, tablet: int, epoch: int) -> int:
-        """Submit the seal; returns the number to await before answering, also where it was sealed before."""
+        """Submit the seal; returns the number to await before answering, also where it was sealed before.
+
+        Raises StorageError when the disk has failed: nothing can be taken over from here, so this seal must not count.
+        """
+        if self._disk.failed is not None:
+            raise StorageError(self._disk.failed)
         state = self.state(tablet)
         if self._rules.seal and state.sealed < epoch:
             batch = Batch()
@@ -97,8 +105,11 @@ class Tablets:
         return self._submitted
 
     def submit(self, batch: Batch) -> int:
-        """Submit a batch that changes states."""
+        """Submit a batch that changes states; they are in force at once. Raises StorageError, and none is."""
         self._submitted = self._disk.submit(batch)
+        for space, key, value in batch.writes:
+            if space == Space.TABLET and value is not None:
+                self._take(key, value)
         return self._submitted
 
     def flip(self, batch: Batch, tablet: int) -> int:
@@ -146,6 +157,9 @@ class Tablets:
         upto = max(state.sealed, state.current)
         self._put(batch, tablet, TabletState(upto, (), ZERO, upto))
 
-    def _put(self, batch: Batch, tablet: int, state: TabletState) -> None:
+    def _take(self, key: bytes, value: bytes) -> None:
+        self._states[int.from_bytes(key, "big")] = _decode(value)
+
+    @staticmethod
+    def _put(batch: Batch, tablet: int, state: TabletState) -> None:
         batch.put(Space.TABLET, tablet_key(tablet), _encode(state))
-        self._states[tablet] = state

@@ -11,8 +11,10 @@ import pytest
 from dht.domain.messages import AskHeaders, AskSeal, Sealed
 from dht.domain.roster import Member, Roster, successor
 from dht.domain.rules import RULES, DomainRules
-from dht.errors import NotServing, RemoteProtocolError
-from dht.model import ZERO, Ballot
+from dht.domain.tablets import Tablets, TabletState
+from dht.errors import NotServing, RemoteProtocolError, StorageError
+from dht.model import ZERO, Ballot, NodeId
+from dht.storage.memory import MemoryDisk
 from dht.storage.registers import Header
 from dht.world import Batch, Space
 from tests.dht.domain.small_world import ROW, World, key, outcome, play, value
@@ -255,6 +257,51 @@ def test_initialise_interrupted_by_a_crash_goes_on_and_is_whole() -> None:
             assert stage.row(1, k) == value(f"v{i}")
 
     staged(story, 2)
+
+
+def test_initialise_replica_whose_disk_failed_seals_nothing_and_keeps_nobody_from_taking_over() -> None:
+    """It answers faster than the others, which wait for their disks, but nothing can be read from it."""
+
+    async def story(stage: Stage) -> None:
+        k = stage.keys[0]
+        stage.move(0, 1, 2)
+        await stage.tell(0, 1, 2)
+        for number in (0, 1, 2):
+            assert await stage.initialise(number)
+            stage.write(number, k, 1, "v", epoch=2)
+        link = stage.move(1, 2, 3)
+        await stage.tell(0, 1, 2, 3)
+        stage.world.node(0).boot.disk.fail("full")  # type: ignore[attr-defined]
+        for _ in range(2):
+            asked = stage.world.domain(0).answer(stage.member(3).node_id, AskSeal("one", stage.tablet, 2, link))
+            assert isinstance(await outcome(asked), StorageError)
+        assert stage.world.domain(0).tablets.state(stage.tablet).sealed == 1
+        transfer = stage.world.domain(3).transfer
+        ask = transfer._ask
+
+        async def slow_but_for_one(to: NodeId, message: Any) -> Any:
+            if to != stage.member(0).node_id:
+                await asyncio.sleep(0.05)
+            return await ask(to, message)
+
+        transfer._ask = slow_but_for_one
+        assert await stage.initialise(3)
+        assert stage.row(3, k) == value("v")
+
+    staged(story, 4)
+
+
+def test_flip_that_the_disk_does_not_take_is_told_to_nobody() -> None:
+    """The old replicas let go of the tablet when its new ones say that they are initialised."""
+    disk = MemoryDisk()
+    tablets = Tablets(disk, RULES)
+    batch = Batch()
+    tablets.initialise(batch, 0, 2, 1, ZERO)
+    disk.fail("full")
+    with pytest.raises(StorageError):
+        tablets.flip(batch, 0)
+    assert tablets.state(0) == TabletState()
+    assert tablets.serves(0) == 0
 
 
 def test_initialise_again_after_it_is_done_changes_nothing() -> None:
