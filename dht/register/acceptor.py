@@ -200,21 +200,23 @@ class Acceptor:
     def list_groups(self, request: ListGroups) -> ListGroupsReply:
         """Groups of a database in some tablets, as far as they are known here.
 
-        Raises NotServing where the first tablet is not served: what is here may lack some then. One of the others that
-        is not served ends the list.
+        Raises NotServing where the first tablet is not served at the epoch that was asked for: what is here may lack
+        some then. One of the others that is not served ends the list.
         """
         if not 1 <= request.limit <= READ_GROUPS_MAX:
             raise Invalid(f"{request.limit} groups were asked for; it is between 1 and {READ_GROUPS_MAX}")
         if len(request.others) >= (count := len(self._context.domain.roster.tablets)):
             raise Invalid(f"{1 + len(request.others)} tablets were asked for; there are {count}")
+        if len(request.epochs) != 1 + len(request.others):
+            raise Invalid(f"{1 + len(request.others)} tablets do not go with {len(request.epochs)} epochs")
         prefix = encode_value(request.database)
-        keys = self._list(request.tablet, prefix, request.after, request.limit)
+        keys = self._list(request.tablet, request.epochs[0], prefix, request.after, request.limit)
         tablets = 1
-        for tablet in request.others:
+        for tablet, epoch in zip(request.others, request.epochs[1:], strict=True):
             if len(keys) >= request.limit:
                 break
             try:
-                keys += self._list(tablet, prefix, b"", request.limit - len(keys))
+                keys += self._list(tablet, epoch, prefix, b"", request.limit - len(keys))
             except NotServing:
                 break
             tablets += 1
@@ -224,9 +226,9 @@ class Acceptor:
         last = keys[-1] if len(keys) == request.limit else b""
         return ListGroupsReply(tuple(keys), last, tablets, ballots, gone)
 
-    def _list(self, tablet: int, prefix: bytes, after: GroupKey, limit: int) -> list[GroupKey]:
+    def _list(self, tablet: int, epoch: int, prefix: bytes, after: GroupKey, limit: int) -> list[GroupKey]:
         domain = self._context.domain
-        domain.admit(tablet, domain.replicas(tablet).epoch)
+        domain.admit(tablet, epoch if self._context.rules.listed_at_one_epoch else domain.replicas(tablet).epoch)
         return self._file.keys_with(tablet, prefix, after, limit)
 
     def list_doubtful(self, request: ListDoubtful) -> ListDoubtfulReply:

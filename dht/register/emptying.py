@@ -5,10 +5,11 @@ creates another one of its name. Then, pass by pass, its groups are listed and e
 of them empty; then the name becomes free. A dropper may pause anywhere, for any time, while another one finishes the
 drop and a third creates the database again and writes to it. That does no harm:
 
-* A listing tells where each group stands, the highest ballot that any replica of a majority has accepted. After it the
-  dropper reads the registry again. If that still has the same creation of the database, being dropped, no later one had
-  begun when the groups were listed. What a later one writes is above the listed ballot: to have that accepted anywhere
-  a majority had promised it before, and one of them accepts the later write.
+* A listing tells where each group stands, the highest ballot that any replica of a majority has accepted, all of whom
+  serve its tablet at one epoch. After it the dropper reads the registry again. If that still has the same creation of
+  the database, being dropped, no later one had begun when the groups were listed. What a later one writes is above the
+  listed ballot: to have that accepted anywhere a majority had promised it before, and one of them accepts the later
+  write.
 * The order to empty a group names the listed ballot. The group's coordinator obeys it only on a state that is chosen,
   and no higher: a later write may be accepted somewhere at an older promise, but is not chosen there. Whenever the
   order comes, it takes nothing that was written after the listing. A write that lies between, by a
@@ -119,35 +120,41 @@ class Emptying:
         waiting = list(tablets)
         while True:
             heard: dict[int, int] = dict.fromkeys(waiting, 0)
-            replicas = {tablet: self._context.domain.replicas(tablet).nodes for tablet in waiting}
-            asked: dict[NodeId, list[int]] = {}
-            for tablet, nodes in replicas.items():
-                for node in nodes:
-                    asked.setdefault(node, []).append(tablet)
+            replicas = {tablet: self._context.domain.replicas(tablet) for tablet in waiting}
+            asked: dict[NodeId, dict[int, int]] = {}
+            for tablet, listed in replicas.items():
+                for node in listed.nodes:
+                    asked.setdefault(node, {})[tablet] = listed.epoch
             await asyncio.gather(*(self._list_at(node, of, found, heard) for node, of in asked.items()))
-            waiting = [tablet for tablet in waiting if heard[tablet] * 2 <= len(replicas[tablet])]
+            waiting = [tablet for tablet in waiting if heard[tablet] * 2 <= len(replicas[tablet].nodes)]
             if not waiting:
                 return found
             if self._context.remaining(deadline) <= 0:
                 raise Unavailable(
                     f"the groups of tablet {waiting[0]} cannot be listed: {heard[waiting[0]]} of "
-                    f"{len(replicas[waiting[0]])} answered"
+                    f"{len(replicas[waiting[0]].nodes)} answered"
                 )
             await self._context.back_off()
 
     async def _list_at(
-        self, node: NodeId, tablets: list[int], found: dict[GroupKey, _Listed], heard: dict[int, int]
+        self, node: NodeId, epochs: Mapping[int, int], found: dict[GroupKey, _Listed], heard: dict[int, int]
     ) -> None:
-        """Add the groups that one node has in its tablets, and count those of the tablets that it told all of."""
-        after = b""
+        """Add the groups that one node has in its tablets, and count those of the tablets that it told all of.
+
+        At these epochs only: what a majority has is known of replicas that serve a tablet at one epoch.
+        """
+        tablets, after = list(epochs), b""
+        refused: NotServing | None = None
         while tablets:
-            request = ListGroups(self._database, tablets[0], after, _LIST_GROUPS_MAX, tuple(tablets[1:]))
+            of = tuple(epochs[tablet] for tablet in tablets)
+            request = ListGroups(self._database, tablets[0], after, _LIST_GROUPS_MAX, tuple(tablets[1:]), of)
             try:
                 reply = await self._ask_groups(node, request)
             except DhtError as error:
                 self._context.count("lists_failed")
                 if not isinstance(error, NotServing):
                     return
+                refused = error
                 tablets, after = tablets[1:], b""
                 continue
             for key, ballot, gone in zip(reply.keys, reply.ballots, reply.gone, strict=True):
@@ -158,6 +165,14 @@ class Emptying:
             for tablet in tablets[:told]:
                 heard[tablet] += 1
             tablets = tablets[told:]
+        if refused is not None:
+            await self._catch_up(refused)
+
+    async def _catch_up(self, refused: NotServing) -> None:
+        try:
+            await self._context.catch_up(refused)
+        except DhtError:
+            self._context.count("refreshes_failed")
 
     async def _ask_groups(self, node: NodeId, request: ListGroups) -> ListGroupsReply:
         if node == self._context.node:

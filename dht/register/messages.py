@@ -221,13 +221,17 @@ class FindReplicaReply(Message, frozen=True, tag=12):
 
 @message
 class ListGroups(Message, frozen=True, tag=13):
-    """Groups of a database in the tablet, those behind `after`, and in the `others`, as far as they are known here."""
+    """Groups of a database in the tablet, those behind `after`, and in the `others`, as far as they are known here.
+
+    `epochs`: of the tablet and of the others; what is served at another one is not told of.
+    """
 
     database: str
     tablet: int
     after: GroupKey
     limit: int
     others: tuple[int, ...] = ()
+    epochs: tuple[int, ...] = ()
 
 
 @message

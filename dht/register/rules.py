@@ -34,6 +34,7 @@ class Rules(Struct, frozen=True):
     version_with_promise: nothing is proposed that was made under an older catalog than its promises named.
     fence_settles_groups, fence_ends_intents: what was begun under an older catalog is chosen or dead behind a fence.
     empty_bound: of a database that is dropped nothing goes that was written after its groups were listed.
+    listed_at_one_epoch: replicas that list a tablet's groups serve it at one epoch.
     drop_looks_again: after the listing the dropper sees that the database is still the one that it means.
     """
 
@@ -72,6 +73,7 @@ class Rules(Struct, frozen=True):
     fence_settles_groups: bool = True
     fence_ends_intents: bool = True
     empty_bound: bool = True
+    listed_at_one_epoch: bool = True
     drop_looks_again: bool = True
 
 

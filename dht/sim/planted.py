@@ -180,6 +180,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     "fence_settles_groups": (_FENCE, "test_fence_settles_groups_value_of_a_minority_comes_to_light_after_it"),
     "fence_ends_intents": (_FENCE, "test_fence_ends_intents_transaction_prepared_before_it_commits_after_it"),
     "empty_bound": (_DROP, "test_empty_bound_order_to_empty_comes_when_the_name_has_a_new_database"),
+    "listed_at_one_epoch": (
+        _DROP,
+        "test_listed_at_one_epoch_group_that_a_tablet_has_at_its_new_epoch_is_left_to_the_next_database",
+    ),
     "drop_looks_again": (
         _DROP,
         "test_drop_looks_again_groups_of_the_new_database_are_listed_by_the_dropper_of_the_old_one",

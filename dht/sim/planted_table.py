@@ -38,6 +38,7 @@ BUGS: Final = {
     "fence_settles_groups": "a fence does not settle what a minority accepted",
     "fence_ends_intents": "a fence leaves intents of the older catalog",
     "empty_bound": "a late order to empty a group takes what a new database of the name wrote there",
+    "listed_at_one_epoch": "the groups of a database that is dropped are listed by replicas of two tablet epochs",
     "drop_looks_again": "a dropper empties what it listed, whoever has the name by now",
     "read_majority": "a read from one replica",
     "read_exact_data": "a read returns data of another ballot than the quorum's",

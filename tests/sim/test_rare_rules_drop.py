@@ -9,13 +9,16 @@ import asyncio
 
 import pytest
 
-from dht.model import GroupKey, Part, Struct, Value
+from dht.domain.roster import TabletReplicas
+from dht.errors import NotServing
+from dht.model import GroupKey, NodeId, Part, Struct, Value
 from dht.register import catalog
 from dht.register.group import APPLIED, REFUSED
 from dht.register.messages import Accept, Coordinate, Kind, ListGroups, Operation, Prepare
 from dht.register.rules import Rules
 from dht.sim.clock import SimClock
-from tests.sim.bench import Bench, Gate, failed, insert, play, update
+from tests.dht.register.register_cluster import StaticDomain
+from tests.sim.bench import TABLETS, Bench, Gate, failed, insert, play, update
 
 BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 OLD: dict[int, Value] = {0: "old"}
@@ -80,6 +83,64 @@ def test_empty_bound_order_to_empty_comes_when_the_name_has_a_new_database(on: b
         return await dropped_meanwhile(bench, Pause(0, Kind.EMPTY, key), key, 0, 2)
 
     assert play(story, Rules(empty_bound=on)) == (NEW if on else None)
+
+
+class Moving(StaticDomain):
+    """Of four nodes. One tablet moves from 0, 1 and 2 to 1, 2 and 3, which a node `knows` of when it has refreshed."""
+
+    def __init__(self, me: NodeId, ids: list[NodeId], moved: int) -> None:
+        super().__init__(me, ids, 3, TABLETS)
+        self.knows = False
+        self._ids = tuple(ids)
+        self._moved = moved
+
+    def replicas(self, tablet: int) -> TabletReplicas:
+        if tablet != self._moved:
+            return super().replicas(tablet)
+        return TabletReplicas(2, self._ids[1:]) if self.knows else TabletReplicas(1, self._ids[:3])
+
+    def admit(self, tablet: int, epoch: int, accept: bool = False) -> None:
+        replicas = self.replicas(tablet)
+        if epoch != replicas.epoch or self.me not in replicas.nodes:
+            raise NotServing("not here", roster_epoch=2)
+
+    async def refresh(self, at_least: int | None = None) -> None:
+        self.knows = True
+
+
+@BOTH
+def test_listed_at_one_epoch_group_that_a_tablet_has_at_its_new_epoch_is_left_to_the_next_database(on: bool) -> None:
+    """The group was made at 1 and 3 when its tablet had moved to 1, 2 and 3; 2 missed it. 0 knows nothing of the move.
+
+    It drops the database and does not hear 1: 0 lists what the tablet had before, and 2 what it has now.
+    """
+
+    async def story(bench: Bench) -> object:
+        tablet_of = bench.files[0].tablet
+        others = map(tablet_of, (catalog.REGISTRY_GROUP, catalog.catalog_group("db")))
+        moved = min({*range(0, TABLETS, 4)} - {*others})
+        key = next(key for n in range(100) if tablet_of(key := bench.key(0, n)) == moved)
+        domains = [Moving(node, bench.ids, moved) for node in bench.ids]
+        for number, domain in enumerate(domains):
+            bench[number]._context.domain = domain
+        await bench.define()
+        for number in (1, 2, 3):
+            domains[number].knows = True
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Coordinate):
+                return to != 2 or message.operation.part.key != key
+            if isinstance(message, (Accept, Prepare)):
+                return to != 2 or message.key != key
+            return not (isinstance(message, ListGroups) and (sender, to) == (0, 1))
+
+        bench.gate = gate
+        await bench[3].commit(bench.transaction(insert(key, OLD)))
+        assert await bench[0].drop_database("db", 60.0)
+        assert await bench[3].create_database("db")
+        return await bench.row(3, key)
+
+    assert play(story, Rules(listed_at_one_epoch=on), 4) == (None if on else OLD)
 
 
 @BOTH

@@ -361,7 +361,7 @@ async def test_proposer_ahead_of_its_quorum_gets_the_rows_of_the_others(cluster)
 async def test_groups_of_a_tablet_not_served_are_not_listed(cluster):
     cluster.domains[cluster.ids[1]].admit = _refuse
     with pytest.raises(NotServing):
-        cluster[1]._acceptor.list_groups(ListGroups("db", 0, b"", 10))
+        cluster[1]._acceptor.list_groups(ListGroups("db", 0, b"", 10, (), (1,)))
     assert await cluster[0].drop_database("db")
 
 
@@ -374,15 +374,15 @@ async def test_groups_of_many_tablets_are_listed_up_to_one_that_is_not_served(cl
         await cluster[0].commit(transaction(insert(n)))
     acceptor, file = cluster[0]._acceptor, cluster.files[cluster.ids[0]]
     of = {tablet: sorted(k for n in range(300) if file.tablet(k := key(n)) == tablet) for tablet in (5, 2, 9)}
-    listed = acceptor.list_groups(ListGroups("db", 5, of[5][0], 10_000, (2, 9)))
+    listed = acceptor.list_groups(ListGroups("db", 5, of[5][0], 10_000, (2, 9), (1, 1, 1)))
     assert (list(listed.keys), listed.last, listed.tablets) == ([*of[5][1:], *of[2], *of[9]], b"", 3)
-    cut = acceptor.list_groups(ListGroups("db", 5, b"", len(of[5]) + 1, (2, 9)))
+    cut = acceptor.list_groups(ListGroups("db", 5, b"", len(of[5]) + 1, (2, 9), (1, 1, 1)))
     assert (list(cut.keys), cut.last, cut.tablets) == ([*of[5], of[2][0]], of[2][0], 2)
     cluster.domains[cluster.ids[0]].admit = lambda tablet, epoch: _refuse(tablet, epoch) if tablet == 2 else None
-    ended = acceptor.list_groups(ListGroups("db", 5, b"", 10_000, (2, 9)))
+    ended = acceptor.list_groups(ListGroups("db", 5, b"", 10_000, (2, 9), (1, 1, 1)))
     assert (list(ended.keys), ended.last, ended.tablets) == (of[5], b"", 1)
     with pytest.raises(Invalid):
-        acceptor.list_groups(ListGroups("db", 0, b"", 10, tuple(range(64))))
+        acceptor.list_groups(ListGroups("db", 0, b"", 10, tuple(range(64)), (1,) * 65))
 
 
 async def test_drop_asks_a_node_for_many_tablets_at_once_and_tells_of_no_catalog_where_there_was_none(cluster):
