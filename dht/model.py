@@ -255,7 +255,10 @@ POPS_MAX = 255
 
 
 class PopClaim(Struct, frozen=True):
-    """Who may found a PoP, the first that asked, and the PoP's index: given once, never reused."""
+    """Who may found a PoP, the first that asked, and the PoP's index: given once, never reused.
+
+    `incarnation`: of a node that recovered the PoP, followed by the generation (`dht.register.catalog.recovering`).
+    """
 
     node: NodeId
     incarnation: bytes

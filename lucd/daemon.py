@@ -174,7 +174,7 @@ class Daemon:
                 locate=self.places.locate,
                 hint=self.overlay.find_hint,
                 far=self.pops.store,
-                recover_pop=self._pop_recoverer(clock).order,
+                recover_pop=self._pop_recoverer().order,
                 copies=self.followers.lines,
                 ask=self.network.call,
                 holders=lambda: self._holders(self._members()),
@@ -313,12 +313,12 @@ class Daemon:
                 self.network.set_address(member.node_id, *parse_address(member.address))
         return [member.node_id for member in members]
 
-    def _pop_recoverer(self, clock: LoopClock) -> PopRecoverer:
+    def _pop_recoverer(self) -> PopRecoverer:
         def others() -> Sequence[NodeId]:
             return self._holders([m for m in self._members() if m.pop != self.settings.pop])
 
         wide, own = self.wide.domain, self.identity.incarnation
-        return PopRecoverer(self.own, wide, own, clock, self.network, self._registry, others, self._contacts)
+        return PopRecoverer(self.own, wide, own, self.network, self._registry, others, self._contacts)
 
     def _contacts(self) -> Sequence[NodeId]:
         """Nodes to ask for the domain's roster: all that were met."""

@@ -1,10 +1,16 @@
 """`lucd pop recover`: a PoP lost all its disks, and a new node of it begins anew with what other PoPs have copied.
 
-Order: the copies are found and fetched into this node's empty file; then the PoP's claim in `global` goes over to this
-node, by compare-and-set, so that of two such orders one is refused; then the domain begins its next generation here.
-Whatever breaks off before is done again by the next order. At last the dead members' seats in `global` are freed, which
-the PoP's new nodes would have to do without. Members that were only cut off meet the higher generation,
-stop, and keep their files (DESIGN section 8).
+Order: the PoP's claim in `global` is read; the copies are found and fetched into this node's empty file; then the claim
+goes over to this node, if it is still the one that was read; then the domain begins its next generation here, in one
+batch. Whatever breaks off before is done again by the next order. At last the dead members' seats in `global` are
+freed, which the PoP's new nodes would have to do without.
+
+Of two orders at a time one is refused: each makes a claim that no other makes, with a generation above that of the one
+before it, also where the same node gives it again. Whoever took the claim may serve the domain from then on, so who
+comes later looks whether that node, or any of the PoP, is heard: first, after it has read the claim, and once more when
+it has fetched. If none is, the human's word counts, and the later generation is the higher one: the earlier node stops
+when it comes back. So do members that were only cut off; they keep their files (DESIGN section 8). Who comes back
+during the fetch ends the order, and nothing of it is overwritten (`dht.domain.restore`).
 """
 
 from __future__ import annotations
@@ -19,15 +25,15 @@ import msgspec
 
 from dht.domain.domain import Domain
 from dht.domain.messages import AskLinks, DomainMessage, Links
-from dht.domain.recovery import Recovery, keep_record
+from dht.domain.recovery import keep_record
 from dht.domain.restore import Restoration, find_copies, floors_after
-from dht.domain.roster import Roster
 from dht.errors import Conflict, DhtError, Indeterminate, Invalid
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.model import GLOBAL, NodeId, PopClaim, Struct
+from dht.register.catalog import recovered_generation, recovering
 from dht.register.homes import Registry
 from dht.rows import split_group_key
-from dht.world import Clock, Network
+from dht.world import Network
 from lucd.domain_node import DomainNode
 from lucd.messages import RecoverPop, RecoverReply
 from lucd.recovery import Recoverer
@@ -45,7 +51,6 @@ class PopRecoverer:
         own: DomainNode,
         wide: Domain,
         incarnation: bytes,
-        clock: Clock,
         network: Network,
         registry: Callable[[], Registry],
         holders: Callable[[], Sequence[NodeId]],
@@ -54,7 +59,6 @@ class PopRecoverer:
         self._own = own
         self._wide = wide
         self._incarnation = incarnation
-        self._clock = clock
         self._network = network
         self._registry = registry
         self._holders = holders
@@ -62,7 +66,7 @@ class PopRecoverer:
         self._ordered = asyncio.Lock()
 
     async def order(self, request: RecoverPop) -> RecoverReply:
-        """Raises Invalid where it is not allowed, Conflict if another node has recovered the PoP meanwhile.
+        """Raises Invalid where it is not allowed, Conflict if another order has taken the PoP meanwhile.
 
         One at a time: a second one would put the copies into the file over what the first one serves from it.
         """
@@ -71,8 +75,9 @@ class PopRecoverer:
 
     async def _recover(self, request: RecoverPop) -> RecoverReply:
         domain, node = self._own.domain, self._own.domain.local.node_id
-        await self._refuse_unless_lost(request)
+        self._refuse_elsewhere(request)
         claim = await self._claim()
+        await self._refuse_unless_lost(claim)
         found = await find_copies(domain.name, self._ask, self._holders())
         before = await found.links()
         if not request.accept_data_loss:
@@ -81,18 +86,17 @@ class PopRecoverer:
                 "and is lost then; its old members stop if they come back. Be sure that their disks are gone, then say "
                 "--accept-data-loss"
             )
-        await found.fetch(self._own.registers, self._own.disk)
-        if (claim.node, claim.incarnation) != (node, self._incarnation):
-            await self._move(claim, PopClaim(node, self._incarnation, claim.index))
-        link = await domain.restore(before, floors_after(before[-1]))
-        record = self._record(link, before[-1], found)
-        await self._own.disk.durable(keep_record(self._own.disk, domain.name, record))
-        log.warning("PoP %s begins anew in generation %d, data loss accepted", domain.name, link.generation)
+        await found.fetch(self._own.registers, self._own.disk, domain.check_unknown)
+        await self._refuse_unless_lost(claim)
+        generation = max(found.heard, recovered_generation(claim)) + 1
+        await self._move(claim, recovering(claim, node, self._incarnation, generation))
+        record = await domain.restore(before, floors_after(before[-1]), generation, _findings(found))
+        log.warning("PoP %s begins anew in generation %d, data loss accepted", domain.name, record.generation)
         record = msgspec.structs.replace(record, findings=(*record.findings, *await self._free_seats()))
         await self._own.disk.durable(keep_record(self._own.disk, domain.name, record))
         return await Recoverer(domain, self._own.store.salvage).finish(record, request.timeout_s)
 
-    async def _refuse_unless_lost(self, request: RecoverPop) -> None:
+    def _refuse_elsewhere(self, request: RecoverPop) -> None:
         domain = self._own.domain
         if request.name != domain.name:
             raise Invalid(
@@ -104,11 +108,22 @@ class PopRecoverer:
                 f"this node knows domain {domain.name} already; a PoP is recovered on a node with an empty data_dir. "
                 "If some of its nodes are left, but no majority, `lucd domain recover` on one goes on with those"
             )
+
+    async def _refuse_unless_lost(self, claim: PopClaim) -> None:
+        """Raises Invalid where somebody of the PoP is heard that has its domain, or may be about to begin it."""
+        domain = self._own.domain
+        domain.check_unknown()
         for node in self._met():
+            reply = None
             with contextlib.suppress(DhtError):
                 reply = await self._network.call(node, AskLinks(domain.name, 0, 1), REQUEST_TIMEOUT_S / 5)
-                if isinstance(reply, Links) and reply.newest:
-                    raise Invalid(f"node {node.hex()} of PoP {domain.name} answers: nothing is lost for good")
+            if isinstance(reply, Links) and reply.newest:
+                raise Invalid(f"node {node.hex()} of PoP {domain.name} answers: nothing is lost for good")
+            if node == claim.node and recovered_generation(claim):
+                raise Invalid(
+                    f"PoP {domain.name} is being recovered on node {node.hex()}, which is heard: give the order there "
+                    "again if it broke off, or stop that node first"
+                )
 
     async def _claim(self) -> PopClaim:
         name = self._own.domain.name
@@ -149,13 +164,6 @@ class PopRecoverer:
                 raise Conflict(
                     f"PoP {name} is being recovered on node {now.node.hex()}: nothing was changed here; join that one"
                 ) from None
-
-    def _record(self, link: Roster, before: Roster, found: Restoration) -> Recovery:
-        every = tuple(range(len(before.tablets)))
-        lost = tuple(m.node_id for m in before.members)
-        node = self._own.domain.local.node_id
-        wall_s = self._clock.wall()
-        return Recovery(wall_s, node, link.generation, link.epoch, (node,), lost, every, (), _findings(found))
 
     async def _ask(self, node: NodeId, message: DomainMessage) -> Struct:
         return await self._network.call(node, message, PAGE_TIMEOUT_S)

@@ -17,6 +17,7 @@ from dht.errors import DhtError, Unavailable
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.model import GLOBAL, NodeId
 from dht.overlay.messages import Contact
+from dht.register.catalog import recovered_generation
 from dht.register.homes import FarStore, Registry
 from dht.wire.handshake import PeerIdentity
 from dht.wire.links import parse_address
@@ -194,6 +195,12 @@ class Pops:
             first = await self._registry().claim_pop(self.name, node, incarnation, REQUEST_TIMEOUT_S)
         except DhtError as error:
             return error.message
+        if recovered_generation(first):
+            return (
+                f"PoP {self.name} was recovered on node {first.node.hex()}, and no node of it is known here: start "
+                "one, or join with an empty data_dir and the right pop. If that broke off, give the order there "
+                f"again: `lucd pop recover {self.name} --accept-data-loss`"
+            )
         if (first.node, first.incarnation) != (node, incarnation):
             return (
                 f"PoP {self.name} was founded by node {first.node.hex()}, and no node of it is known here: start one, "

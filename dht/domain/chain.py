@@ -7,7 +7,7 @@ it names the digest of the newest one held here, so all members hold prefixes of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dht.domain.roster import (
     FIRST_EPOCH,
@@ -77,21 +77,42 @@ class Chain:
                     generation=link.generation,
                 )
             return False
-        if self.newest is not None:
-            check_step(self.newest, link)
+        self._check_next(self.newest, link)
+        batch = Batch()
+        self._put(batch, link)
+        self._submitted = self._disk.submit(batch)
+        self._hold(link)
+        return True
+
+    def begin_with(self, links: Sequence[Roster], batch: Batch, submit: Callable[[Batch], int]) -> None:
+        """Take a whole chain where none is held, in one batch with what `submit` keeps. The caller awaits `durable`.
+
+        Raises RemoteProtocolError if the links do not follow one another from the first on.
+        """
+        for before, link in zip((None, *links), links, strict=False):
+            self._check_next(before, link)
+            self._put(batch, link)
+        self._submitted = submit(batch)
+        for link in links:
+            self._hold(link)
+
+    def _check_next(self, before: Roster | None, link: Roster) -> None:
+        if before is not None:
+            check_step(before, link)
         elif link.epoch != FIRST_EPOCH or link.previous:
             raise RemoteProtocolError(f"link {link.epoch} of domain {self.domain} came first; links are not skipped")
         else:
             check_shape(link)
-        batch = Batch()
+
+    def _put(self, batch: Batch, link: Roster) -> None:
         batch.put(Space.ROSTER, self._prefix + link.epoch.to_bytes(8, "big"), encode_link(link))
-        self._submitted = self._disk.submit(batch)
+
+    def _hold(self, link: Roster) -> None:
         if self._links and link.generation > self._links[-1].generation:
             self._recoveries.append(link)
         self._links.append(link)
         self._listed.update((m.node_id, None) for m in link.members)
         self._incarnations.update(((m.node_id, m.incarnation), None) for m in link.members)
-        return True
 
     async def durable(self) -> None:
         """Return when all links held are on the disk."""

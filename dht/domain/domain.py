@@ -27,7 +27,7 @@ from dht.domain.membership import Membership
 from dht.domain.messages import AskLeave, AskStatus, Status, TabletMark
 from dht.domain.news import News
 from dht.domain.peers import Peers
-from dht.domain.recovery import restored
+from dht.domain.recovery import Recovery, put_record, restored
 from dht.domain.repair import Repair
 from dht.domain.roster import Member, Roster, TabletReplicas
 from dht.domain.rules import RULES, DomainRules
@@ -328,23 +328,42 @@ class Domain:
         await self.chain.durable()
         self._changed()
 
-    async def restore(self, before: Sequence[Roster], floors: Sequence[Ballot]) -> Roster:
+    def check_unknown(self) -> None:
+        """Raise Invalid if this node knows the domain: then nothing is put into its file but by the domain itself."""
+        if self.chain.newest is not None:
+            raise Invalid(
+                f"a node of domain {self.name} has come back, and this one knows the domain from it: nothing is lost "
+                "for good, and nothing of it was overwritten; see `lucd status`, for this node joins it"
+            )
+
+    async def restore(
+        self, before: Sequence[Roster], floors: Sequence[Ballot], generation: int = 0, findings: Sequence[str] = ()
+    ) -> Recovery:
         """Begin the next generation alone, with what was put into this new node's file out of a copy (rule 8).
 
-        `before`: the domain's links so far; `floors`: of each tablet. A human says that nobody of them is left.
+        `before`: the domain's links so far; `floors`: of each tablet; `generation`: the least that it is to be. A human
+        says that nobody of them is left. One batch has all of it, the audit record with the `findings` too: tablets
+        without the chain would be served in whatever chain this node joins, and without the record nobody would know
+        that the data is not repaired yet.
         """
-        if self.chain.newest is not None or not before:
-            raise Invalid(f"domain {self.name} cannot be restored here: this node knows it already, or nothing of it")
-        link = restored(before[-1], self.local.member())
+        self.check_unknown()
+        if not before:
+            raise Invalid(f"domain {self.name} cannot be restored from a copy that has none of its links")
+        last, member = before[-1], self.local.member()
+        link = restored(last, member, generation)
+        lost, survivors = tuple(m.node_id for m in last.members), (member.node_id,)
+        every = tuple(range(len(last.tablets)))
+        record = Recovery(
+            self._clock.wall(), member.node_id, link.generation, link.epoch, survivors, lost, every, (), tuple(findings)
+        )
         batch = Batch()
         for tablet, floor in enumerate(floors):
-            self.tablets.initialise(batch, tablet, link.epoch, before[-1].tablet_epochs[tablet], floor)
-        self.tablets.submit(batch)
-        for one in (*before, link):
-            self.chain.append(one)
+            self.tablets.initialise(batch, tablet, link.epoch, last.tablet_epochs[tablet], floor)
+        put_record(batch, self.name, record)
+        self.chain.begin_with((*before, link), batch, self.tablets.submit)
         await self.chain.durable()
         self._changed()
-        return link
+        return record
 
     async def start(self) -> None:
         """Begin the background work. `answer` works before, too."""

@@ -85,13 +85,16 @@ def recovered(roster: Roster, survivors: Sequence[NodeId]) -> Roster:
     )
 
 
-def restored(roster: Roster, member: Member) -> Roster:
-    """The link with which one new node begins the next generation, out of a follower's copy: nobody else is left."""
+def restored(roster: Roster, member: Member, generation: int = 0) -> Roster:
+    """The link with which one new node begins the next generation, out of a follower's copy: nobody else is left.
+
+    `generation`: the least that it may be, where later ones were begun that the copy has not heard of.
+    """
     epoch = roster.epoch + 1
     tablets = ((member.node_id,),) * len(roster.tablets)
     return Roster(
         roster.domain,
-        roster.generation + 1,
+        max(roster.generation + 1, generation),
         epoch,
         digest(roster),
         (member,),
@@ -101,10 +104,15 @@ def restored(roster: Roster, member: Member) -> Roster:
     )
 
 
-def keep_record(disk: Disk, domain: str, record: Recovery) -> int:
-    """Submit the audit record, in place of an earlier one of the same generation; returns the batch's number."""
-    batch = Batch()
+def put_record(batch: Batch, domain: str, record: Recovery) -> None:
+    """Into the batch: the audit record, in place of an earlier one of the same generation."""
     batch.put(Space.META, _prefix(domain) + record.generation.to_bytes(8, "big"), _encode(record))
+
+
+def keep_record(disk: Disk, domain: str, record: Recovery) -> int:
+    """Submit the audit record; returns the batch's number."""
+    batch = Batch()
+    put_record(batch, domain, record)
     return disk.submit(batch)
 
 

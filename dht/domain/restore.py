@@ -4,11 +4,15 @@ Of each tablet the copy that covers it furthest is taken, whole: another one mig
 collected since. The registers are put into the new node's file, where nobody sees them until the domain begins its next
 generation with them (`Domain.restore`). No accept of an earlier generation is admitted any more; a transaction that saw
 an absent group before is not applied to it now, for the floor of every tablet is above all that was promised then.
+
+Members that come back meanwhile are noticed in two ways. The new node may join them while it still fetches: then
+nothing more is put into its file, where their tablets are by then. Or the followers hear them, and their copies go on,
+or begin again: then what was fetched is of no one moment, and of a domain that is not lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeVar
 
 from dht.domain.asking import Ask, ask_each
@@ -34,6 +38,9 @@ from dht.world import Batch, Disk
 LINKS_PER_PAGE: Final = 100
 PAGE_KEYS_MAX: Final = 500
 QUESTIONS: Final = (AskCopy, AskCopyLinks, AskCopyPage)
+STANDING_S_MAX: Final = 5.0
+"""By how much what a copy covers may seem to go on while nobody is there to copy from: a round that was under way ends
+late, and the follower's clock is set."""
 R = TypeVar("R", bound=Struct)
 
 
@@ -64,11 +71,13 @@ def _page(copy: Copy, tablet: int, after: GroupKey) -> Iterable[RegisterCopy]:
 class Restoration:
     """`sources[t]`: whose copy of the tablet is taken; `covered_s[t]`: up to which wall-clock time it covers it.
 
-    `open`: registers that are covered up to an earlier moment, with that.
+    `open`: registers that are covered up to an earlier moment, with that. `heard`: the highest generation that any copy
+    has heard of, a complete one or not; the one that begins now has to be above.
     """
 
-    def __init__(self, domain: str, ask: Ask, found: dict[NodeId, CopyCovers]) -> None:
+    def __init__(self, domain: str, ask: Ask, found: dict[NodeId, CopyCovers], heard: int = 0) -> None:
         generation = max(covers.generation for covers in found.values())
+        self.heard = max(heard, generation)
         self._domain = domain
         self._ask = ask
         self._found = {node: covers for node, covers in found.items() if covers.generation == generation}
@@ -88,7 +97,7 @@ class Restoration:
 
     async def links(self) -> list[Roster]:
         """The domain's links, from the copy that has the most of them."""
-        node = max(self._found, key=lambda n: (self._found[n].epoch, n))
+        node = self._longest()
         links: list[Roster] = []
         while True:
             asked = AskCopyLinks(self._domain, links[-1].epoch if links else 0)
@@ -97,15 +106,24 @@ class Restoration:
             if len(page) < LINKS_PER_PAGE:
                 return links
 
-    async def fetch(self, file: RegisterFile, disk: Disk) -> None:
-        """Put all registers into the file, durably. What an earlier attempt left there goes."""
+    def _longest(self) -> NodeId:
+        return max(self._found, key=lambda n: (self._found[n].epoch, n))
+
+    async def fetch(self, file: RegisterFile, disk: Disk, check: Callable[[], None]) -> None:
+        """Put all registers into the file, durably. What an earlier attempt left there goes.
+
+        `check`: raises once the file is not to be touched any more; asked before each page. Raises Invalid, too, if the
+        copies did not stand still meanwhile.
+        """
         for tablet, node in enumerate(self.sources):
+            check()
             for key in file.keys(tablet):
                 batch = Batch()
                 file.erase(batch, key)
                 disk.submit(batch)
             after = b""
             while copies := _expect(await self._ask(node, AskCopyPage(self._domain, tablet, after)), Registers).copies:
+                check()
                 number = 0
                 for copy in copies:
                     batch = Batch()
@@ -116,6 +134,18 @@ class Restoration:
                 after = copies[-1].key
             opened = self._found[node].open
             self.open.update({key: wall_s for key, wall_s in opened.items() if file.tablet(key) == tablet})
+        await self._check_standing()
+
+    async def _check_standing(self) -> None:
+        for node in dict.fromkeys((*self.sources, self._longest())):
+            was, now = self._found[node], _expect(await self._ask(node, AskCopy(self._domain)), CopyCovers)
+            same = (was.epoch, was.generation, len(was.wall_s)) == (now.epoch, now.generation, len(now.wall_s))
+            if not same or any(not 0.0 < b <= a + STANDING_S_MAX for a, b in zip(was.wall_s, now.wall_s, strict=True)):
+                raise Invalid(
+                    f"the copy of domain {self._domain} at {node.hex()} went on while it was fetched, so nodes of the "
+                    "domain are heard there: nothing is lost for good, and nothing was changed; see `lucd pop list`, "
+                    "and give the order again if they are gone after all"
+                )
 
 
 async def find_copies(domain: str, ask: Ask, nodes: Sequence[NodeId]) -> Restoration:
@@ -127,7 +157,7 @@ async def find_copies(domain: str, ask: Ask, nodes: Sequence[NodeId]) -> Restora
             f"none of the {len(found)} copies of domain {domain} that were found among {len(nodes)} nodes is complete; "
             "start the nodes of the PoPs that back it up, and see `lucd pop list`"
         )
-    return Restoration(domain, ask, complete)
+    return Restoration(domain, ask, complete, max(covers.generation for covers in found.values()))
 
 
 def floors_after(before: Roster) -> list[Ballot]:

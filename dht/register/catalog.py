@@ -22,6 +22,7 @@ from dht.model import (
     Change,
     Columns,
     GroupKey,
+    NodeId,
     Op,
     Part,
     PopClaim,
@@ -41,6 +42,8 @@ INDEXES_LEFT_OUT = 16
 _HERE = ("", GLOBAL, LOCAL)
 """Homes in a registry's rows of what lives in the registry's own domain; others are names of PoPs, or say a shard."""
 _SHARD = "~"
+_INCARNATION_BYTES = 16
+_GENERATION_BYTES = 8
 SEQUENCE_FAMILY = "sequence"
 SHARDS_FAMILY = "shards"
 _SEQUENCE_ROW = row_key(0, ())
@@ -149,6 +152,20 @@ def pop_moved(pop: str, before: PopClaim, after: PopClaim) -> Part:
     """The claim goes over to another node, if it is still as it was; of two that want it one meets Conflict."""
     guards: Columns = {0: before.node, 1: before.incarnation}
     return Part(POPS_GROUP, changes=(Change(Op.UPDATE, 0, (pop,), {0: after.node, 1: after.incarnation}, guards),))
+
+
+def recovering(claim: PopClaim, node: NodeId, incarnation: bytes, generation: int) -> PopClaim:
+    """The PoP's claim of a node that recovers it, and begins that generation of its domain or a later one.
+
+    The incarnation has the generation behind it. So the claim is no one's to found a domain by; and as each order
+    takes a higher one, no two make the same claim, and an order on what was claimed before another meets Conflict.
+    """
+    return PopClaim(node, incarnation + generation.to_bytes(_GENERATION_BYTES, "big"), claim.index)
+
+
+def recovered_generation(claim: PopClaim) -> int:
+    """The generation that the claim's node set out to begin when it recovered the PoP; 0 where nobody did."""
+    return int.from_bytes(claim.incarnation[_INCARNATION_BYTES:], "big")
 
 
 def pops_of(rows: Mapping[RowKey, bytes]) -> dict[str, PopClaim]:

@@ -12,6 +12,7 @@ from dht.domain.roster import Member
 from dht.errors import Invalid, Unavailable
 from dht.model import GLOBAL, PopClaim
 from dht.overlay.messages import Contact
+from dht.register.catalog import recovering
 from dht.storage.memory import MemoryDisk
 from lucd import pops as pops_module
 from lucd.lists import Lists
@@ -290,3 +291,11 @@ async def test_only_who_claimed_the_pop_first_may_found_it(world: World, other: 
     pops = world.pops_on(MemoryDisk())
     assert await pops.may_found(b"m" * 20, b"i" * 16) == ""
     assert "PoP nice was founded by node 6d6d" in await pops.may_found(*other)
+
+
+async def test_claim_of_a_recovery_is_not_one_to_found_a_domain_by(world: World) -> None:
+    """Not by its own node either: an order that broke off when the claim had moved, of copies without groups."""
+    pops = world.pops_on(MemoryDisk())
+    world.claims = {"nice": recovering(PopClaim(b"m" * 20, b"i" * 16, 0), b"n" * 20, b"j" * 16, 2)}
+    for node, incarnation in ((b"n" * 20, b"j" * 16), (b"m" * 20, b"i" * 16)):
+        assert "lucd pop recover nice --accept-data-loss" in await pops.may_found(node, incarnation)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+
 import pytest
 
-from dht.domain.messages import DomainMessage
-from dht.domain.restore import find_copies, floors_after, hand_over
+from dht.domain.messages import AskCopyPage, DomainMessage
+from dht.domain.restore import STANDING_S_MAX, Restoration, find_copies, floors_after, hand_over
 from dht.domain.roster import check_step
 from dht.errors import Invalid, NotServing, RemoteProtocolError
 from dht.model import Ballot, NodeId, Struct
@@ -17,17 +21,32 @@ from tests.dht.domain.test_recovery import link
 KEYS = [key(i) for i in range(20)]
 
 
-async def restore(world: World, number: int, *besides: Beside) -> None:
-    """Machine `number`, which is new, restores the domain out of these copies."""
+async def fetched(
+    world: World, number: int, *besides: Beside, meanwhile: Callable[[], Awaitable[None]] | None = None
+) -> Restoration:
+    """Machine `number`, which is new, fetches these copies. `meanwhile`: before it has the second page with groups."""
+    pages = 0
 
     async def ask(node: NodeId, question: DomainMessage) -> Struct:
-        return hand_over(besides[node[0]].follower, question)
+        nonlocal pages
+        reply = hand_over(besides[node[0]].follower, question)
+        if isinstance(question, AskCopyPage) and reply.copies:  # type: ignore[union-attr]
+            pages += 1
+            if pages == 2 and meanwhile is not None:
+                await meanwhile()
+        return reply
 
     node = world.node(number)
     found = await find_copies(node.domain.name, ask, [bytes([i]) * 20 for i in range(len(besides))])
-    await found.fetch(node.registers, node.boot.disk)
+    await found.fetch(node.registers, node.boot.disk, node.domain.check_unknown)
+    return found
+
+
+async def restore(world: World, number: int, *besides: Beside) -> None:
+    """Machine `number`, which is new, restores the domain out of these copies."""
+    found = await fetched(world, number, *besides)
     before = await found.links()
-    await node.domain.restore(before, floors_after(before[-1]))
+    await world.domain(number).restore(before, floors_after(before[-1]), found.heard + 1)
 
 
 async def destroyed(world: World) -> tuple[Beside, int]:
@@ -69,18 +88,118 @@ def test_restore_that_broke_off_is_not_taken_for_a_new_pop_that_may_be_founded()
 
     async def story(world: World) -> None:
         beside, number = await destroyed(world)
-
-        async def ask(node: NodeId, question: DomainMessage) -> Struct:
-            return hand_over(beside.follower, question)
-
         node = world.node(number)
-        found = await find_copies(node.domain.name, ask, [bytes(20)])
-        await found.fetch(node.registers, node.boot.disk)
+        await fetched(world, number, beside)
         with pytest.raises(Invalid, match="pop recover"):
             await node.domain.found(TABLETS)
         assert node.domain.chain.newest is None
         await restore(world, number, beside)
         assert await world.get(number, KEYS[0]) == value("v0")
+
+    play(story)
+
+
+def test_restore_during_which_members_come_back_overwrites_nothing_that_the_node_took_over_from_them() -> None:
+    async def story(world: World) -> None:
+        await world.grow(1)
+        for i, k in enumerate(KEYS):
+            await world.put(0, k, f"v{i}")
+        beside = Beside(world)
+        await beside.rounds(3)
+        world.cluster.shut(0)
+        number = await world.add()
+
+        async def back() -> None:
+            await world.cluster.start(0)
+            await world.settled()
+            for i, k in enumerate(KEYS):
+                await world.put(0, k, f"w{i}")
+
+        with pytest.raises(Invalid, match="nothing of it was overwritten"):
+            await fetched(world, number, beside, meanwhile=back)
+        node = world.node(number)
+        assert [node.registers.row(k, ROW) for k in KEYS] == [value(f"w{i}") for i in range(len(KEYS))]
+        before = list(beside.follower.chain.after(0, 100))
+        with pytest.raises(Invalid, match="nothing of it was overwritten"):
+            await node.domain.restore(before, floors_after(before[-1]))
+
+    play(story)
+
+
+def test_restore_of_a_copy_that_goes_on_or_begins_again_meanwhile_is_refused() -> None:
+    """The copy is of several moments then, or has gaps, and somebody is there whom the new node does not hear."""
+
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+
+        async def goes_on() -> None:
+            for old in range(3):
+                await world.cluster.start(old)
+            await world.cluster.machines[number].clock.sleep(STANDING_S_MAX)
+            await beside.rounds(3)
+
+        async def begins_again() -> None:
+            beside.copy.begin_again(beside.copy.noted.generation)
+
+        world.cluster.partition([number], [0, 1, 2])
+        for meanwhile in (goes_on, begins_again):
+            with pytest.raises(Invalid, match="went on while it was fetched"):
+                await fetched(world, number, beside, meanwhile=meanwhile)
+            assert world.domain(number).chain.newest is None
+
+    play(story)
+
+
+@pytest.mark.parametrize("batches_kept", range(3))
+def test_restore_that_loses_power_has_begun_with_its_record_or_not_at_all(batches_kept: int) -> None:
+    """Tablets without the chain would be served in the chain of whoever comes back; a chain alone could do nothing."""
+
+    async def story(world: World) -> None:
+        beside, number = await destroyed(world)
+        found = await fetched(world, number, beside)
+        before = await found.links()
+        disk = world.node(number).boot.disk
+        begun = asyncio.ensure_future(world.domain(number).restore(before, floors_after(before[-1]), 0, ["found"]))
+        await asyncio.sleep(0)
+        disk._chance = SimpleNamespace(randint=lambda low, high: min(batches_kept, high), uniform=lambda a, b: a)  # type: ignore[assignment]
+        world.cluster.crash(number)
+        begun.cancel()
+        await world.cluster.start(number)
+        domain = world.domain(number)
+        if not batches_kept:
+            assert domain.chain.newest is None
+            assert domain.tablets.known() == ()
+            await restore(world, number, beside)
+        assert domain.joined
+        assert domain.generations.records()[-1].generation == domain.generation
+        assert domain.generations.records()[-1].findings == (("found",) if batches_kept else ())
+        assert await world.get(number, KEYS[0]) == value("v0")
+
+    play(story)
+
+
+def test_restore_begins_a_generation_above_any_that_a_copy_has_heard_of() -> None:
+    """A copy that is not complete may be of a generation whose members come back: they are to stop, not this node."""
+
+    async def story(world: World) -> None:
+        await world.grow(2)
+        for i, k in enumerate(KEYS):
+            await world.put(0, k, f"v{i}")
+        complete, later = Beside(world), Beside(world)
+        await complete.rounds(3)
+        world.cluster.shut(1)
+        node_id = world.cluster.machines[0].node_id
+        await world.domain(0).generations.recover([node_id], accept_data_loss=True)
+        await later.follower.round()
+        assert not all(later.follower.noted().wall_s)
+        world.cluster.shut(0)
+        number = await world.add()
+        await restore(world, number, complete, later)
+        assert world.domain(number).generation == 3
+        await world.cluster.start(0)
+        world.domain(number).met(node_id)
+        await world.until(lambda: bool(world.domain(0).generations.stopped), 60.0, "stopping")
+        assert world.domain(number).joined
 
     play(story)
 

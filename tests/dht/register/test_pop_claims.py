@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from dht.errors import Invalid
+from dht.errors import Conflict, Invalid
 from dht.limits import WINDOW_TRANSACTIONS
 from dht.model import Applied, PopClaim, Transaction
 from dht.register import catalog
@@ -47,6 +47,24 @@ async def test_pop_that_was_founded_already_gets_the_index_that_it_had_or_none(c
         with pytest.raises(Invalid, match="no index of a PoP"):
             await cluster[1].claim_pop("metz", node(3), b"i" * 16, index=senseless)
     assert (await cluster[2].claim_pop("brest", node(4), b"i" * 16)).index == 8
+
+
+async def test_of_two_recoveries_that_read_one_claim_only_one_takes_the_pop(cluster: Cluster) -> None:
+    """Also where the claim is the first one's already, of an order that broke off."""
+    first = await cluster[0].claim_pop("lyon", node(1), b"i" * 16)
+    broke_off = catalog.recovering(first, node(2), b"j" * 16, 2)
+    await cluster[1].move_pop("lyon", first, broke_off)
+    assert await cluster[0].pops() == {"lyon": broke_off}
+    again = catalog.recovering(broke_off, node(2), b"j" * 16, 3)
+    other = catalog.recovering(broke_off, node(3), b"k" * 16, 3)
+    told = await asyncio.gather(
+        cluster[0].move_pop("lyon", broke_off, again),
+        cluster[2].move_pop("lyon", broke_off, other),
+        return_exceptions=True,
+    )
+    assert sorted(type(one) for one in told if one is not None) == [Conflict]
+    assert await cluster[1].pops() == {"lyon": again if told[0] is None else other}
+    assert (catalog.recovered_generation(first), catalog.recovered_generation(again)) == (0, 3)
 
 
 def given(*claims: tuple[str, int, int | None]) -> dict[bytes, bytes]:
