@@ -184,7 +184,8 @@ class Daemon:
                 warnings=self._warnings,
             )
         )
-        self._bus = Bus()
+        # Drawn at each start, and with room for a thousand million million numbers below what a message may carry.
+        self._bus = Bus(int.from_bytes(self.identity.start_id) >> 3)
         self._reach = Reach(self.node_id, self.identity.boot, settings.pop, clock, self.network, self.pops, self._bus)
         self.network.on_link.append(self._reach.met)
         self._workers = WorkerSupervisor(self._worker_command(), settings.nova.workers)

@@ -90,11 +90,14 @@ class Elsewhere(Protocol):
 class Bus:
     """Routes messages between the local door's connections.
 
+    `first_number`: of its calls, deliveries and listeners; no two starts of a daemon may give out the same. A client
+    outlives the daemon and may answer what it got of the one before.
+
     `counters` since the start: casts, calls, delivered, replies, dropped (too old or too many for a queue that nobody
     listens to), and now: listeners, queued_messages, queued_bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_number: int) -> None:
         self.counters = dict.fromkeys(
             ("casts", "calls", "delivered", "replies", "dropped", "listeners", "queued_messages", "queued_bytes"), 0
         )
@@ -105,7 +108,7 @@ class Bus:
         self._fanouts: dict[TopicKey, dict[int, Listener]] = {}
         self._listeners: dict[int, Listener] = {}
         self._calls: dict[int, Waiting] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(max(1, first_number))  # Call 0 is none.
 
     async def answer(self, connection: Connection, message: Message) -> Struct:
         """Serve one request of a local client. Raises Invalid, NotFound, Unavailable (full) and for a call

@@ -16,6 +16,7 @@ from dht.requests import BlockingStore
 from dht.rows import decode_row, group_key
 from dht.wire.blocking import SocketStore
 from lucd import messages
+from nova_bridge.rpc.bus_messages import Address, StopTaking, Subscribe
 from tests.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
@@ -127,6 +128,7 @@ def test_daemon_started_again_has_everything(cluster: Cluster, how: str) -> None
     number = {"stop": 100, "kill": 200}[how]
     node.store().commit(inserted(number, how))
     boot = node.status()["boot"]
+    listener = node.client().call(Subscribe((Address("ex", how),), False, False))
     if how == "stop":
         assert node.stop() == 0
         assert not node.socket.exists()
@@ -135,6 +137,11 @@ def test_daemon_started_again_has_everything(cluster: Cluster, how: str) -> None
     node.start()
     assert text_of(node.store(), number) == how
     assert node.status()["boot"] == boot + 1
+    # What a client still holds of the former life names nothing of this one.
+    with pytest.raises(NotFound):
+        node.client().call(StopTaking(listener.listener))
+    again = node.client().call(Subscribe((Address("ex", how),), False, False))
+    assert abs(again.listener - listener.listener) > 1_000_000
 
 
 def test_second_daemon_on_the_directory_fails_with_69(cluster: Cluster) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 
@@ -20,7 +21,7 @@ class BusDoor:
         self._thread.start()
 
     def start(self):
-        self.bus = Bus()
+        self.bus = Bus(secrets.randbits(61))
         self._door = LocalDoor(self.path, self.bus.answer)
         self._run(self._door.start())
 

@@ -82,7 +82,7 @@ class Host:
         self.up = True
         self.process = Process(f"{self.name}.{self.boot}")
         self.network = self.lab.fabric.attach(self.node, self.name, self.process)
-        self.bus = Bus()
+        self.bus = Bus(self.boot << 32)
         self.reach = Reach(self.node, self.boot, self.pop, SimClock(), self, self, self.bus)
         self.network.serve(self.reach.answer)
         self.spawn(self.reach.start())

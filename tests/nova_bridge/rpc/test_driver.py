@@ -237,6 +237,23 @@ def test_daemon_that_dies_in_a_call_ends_it(transport, daemon):
         assert client(transport).call({}, "echo", n=2)["by"] == "one"
 
 
+def test_late_reply_to_a_call_of_the_daemon_before_answers_no_other_call(transport, daemon):
+    with serving(transport) as one, serving(transport, "host2", "other", "two") as two, ThreadPoolExecutor(10) as pool:
+        lost = pool.submit(client(transport).call, {}, "slow", seconds=30)
+        until(lambda: one.got)
+        daemon.restart(pause_s=0.0)
+        with pytest.raises(oslo_messaging.MessagingTimeout):
+            lost.result(5)
+        until(lambda: daemon.bus.counters["listeners"] == 2)
+        # As many as it takes for one of them to have the number of the lost one, if numbers began again.
+        asked = [pool.submit(client(transport, "other").call, {}, "slow", seconds=30) for _ in range(8)]
+        until(lambda: len(two.got) == 8)
+        one.go_on.set()
+        time.sleep(0.3)
+        two.go_on.set()
+        assert [call.result(10) for call in asked] == ["two"] * 8
+
+
 def test_no_daemon_is_a_delivery_failure(transport, daemon):
     daemon.stop()
     for retry, timeout in ((0, 10), (None, 0.5)):

@@ -35,7 +35,7 @@ class Host:
     """A bus behind a door, and clients that each have one connection."""
 
     def __init__(self, path):
-        self.bus = Bus()
+        self.bus = Bus(1)
         self.door = LocalDoor(path, self.bus.answer)
         self.clients = []
 
