@@ -90,7 +90,7 @@ class LinkNetwork:
 
     `counters` since the start: links (now), frames_in, frames_out, bytes_in, bytes_out, dials, lost, refused
     (handshakes), garbage, shed (messages not taken because the peer is too slow). `on_link` callbacks get each proven
-    peer when a link to it comes up.
+    peer when a link to it comes up, and when one to its next start takes the place of a link that was not missed yet.
     """
 
     def __init__(self, identity: NodeIdentity, cluster: Cluster, accept_boot: AcceptBoot) -> None:
@@ -449,7 +449,9 @@ class LinkNetwork:
                 host, port = parse_address(link.peer.address)
                 peer.address = (host, port) if host not in ANY_HOST else peer.address
         self._count_links()
-        if old is None:
+        # A peer that started again may be here before its former link is missed: it knows nothing of what that one was
+        # told.
+        if old is None or old.peer.start_id != link.peer.start_id:
             for callback in list(self.on_link):
                 try:
                     callback(link.peer)

@@ -106,6 +106,22 @@ async def test_link_comes_back_after_the_peer_restarted():
             await again.network.stop()
 
 
+async def test_peer_that_restarted_before_its_old_link_was_missed_is_told_as_a_new_link():
+    async with nodes(2) as (a, b):
+        met = []
+        a.network.on_link.append(lambda peer: met.append(peer.start_id))
+        a.knows(b)
+        await until(lambda: met)
+        # The old process says no goodbye: its host lost its power.
+        again = await Node(identity=b.identity.next_boot()).start()
+        try:
+            again.knows(a)
+            await until(lambda: a.network.peers()[0].start_id == again.identity.start_id)
+            assert met == [b.identity.start_id, again.identity.start_id]
+        finally:
+            await again.network.stop()
+
+
 async def test_calls_to_a_peer_that_cannot_be_dialled_do_not_wait(monkeypatch):
     monkeypatch.setattr(links, "DIAL_TIMEOUT_S", 0.1)
     async with nodes(1) as (a,):
