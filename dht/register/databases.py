@@ -248,7 +248,12 @@ class Databases:
         async with self._learning.setdefault(database, asyncio.Lock()):
             if version is not None and version == file.spec_version(database):
                 return version
-            (group,) = await self._reader.read([catalog.catalog_group(database)], None, deadline)
+            key, told = catalog.catalog_group(database), -1
+            while told != file.told_version(key):
+                # What is read has the word, and lowers the version that promises name. Not below one that came with a
+                # tablet meanwhile: the read may be older than that.
+                told = file.told_version(key)
+                (group,) = await self._reader.read([key], None, deadline)
             current, specs = catalog.catalog_of(group.rows or {})
             if version is None or current != file.spec_version(database):
                 batch = Batch()
