@@ -134,7 +134,8 @@ class Rounds:
         window_floor = max(reply.floor for reply in replies.values()) if best.accepted == ZERO else ZERO
         standing.state = GroupState(rows or {}, best.accepted, window_floor)
         standing.promised = ballot
-        standing.version = max(standing.version, *(reply.version for reply in replies.values()))
+        # What these promises say, and no more: after a recovery that lost the newest catalog an older one has the word.
+        standing.version = max(reply.version for reply in replies.values())
         standing.behind.clear()
         same = [reply for reply in replies.values() if reply.accepted == best.accepted]
         # A chosen mark would prove as much, but a reader needs a majority that stands there; and if this replica itself

@@ -8,6 +8,7 @@ transaction that was made under the older catalog does, after the search that sh
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -186,6 +187,53 @@ def test_versions_carried_new_replica_tells_what_the_old_ones_told(on: bool) -> 
         assert told == ([5, 5] if on else [0, 0])
 
     staged(story, 4, DomainRules(versions_carried=on))
+
+
+def test_version_that_came_with_a_tablet_is_not_forgotten_for_a_catalog_that_was_read_before() -> None:
+    """2 reads the catalog, and the reply is long on its way. Then the next version is published, the fence is raised by
+    0 and 1, and 2 takes a tablet over that was behind it."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        databases, registers = bench[2]._databases, bench.files[2]
+        read, answered, go_on = databases._reader.read, asyncio.Event(), asyncio.Event()
+
+        async def late(*args: Any) -> Any:
+            reply = await read(*args)
+            answered.set()
+            await go_on.wait()
+            return reply
+
+        databases._reader.read = late  # type: ignore[method-assign]
+        learning = asyncio.create_task(databases.learn("db", None, SimClock().monotonic() + 60.0))
+        await answered.wait()
+        bench.gate = deaf
+        await publish(bench)
+        await fence(bench)
+        batch = Batch()
+        registers.tell_versions(batch, {encode_value("db"): 2})
+        bench.disks[2].submit(batch)
+        go_on.set()
+        return await learning, registers.told_version(bench.key(2))
+
+    assert play(story, Rules()) == (2, 2)
+
+
+def test_version_with_promise_recovery_that_lost_the_newest_catalog_leaves_groups_that_can_be_written() -> None:
+    """1 coordinates a group and was told of version 2. In the next generation the catalog is of version 1 again."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(1)
+        await publish(bench)
+        await bench[1].commit(bench.transaction(insert(key, {0: "first", 1: 1}), version=2))
+        for number in range(3):
+            bench[number]._context.domain.generation = 2  # type: ignore[misc]
+        await publish(bench, 1)
+        await bench[1].commit(bench.transaction(update(key, {1: 7}), version=1))
+        return await bench.row(0, key)
+
+    assert play(story, Rules()) == {0: "first", 1: 7}
 
 
 @BOTH
