@@ -15,7 +15,8 @@ that holds it or something newer. If it is newest there and settled, that replic
 names it as unsettled.
 
 A limit cuts at each replica. Behind the last row that a replica gave nothing is known of it, so the merged rows count
-only up to the nearest such place; if they are too few, all are asked again for more.
+only up to the nearest such place; if they are too few, all are asked again for more. Rows of one replica that do not
+fit a frame would not fit the asker's answer to his client either: Invalid, so that he asks for less.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ class Finder:
     async def _ask_all(self, query: FindQuery, limit: int, deadline: float) -> tuple[_Collected, list[int]]:
         """One request to each of as few nodes as cover all tablets, and soon to the others if those do not.
 
-        Returns the replies, and the tablets that lack a majority.
+        Returns the replies, and the tablets that lack a majority. Raises Invalid where a reply does not fit a frame.
         """
         context = self._context
         collected = _Collected(context.file.tablet)
@@ -247,7 +248,7 @@ class Finder:
             needed[tablet] = quorum = quorums(len(nodes))[0]
             for i, node in enumerate(nodes):
                 (asked if i < quorum else rest).setdefault(node, []).append((tablet, replicas.epoch, i == 0))
-        waiting: dict[asyncio.Task[FindReplicaReply | None], tuple[NodeId, frozenset[int]]] = {}
+        waiting: dict[asyncio.Task[FindReplicaReply | Invalid | None], tuple[NodeId, frozenset[int]]] = {}
 
         def ask(frames: dict[NodeId, list[tuple[int, int, bool]]]) -> None:
             for node, tablets in frames.items():
@@ -263,6 +264,8 @@ class Finder:
             for task in [task for task in waiting if task in done]:
                 _, sends = waiting.pop(task)
                 reply = task.result()
+                if isinstance(reply, Invalid):
+                    raise reply
                 if reply is not None:
                     collected.add(reply, sends)
             if rest and (not done or not waiting) and missing():
@@ -284,7 +287,8 @@ class Finder:
 
     async def _ask(
         self, node: NodeId, query: FindQuery, tablets: list[tuple[int, int, bool]], limit: int, deadline: float
-    ) -> FindReplicaReply | None:
+    ) -> FindReplicaReply | Invalid | None:
+        """None: no answer. Invalid: it does not fit a frame."""
         request = FindReplica(
             query,
             tuple(tablet for tablet, _, _ in tablets),
@@ -297,6 +301,8 @@ class Finder:
             if node == self._context.node:
                 return await self._server.serve(request)
             return expect(await self._context.network.call(node, request, timeout_s), FindReplicaReply)
+        except Invalid as error:
+            return error
         except DhtError:
             self._context.count("find_replies_lost")
             return None

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from register_cluster import Cluster, eventually
 
-from dht.errors import SchemaChanged, Unavailable
+from dht.errors import Invalid, SchemaChanged, Unavailable
 from dht.model import (
     Change,
     Comparison,
@@ -25,6 +25,7 @@ from dht.model import (
 from dht.register.messages import Chosen
 from dht.register.rules import RULES
 from dht.rows import decode_row, group_key
+from dht.wire.frames import REPLY, encode_frame
 from tests.sim.bench import Bench, play
 
 ids = iter(range(1, 10**9))
@@ -254,6 +255,34 @@ async def test_asker_that_keeps_no_tablet_and_missed_the_catalog_still_knows_the
         await cluster[0].commit(transaction(part))
     query = FindQuery("db", 1, 1, (Constraint(0, Comparison.GE, (7,)),), Order((0,)), 3)
     assert [decode_row(row.row)[1] for row in (await cluster[3].find(query)).rows] == [7, 8, 9]
+    await cluster.stop()
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["all there", "one away"])
+async def test_rows_that_do_not_fit_a_replicas_frame_are_invalid_at_once_as_for_a_client(away, monkeypatch):
+    """As the link does it: a reply that is too large becomes the failure that says so."""
+    cluster = Cluster(4, 3, tablets=1)
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1)))
+    for n in range(10):
+        await cluster[0].commit(transaction(insert(n, {1: "x" * 1000})))
+
+    def framed(answer):
+        async def serve(sender, message):
+            reply = await answer(sender, message)
+            encode_frame(1, REPLY, reply)
+            return reply
+
+        return serve
+
+    for node in cluster.ids[:3]:
+        cluster.wire.nodes[node].answer = framed(cluster.wire.nodes[node].answer)
+    assert len((await cluster[3].find(FindQuery("db", 1, 1))).rows) == 10
+    monkeypatch.setattr("dht.wire.frames.FRAME_BYTES_MAX", 5000)
+    if away:
+        cluster.wire.cut.add(cluster.ids[2])
+    with pytest.raises(Invalid, match="larger than a frame may be"):
+        await cluster[3].find(FindQuery("db", 1, 1), timeout_s=2.0)
     await cluster.stop()
 
 
