@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import nova
+import sqlalchemy
 
-from nova_bridge.rpc.methods import Kind, opens_transaction
+from nova_bridge.rpc.methods import Kind, catalogue, opens_transaction
 
 OPENS = re.compile(
     r"context_manager\.(reader|writer)|pick_context_manager_|select_db_reader_mode|get_context_manager\("
@@ -30,6 +31,17 @@ def test_methods_whose_bodies_open_transactions_found(methods_of_nova):
         ("nova.objects.pci_device", "PciDevice._create_uuid", Kind.STATIC),
     ):
         assert methods_of_nova.object_methods[module, name].kind is kind
+
+
+def test_methods_whose_functions_are_run_again_are_found_as_before():
+    """A plugin in the URL takes the catalogue when an engine is made; `nova_bridge.sql.rerun` was there before it."""
+    sqlalchemy.create_engine("lucd+memory:///methods").dispose()
+    found = catalogue().object_methods
+    for module, name in (
+        ("nova.objects.aggregate", "_aggregate_create_in_db"),
+        ("nova.compute.api", "API._create_reqspec_buildreq_instmapping"),
+    ):
+        assert (module, name) in found
 
 
 def test_method_without_a_transaction_of_its_own_is_not_shipped(methods_of_nova):
