@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,25 @@ from dht.errors import RemoteProtocolError
 from dht.wire.blocking import BlockingClient, SocketStore
 from lucd.conf.settings import Settings, load
 
+SECONDS_MAX = 86_400.0
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Message)
 CONFIG_FILE = Path("/etc/lucd/lucd.conf")
+
+
+class Seconds(click.FloatRange):
+    """How long to wait, of an option: from 1 second to a day."""
+
+    name = "number of seconds"
+
+    def __init__(self) -> None:
+        super().__init__(1.0, SECONDS_MAX)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 def config_option(command: F) -> F:

@@ -8,7 +8,7 @@ import click
 
 from dht.errors import NotFound
 from lucd import messages
-from lucd.cli.connection import ask, client, socket_option
+from lucd.cli.connection import Seconds, ask, client, socket_option
 from lucd.cli.output import format_option, show_fields, show_json, show_table
 from lucd.cli.show import fit_unique_entries, show_recoveries
 
@@ -86,7 +86,9 @@ def pop_show(name: str, config: Path | None, socket: Path | None, form: str) -> 
 @pop.command("recover")
 @click.argument("name")
 @click.option("--accept-data-loss", is_flag=True, help="Really do it: what the copies do not cover is gone.")
-@click.option("--timeout", default=300.0, show_default=True, help="Seconds for the copies to come and be served.")
+@click.option(
+    "--timeout", default=300.0, show_default=True, type=Seconds(), help="Seconds for the copies to come and be served."
+)
 @socket_option
 def pop_recover(name: str, accept_data_loss: bool, timeout: float, config: Path | None, socket: Path | None) -> None:
     """All disks of the PoP NAME are gone: begin it anew with the copies that other PoPs keep.

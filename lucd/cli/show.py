@@ -11,7 +11,7 @@ from dht.errors import DhtError, Invalid, Unavailable
 from dht.model import GLOBAL, GroupKey, Value
 from dht.rows import group_key
 from lucd import messages
-from lucd.cli.connection import ask, client, socket_option, store
+from lucd.cli.connection import Seconds, ask, client, socket_option, store
 from lucd.cli.output import format_option, show_fields, show_json, show_table
 from lucd.messages import NodeLine
 
@@ -98,7 +98,9 @@ def node_list(config: Path | None, socket: Path | None, form: str) -> None:
 
 @node.command("drain")
 @click.argument("node_id")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for its tablets to move.")
+@click.option(
+    "--timeout", default=600.0, show_default=True, type=Seconds(), help="Seconds to wait for its tablets to move."
+)
 @socket_option
 def node_drain(node_id: str, timeout: float, config: Path | None, socket: Path | None) -> None:
     """Move the tablets away from NODE_ID (of this PoP); returns when its PoP and global have let it go."""
@@ -194,7 +196,13 @@ def show_recoveries(recoveries: tuple[messages.RecoveryLine, ...]) -> None:
 @click.option(
     "--survivor", "survivors", multiple=True, metavar="NODE_ID", help="Who survived (default: all that answer)."
 )
-@click.option("--timeout", default=120.0, show_default=True, help="Seconds to wait until the tablets are served again.")
+@click.option(
+    "--timeout",
+    default=120.0,
+    show_default=True,
+    type=Seconds(),
+    help="Seconds to wait until the tablets are served again.",
+)
 @socket_option
 def domain_recover(
     name: str,

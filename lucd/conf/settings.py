@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,11 @@ def _refuse_unknown(path: Path) -> None:
 
 def _value(conf: Any, where: str, group: str, option: Any) -> Any:
     try:
-        return conf[option.dest] if group == "DEFAULT" else conf[group][option.dest]
+        value = conf[option.dest] if group == "DEFAULT" else conf[group][option.dest]
+        if isinstance(value, float) and not math.isfinite(value):
+            # It is neither below the least nor above the greatest allowed, and no wait for it ever ends.
+            raise ValueError("a number is expected")
+        return value
     except (cfg.ConfigFileValueError, ValueError) as error:
         given = _given(conf, group, option)
         raise Invalid(f"{where}: [{group}] {option.dest} = {given}: {_allowed(error)}", option=option.dest) from None

@@ -139,7 +139,14 @@ def test_help_lists_every_command(lucd: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("frobnicate",), ("status", "--loud"), ("data", "where"), ("status", "-f", "xml")]
+    "arguments",
+    [
+        ("frobnicate",),
+        ("status", "--loud"),
+        ("data", "where"),
+        ("status", "-f", "xml"),
+        *(("pop", "recover", "x", "--timeout", text) for text in ("nan", "inf", "-5", "soon")),
+    ],
 )
 def test_usage_error_is_one_line_with_64(lucd: Run, arguments: tuple[str, ...]) -> None:
     code, out, err = lucd(*arguments)

@@ -50,6 +50,7 @@ def test_load_full_file_fills_in_dependent_defaults(tmp_path: Path) -> None:
         ("[DEFAULT]\nsocket_mode = 999\n", ["socket_mode = 999", "[0-7]"]),
         ("[DEFAULT]\nsocket = /" + "x" * 120 + "\n", ["at most 100 bytes"]),
         ("[limits]\nremove_after_s = 0\n", ["[limits] remove_after_s = 0", "10"]),
+        ("[limits]\nremove_after_s = nan\n", ["[limits] remove_after_s = nan", "a number is expected"]),
         ("[nova]\nworkers = many\n", ["[nova] workers = many", "whole number"]),
         ("[nova]\nworkers = 99\n", ["workers = 99", "64"]),
         ("[nova]\nworker = 1\n", ["unknown option worker in [nova]", "workers"]),
