@@ -3,7 +3,9 @@
 A member of `global` follows all of it, so that every PoP reads it without asking another one; and the members of
 `global` in a PoP keep the copies of the PoPs that it backs up (`dht.domain.backups`). Each copy is a file of its own in
 the data directory; the voting code never answers from one. A copy that is not wanted any more, because other PoPs
-came, is deleted after a while; that of a PoP which is gone stays.
+came, is deleted after a while, if its domain was there to be copied by those all the while. Until then, and that of a
+PoP which is gone or lost its disks for ever, it is kept and handed over like the others, after a restart too: it may be
+the only one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from dht.codec import Message
 from dht.domain import restore
@@ -44,6 +46,9 @@ COPIES: Final = "copies"
 COPY_RESERVE_BYTES: Final = 4 * 1024 * 1024
 LOOK_EVERY_S: Final = 1.0
 UNWANTED_AFTER_S: Final = 600.0
+SILENT_AFTER_S: Final = 60.0
+"""A copy that is not covered any further for so long is of a domain that nobody else can copy now either."""
+_SUFFIX: Final = ".sqlite"
 
 Contacts = Callable[[str], Awaitable[Sequence[NodeId]]]
 """Nodes that keep the domain of that name."""
@@ -187,29 +192,37 @@ class Followers:
 
     async def _run(self) -> None:
         while True:
-            for name in self.wanted():
-                self._unwanted_s.pop(name, None)
+            wanted = self.wanted()
+            for name in dict.fromkeys((*wanted, *self._on_disk())) if wanted else ():
                 if name not in self._kept:
                     await self._begin(name)
             await self._drop_unwanted()
             await self._clock.sleep(LOOK_EVERY_S * self._chance.uniform(0.8, 1.2))
 
     async def _drop_unwanted(self) -> None:
-        """Copies of PoPs that others back up now; not that of a PoP which `global` knows no more."""
+        """Copies of PoPs that others back up now; not that of a PoP which `global` knows no more, or whose domain
+        answered nobody since: then nobody else has it.
+        """
         wanted, newest = self.wanted(), self._wide.chain.newest
         if not wanted or newest is None:
             return
         pops = {m.pop for m in newest.members}
         now_s = self._clock.monotonic()
-        for name in [n for n in self._kept if n not in wanted and n in pops]:
-            if now_s - self._unwanted_s.setdefault(name, now_s) >= UNWANTED_AFTER_S:
+        unwanted = [n for n in self._kept if n not in wanted and n in pops]
+        silent = [n for n in unwanted if self.age_s(n) > SILENT_AFTER_S]
+        self._unwanted_s = {n: now_s if n in silent else self._unwanted_s.get(n, now_s) for n in unwanted}
+        for name in unwanted:
+            if now_s - self.age_s(name) - self._unwanted_s[name] >= UNWANTED_AFTER_S:
                 log.info("domain %s is followed by other PoPs now; its copy here is deleted", name)
                 await self._end(name)
                 for path in self._directory.glob(f"{self._path(name).name}*"):
                     path.unlink(missing_ok=True)
 
+    def _on_disk(self) -> list[str]:
+        return sorted(unquote(path.name.removesuffix(_SUFFIX)) for path in self._directory.glob(f"*{_SUFFIX}"))
+
     def _path(self, name: str) -> Path:
-        return self._directory / f"{quote(name, safe='')}.sqlite"
+        return self._directory / f"{quote(name, safe='')}{_SUFFIX}"
 
     async def _begin(self, name: str) -> None:
         try:

@@ -1,0 +1,115 @@
+"""Which copies a node keeps: one that may be the only one is not deleted, and is there after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dht.domain.backups import backups_of
+from dht.model import GLOBAL
+from lucd import followers as followers_module
+from lucd.followers import SILENT_AFTER_S, UNWANTED_AFTER_S, Followers
+
+OWN, LOST = "pop0", "lyon"
+NEWER = next(name for name in map("pop{}".format, range(1, 100)) if backups_of(LOST, [OWN, name], 1) == (name,))
+"""A PoP that backs LOST up instead of OWN, once it is there."""
+
+
+class Kept:
+    """Copies begun by a node; `alive`: domains that are covered as time goes on."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        self.alive: set[str] = set()
+        self._covered_s: dict[str, float] = {}
+        self._directory = directory
+        self.pops = [OWN, LOST]
+        monkeypatch.setattr(followers_module, "open_file", lambda path, *more: self._opened(path))
+        monkeypatch.setattr(followers_module, "Follower", self._follower)
+        monkeypatch.setattr(followers_module, "FollowedReads", lambda copy, disk: None)
+        self.start()
+
+    def start(self) -> None:
+        """As after a restart: the files are there, what they cover is not known yet."""
+        self._covered_s.clear()
+        clock: Any = SimpleNamespace(monotonic=lambda: self.now_s, sleep=self._sleep)
+        settings: Any = SimpleNamespace(pop=OWN, backup_pops=1, follow_interval_s=1.0, copy_bytes_per_s=1)
+        wide: Any = SimpleNamespace(joined=True, chain=SimpleNamespace(newest=self))
+        parts: Any = [SimpleNamespace(node_id=b"n" * 20), settings, clock, random.Random(1), None, None, wide]
+        self.followers = Followers(self._directory, *parts, None, lambda node: False)  # type: ignore[arg-type]
+
+    @property
+    def members(self) -> list[Any]:
+        """Of domain `global`."""
+        return [SimpleNamespace(pop=pop) for pop in self.pops]
+
+    @staticmethod
+    def _opened(path: Path) -> Any:
+        path.touch()
+        return SimpleNamespace(close=lambda: None)
+
+    def _follower(self, name: str, *more: object, **named: object) -> Any:
+        async def nothing() -> None:
+            return None
+
+        copy = SimpleNamespace(prefix_covered_s=lambda prefix: self._covered_s.get(name, float("-inf")))
+        return SimpleNamespace(copy=copy, start=nothing, stop=nothing)
+
+    async def _sleep(self, delay_s: float) -> None:
+        self._covered_s |= dict.fromkeys(self.alive, self.now_s)
+        self.now_s += delay_s
+        if self.now_s >= self._until_s:
+            raise asyncio.CancelledError
+
+    async def run(self, for_s: float) -> None:
+        self._until_s = self.now_s + for_s
+        with pytest.raises(asyncio.CancelledError):
+            await self.followers._run()
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    return Kept(tmp_path, monkeypatch)
+
+
+async def test_copy_that_others_keep_now_is_deleted_when_they_had_time_to_make_it(kept: Kept) -> None:
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    assert kept.followers.names() == (GLOBAL, LOST)
+    kept.pops.append(NEWER)
+    await kept.run(UNWANTED_AFTER_S - 10.0)
+    assert LOST in kept.followers.names()
+    await kept.run(20.0)
+    assert LOST not in kept.followers.names()
+    assert LOST not in kept.followers._on_disk()
+
+
+async def test_copy_of_a_domain_that_nobody_can_copy_any_more_stays_whoever_comes(kept: Kept) -> None:
+    """Its members are in `global` still: a whole PoP is never removed."""
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    kept.pops.append(NEWER)
+    await kept.run(UNWANTED_AFTER_S - SILENT_AFTER_S / 2)
+    kept.alive = {GLOBAL}
+    await kept.run(3 * UNWANTED_AFTER_S)
+    assert LOST in kept.followers.names()
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(UNWANTED_AFTER_S - 10.0)
+    assert LOST in kept.followers.names(), "it is there again, and others begin only now"
+    await kept.run(30.0)
+    assert LOST not in kept.followers.names()
+
+
+async def test_copy_that_others_are_to_keep_now_is_there_after_a_restart(kept: Kept) -> None:
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    kept.alive = {GLOBAL}
+    kept.pops.append(NEWER)
+    kept.start()
+    await kept.run(10.0)
+    assert LOST in kept.followers.names()
