@@ -83,8 +83,8 @@ class PopRecoverer:
         if not request.accept_data_loss:
             raise Invalid(
                 f"what PoP {domain.name} acknowledged after {_moment(min(found.covered_s))} may not be in the copies "
-                "and is lost then; its old members stop if they come back. Be sure that their disks are gone, then say "
-                "--accept-data-loss"
+                f"and is lost then; {''.join(f'{line}; ' for line in _unheeded(found))}its old members stop if they "
+                "come back. Be sure that their disks are gone, then say --accept-data-loss"
             )
         await found.fetch(self._own.registers, self._own.disk, domain.check_unknown)
         await self._refuse_unless_lost(claim)
@@ -181,6 +181,7 @@ def _findings(found: Restoration) -> tuple[str, ...]:
         f"{found.registers} groups were taken from the copies at {sources}",
         f"every write acknowledged before {_moment(first)} is covered (the furthest tablet: {_moment(last)})",
     ]
+    lines += _unheeded(found)
     behind = sorted(found.open.items(), key=lambda item: item[1])
     for key, wall_s in behind[:OPEN_SHOWN_MAX]:
         name = "/".join(str(value) for value in _flat(key))
@@ -188,6 +189,16 @@ def _findings(found: Restoration) -> tuple[str, ...]:
     if len(behind) > OPEN_SHOWN_MAX:
         lines.append(f"and so are {len(behind) - OPEN_SHOWN_MAX} other groups")
     return tuple(lines)
+
+
+def _unheeded(found: Restoration) -> list[str]:
+    """A later generation went on from somewhere else, so no moment can be told up to which it is covered."""
+    if found.heard == found.generation:
+        return []
+    return [
+        f"the copies are of generation {found.generation}, and no copy of generation {found.heard} is complete: "
+        "nothing that was acknowledged in that one is covered, whenever it was"
+    ]
 
 
 def _flat(key: bytes) -> tuple[object, ...]:

@@ -71,16 +71,16 @@ def _page(copy: Copy, tablet: int, after: GroupKey) -> Iterable[RegisterCopy]:
 class Restoration:
     """`sources[t]`: whose copy of the tablet is taken; `covered_s[t]`: up to which wall-clock time it covers it.
 
-    `open`: registers that are covered up to an earlier moment, with that. `heard`: the highest generation that any copy
-    has heard of, a complete one or not; the one that begins now has to be above.
+    `open`: registers that are covered up to an earlier moment, with that. `generation`: of the copies that are taken.
+    `heard`: the highest that any copy has heard of, a complete one or not; the one that begins now has to be above.
     """
 
     def __init__(self, domain: str, ask: Ask, found: dict[NodeId, CopyCovers], heard: int = 0) -> None:
-        generation = max(covers.generation for covers in found.values())
-        self.heard = max(heard, generation)
+        self.generation = max(covers.generation for covers in found.values())
+        self.heard = max(heard, self.generation)
         self._domain = domain
         self._ask = ask
-        self._found = {node: covers for node, covers in found.items() if covers.generation == generation}
+        self._found = {node: covers for node, covers in found.items() if covers.generation == self.generation}
         tablets = max(len(covers.wall_s) for covers in self._found.values())
         self.sources: list[NodeId] = []
         self.covered_s: list[float] = []

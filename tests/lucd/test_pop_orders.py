@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from dht.domain.messages import AskCopyPage
-from dht.domain.restore import QUESTIONS, hand_over
+from dht.domain.messages import AskCopyPage, CopyCovers
+from dht.domain.restore import QUESTIONS, Restoration, hand_over
 from dht.errors import Conflict, DhtError, Invalid, Unavailable
 from dht.model import NodeId, PopClaim, Struct
 from dht.register.catalog import recovering
 from lucd.messages import RecoverPop, RecoverReply
-from lucd.pop_recovery import PopRecoverer
+from lucd.pop_recovery import PopRecoverer, _findings
 from tests.dht.domain.small_world import World, key, play, value
 from tests.dht.domain.test_follower import Beside
 
@@ -258,3 +258,10 @@ def test_order_that_broke_off_after_the_claim_moved_is_given_again() -> None:
         assert await world.get(number, KEYS[0]) == value("v0")
 
     play(story)
+
+
+def test_findings_say_that_a_generation_of_which_no_copy_is_complete_is_not_covered() -> None:
+    found = {HOLDER: CopyCovers(1, 1, (5.0,), {})}
+    told, silent = ("; ".join(_findings(Restoration("one", None, found, heard))) for heard in (2, 1))  # type: ignore[arg-type]
+    assert "no copy of generation 2 is complete" in told
+    assert "generation" not in silent
