@@ -7,8 +7,8 @@ from typing import Any
 
 from dht.model import Columns, Comparison, Constraint, GroupKey, Scope, Value
 from dht.rows import decode_row, group_key, table_prefix
-from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Record, Table, Unique
-from nova_bridge.sql.transaction import Place, Transaction
+from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Place, Record, Table, Unique
+from nova_bridge.sql.transaction import Transaction
 
 ENTRY_PREFIX = table_prefix(ENTRY_TABLE)
 OWNER_GROUP, OWNER_ROW = 0, 1

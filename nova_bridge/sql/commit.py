@@ -27,8 +27,8 @@ from nova_bridge.sql.errors import (
 )
 from nova_bridge.sql.families import TEMPORARY
 from nova_bridge.sql.rules import foreign_failed, parent_of
-from nova_bridge.sql.schema import ENTRY_TABLE, Foreign, Table, Unique
-from nova_bridge.sql.transaction import Pending, Place, Transaction
+from nova_bridge.sql.schema import ENTRY_TABLE, Foreign, Place, Table, Unique
+from nova_bridge.sql.transaction import Pending, Transaction
 
 ENTRY_ROW = (0,)
 LOCK_WAIT_S = 5.0

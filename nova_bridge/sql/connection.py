@@ -21,8 +21,8 @@ from nova_bridge.sql.cursor import Cursor, Description
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.ddl import Ddl
 from nova_bridge.sql.errors import from_sqlite, from_store
-from nova_bridge.sql.schema import Schema
-from nova_bridge.sql.transaction import Place, Transaction
+from nova_bridge.sql.schema import Place, Schema
+from nova_bridge.sql.transaction import Transaction
 from nova_bridge.sql.vtab import Module, Sight
 from nova_bridge.sql.writes import Writer
 

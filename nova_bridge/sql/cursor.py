@@ -14,7 +14,7 @@ from dht.errors import Conflict, DhtError, SchemaChanged
 from nova_bridge.sql import statements, vtab
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.errors import from_sqlite, from_store
-from nova_bridge.sql.transaction import Moved
+from nova_bridge.sql.reads import Moved
 from nova_bridge.sql.values import adapt_all
 
 _SCHEMA = frozenset({"CREATE", "DROP", "ALTER"})

@@ -19,8 +19,8 @@ from dht.rows import decode_row, split_group_key
 from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW, owner_columns
 from nova_bridge.sql.commit import ENTRY_ROW
 from nova_bridge.sql.database import Database
-from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Record, Table, Unique
-from nova_bridge.sql.transaction import Place, Transaction
+from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Place, Record, Table, Unique
+from nova_bridge.sql.transaction import Transaction
 
 SEQUENCE_JUMP_IDS = 1_000_000
 

@@ -12,8 +12,8 @@ from dht.model import Guard, GuardKind, Part, Reading, Value
 from dht.model import Transaction as StoreTransaction
 from nova_bridge.sql.access import entry_owner, equal
 from nova_bridge.sql.errors import ForeignKeyError, unique_failed
-from nova_bridge.sql.schema import Foreign, Record, Schema, Table
-from nova_bridge.sql.transaction import Place, Transaction
+from nova_bridge.sql.schema import Foreign, Place, Record, Schema, Table
+from nova_bridge.sql.transaction import Transaction
 from nova_bridge.sql.values import coerce
 
 

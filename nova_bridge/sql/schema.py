@@ -19,6 +19,8 @@ UNIQUE_FAMILY = "unique"
 ENTRY_TABLE = 1
 """The table number of the rows in unique groups: 0 is the catalog, application tables begin at 16."""
 FIRST_TABLE = 16
+Place = tuple[GroupKey, RowKey]
+"""Where a row is, or would be."""
 HIDDEN_ROWID = 0
 """Column number of the rowid that stands in for the primary key of a table without one."""
 

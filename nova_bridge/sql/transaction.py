@@ -1,7 +1,7 @@
 """What one transaction has read and what it will write (DESIGN section 11).
 
-It reads each group once and at one ballot. Changes are buffered as `Pending` rows laid over what was read, with a
-journal, so that savepoints and failed statements are marks to go back to. `commit.py` makes a store transaction of it.
+Changes are buffered as `Pending` rows laid over what was read (`nova_bridge.sql.reads`), with a journal, so that
+savepoints and failed statements are marks to go back to. `commit.py` makes a store transaction of it.
 """
 
 from __future__ import annotations
@@ -9,39 +9,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dht.errors import Conflict, Invalid
-from dht.model import (
-    Ballot,
-    Comparison,
-    Constraint,
-    FindQuery,
-    FoundRow,
-    GroupKey,
-    Order,
-    RowKey,
-    Scope,
-    Value,
-)
-from dht.rows import decode_row
-from nova_bridge.sql.database import Database
-from nova_bridge.sql.groups import GroupView, table_part
+from dht.model import Comparison, Constraint, GroupKey, Order, RowKey, Scope, Value
 from nova_bridge.sql.matching import matches, order_records
-from nova_bridge.sql.schema import Foreign, Record, Schema, Table, Unique
+from nova_bridge.sql.reads import Reads
+from nova_bridge.sql.schema import Foreign, Place, Record, Schema, Table, Unique
 
-SIBLINGS_PER_READ_MAX = 500
-FINDS_KEPT_MAX = 512
-PAGE_ROWS = 1000
-MARKS_MAX = 4096
-WHOLE_ANYWAY_MAX = 2
 _MISSING: Any = object()
 
-Place = tuple[GroupKey, RowKey]
 ParentRow = tuple[GroupKey, int, tuple[Value, ...], tuple[tuple[int, Value], ...]]
 """Group, table's number, primary key, columns by number with their values."""
-
-
-class Moved(Exception):
-    """A group is at another ballot than the running statement may have shown of it: run it again."""
 
 
 class Pending(NamedTuple):
@@ -56,17 +32,12 @@ class Pending(NamedTuple):
     guards: dict[int, Any]
 
 
-class Transaction:
+class Transaction(Reads):
     """One connection's transaction; reused after `reset`."""
-
-    def __init__(self, database: Database) -> None:
-        self.database = database
-        self.reset()
 
     def reset(self) -> None:
         """Forget everything read and written."""
-        self._schema: Schema | None = None
-        self.seen: dict[GroupKey, Ballot] = {}
+        super().reset()
         self.overlay: dict[int, dict[Place, Pending]] = {}
         self.own_entries: dict[Any, Place | None] = {}
         self._values: dict[tuple[int, int, GroupKey], dict[tuple[Any, ...], Place]] = {}
@@ -74,31 +45,6 @@ class Transaction:
         self.journal: list[tuple[dict[Any, Any], Any, Any]] = []
         self.foreign_guards: dict[ParentRow, tuple[Table, Foreign]] = {}
         self._own_pk: dict[tuple[int, tuple[Value, ...]], Place] = {}
-        self._views: dict[GroupKey, GroupView] = {}
-        self._ballots: dict[GroupKey, Ballot] = {}
-        self._found: dict[GroupKey, dict[RowKey, Record]] = {}
-        self._by_pk: dict[int, dict[tuple[Value, ...], Record]] = {}
-        self._indexed: set[tuple[int, GroupKey]] = set()
-        self._reads: dict[Record, int] = {}
-        self._marks: list[tuple[Iterable[Record], int]] = []
-        self._stale: dict[Place, dict[int, Any]] = {}
-        self._finds: dict[Any, list[Record]] = {}
-        self._asked: dict[GroupKey, tuple[Hashable, int]] = {}
-        self._siblings: dict[GroupKey, tuple[int, list[GroupKey]]] = {}
-        self._missed = 0
-        self._near: set[GroupKey] = set()
-        self.copied: dict[Place, int] = {}
-        self._moved = False
-        self.tells_moves = self.again = False
-        self.statement = 0
-        self.reading = False
-
-    @property
-    def schema(self) -> Schema:
-        """The schema that the whole transaction uses."""
-        if self._schema is None:
-            self._schema = self.database.schema
-        return self._schema
 
     def adopt(self, schema: Schema, *, to_commit: bool = False) -> bool:
         """Go on with a newer schema, if the tables that were read and changed are still the same.
@@ -109,8 +55,7 @@ class Transaction:
         old = self.schema
         touched = set(self.overlay)
         if not to_commit:
-            self._fold_reads()
-            met = {table_part(record.key) for record in self._reads} | {table_part(key) for _, key in self._stale}
+            met = self.marks.tables()
             touched.update(number for number, table in old.by_number.items() if table.prefix in met)
         same = schema.same_rows if to_commit else schema.same_table
         if schema is old or not all(same(old, number) for number in touched):
@@ -120,120 +65,15 @@ class Transaction:
         self._schema = schema
         return True
 
-    def is_empty(self, key: GroupKey) -> bool:
-        """Whether the group was read, and had no rows."""
-        view = self._views.get(key)
-        return view is not None and not view.size_bytes
-
     @property
     def written(self) -> bool:
         """Whether there is anything to commit."""
         return bool(self.journal)
 
-    # Groups.
-
-    def view(self, key: GroupKey) -> GroupView:
-        """The group, read on first use, together with the groups of rows that were found beside it.
-
-        A statement that goes on from found rows to their groups gets all of them at once; otherwise one is read first.
-        """
-        view = self._views.get(key)
-        if view is None:
-            self.ensure(self._wanted_with(key))
-            view = self._views[key]
-        return view
-
-    def _wanted_with(self, key: GroupKey) -> list[GroupKey]:
-        statement, siblings = self._siblings.get(key, (0, None))
-        if siblings is None:
-            return [key]
-        self._missed += 1
-        if self._missed == 1 and statement != self.statement:
-            return [key]
-        missing = [k for k in siblings if k not in self._views and k != key]
-        return [key, *missing[: SIBLINGS_PER_READ_MAX - 1]]
-
-    def ensure(self, keys: Iterable[GroupKey], near: bool = False) -> None:
-        """Read those of the groups that were not read yet, in one call. `near`: see `dht.requests.ReadGroups`."""
-        missing = [k for k in dict.fromkeys(keys) if k not in self._views]
-        if missing:
-            if self._asked:
-                self._learn(missing)
-            for view in self.database.read_groups(missing, self.schema.version, near):
-                self._admit(view)
-            if near:
-                self._near.update(missing)
-            self._tell_moves()
-
-    def begins(self, table: Table, group: GroupKey) -> bool:
-        """Whether a new row of the table makes its group, which nobody has as far as this process ever saw.
-
-        Only the own PoP is asked of it then: its key is new, or the transaction met it and knows. So a PoP that is cut
-        off makes new groups.
-        """
-        if not (table.local and table.root):
-            return False
-        if group in self._ballots:
-            return group in self._near and self.is_empty(group)
-        known = self.database.groups.get(group, self.schema.version)
-        return known is None or not known.size_bytes
-
-    def _learn(self, missing: list[GroupKey]) -> None:
-        """These groups were found and are read now. Many that are at hand already are better read by their ballots."""
-        database, version = self.database, self.schema.version
-        for key in missing:
-            look_up, count = self._asked.get(key, (None, 0))
-            if look_up is not None and (count <= WHOLE_ANYWAY_MAX or database.groups.get(key, version) is None):
-                database.follows.confirm(look_up)
-
-    def _admit(self, view: GroupView) -> None:
-        self._meet(view.key, view.ballot)
-        self._views[view.key] = view
-
-    def _meet(self, key: GroupKey, ballot: Ballot) -> None:
-        """Hold the rule of one ballot per group."""
-        known = self._ballots.get(key)
-        if known == ballot:
-            return
-        if known is not None:
-            if self.journal:
-                raise Conflict("a group changed after this transaction read it; run the transaction again")
-            self._keep_reads(key)
-            self._moved = True
-        self._ballots[key] = ballot
-        self.seen.setdefault(key, ballot)
-
-    def _tell_moves(self) -> None:
-        """A statement whose cursors stand on rows of an older ballot must not join them with newer ones.
-
-        Told after the answer is kept, so that the statement, when it is run again, has it at hand.
-        """
-        moved, self._moved = self._moved, False
-        if moved and self.tells_moves:
-            raise Moved
-
     def _keep_reads(self, key: GroupKey | None) -> None:
-        """What was read of an older ballot, or schema, still guards what will be written. `key` None: all groups."""
-        self._fold_reads()
-        for record, mask in self._reads.items():
-            if key is None or record.group == key:
-                kept = self._stale.setdefault((record.group, record.key), {})
-                for position in range(len(record.values)):
-                    if mask >> position & 1:
-                        kept.setdefault(position, record.stored(position))
-        if key is None:
-            self._views, self._found, self._finds, self._values = {}, {}, {}, {}
-            self._newest, self._by_pk, self._indexed = {}, {}, set()
-            return
-        self._views.pop(key, None)
-        self._found.pop(key, None)
-        self._finds.clear()
         self._values.clear()
         self._newest.clear()
-        self._indexed = {(t, g) for t, g in self._indexed if g != key}
-        for records in self._by_pk.values():
-            for pk in [pk for pk, record in records.items() if record.group == key]:
-                del records[pk]
+        super()._keep_reads(key)
 
     # Rows.
 
@@ -256,9 +96,7 @@ class Transaction:
         pending = own.get((group, key)) if own else None
         if pending is not None:
             return pending.current
-        found = self._found.get(group)
-        record = found.get(key) if found else None
-        return record if record is not None else self.view(group).records(table).get(key)
+        return self._stored(group, table, key)
 
     def holder(self, table: Table, unique: Unique, record: Record) -> Place | None:
         """Who has these values of a unique key that is checked inside the row's group."""
@@ -335,15 +173,7 @@ class Transaction:
             pending = self.overlay[table.number].get(place)
             if pending is not None and pending.current is not None:
                 return True, pending.current
-        records = self._by_pk.setdefault(table.number, {})
-        record = records.get(pk)
-        if record is None:
-            for group, view in self._views.items():
-                if (table.number, group) not in self._indexed:
-                    self._indexed.add((table.number, group))
-                    for met in view.records(table).values():
-                        records[met.pk] = met
-            record = records.get(pk)
+        record = self._stored_by_pk(table, pk)
         return (True, self.current(table, record)) if record is not None else (False, None)
 
     def _find_by_pk(self, table: Table, keys: list[tuple[Value, ...]], scope: Scope | None = None) -> list[Record]:
@@ -361,8 +191,6 @@ class Transaction:
         wanted = set(keys)
         found = self.find(table, tuple(constraints), whole=len(values) == 1, scope=scope)
         return [record for record in found if record.pk in wanted]
-
-    # Find.
 
     def find(
         self,
@@ -383,18 +211,7 @@ class Transaction:
         if own:
             limit = None
         scope = table.scope if scope is None else scope
-        question = (table.number, constraints, order, limit, scope)
-        base = self._finds.get(question)
-        if base is None:
-            follows = self.database.follows if plan is not None and table.family_key and not whole else None
-            whole = whole or (follows is not None and follows.expected((table.number, plan)))
-            whole = whole or (self.again and bool(table.family_key))
-            base = self._ask(table, constraints, order, limit, whole, scope)
-            if follows is not None and not whole:
-                self._asked.update(dict.fromkeys([r.group for r in base], ((table.number, plan), len(base))))
-            if len(self._finds) < FINDS_KEPT_MAX:
-                self._finds[question] = base
-            self._tell_moves()
+        base = self._answer(table, constraints, order, limit, whole, plan, scope)
         if not own:
             return base
         result = [r for r in base if (r.group, r.key) not in own]
@@ -404,108 +221,16 @@ class Transaction:
             order_records(table, result, order)
         return result
 
-    def _ask(
-        self,
-        table: Table,
-        constraints: tuple[Constraint, ...],
-        order: Order | None,
-        limit: int | None,
-        whole: bool,
-        scope: Scope,
-    ) -> list[Record]:
-        """The store's answer; one that is too large for a frame is asked for with less, then in pages."""
-        try:
-            records = self._ask_once(table, constraints, order, limit, whole, scope)
-        except Invalid:
-            if whole:
-                return self._ask(table, constraints, order, limit, False, scope)
-            if table.integer_key is None or limit is not None:
-                raise
-            records = self._ask_pages(table, constraints, order, scope)
-        if len(records) > 1 and table.family_key:
-            groups = list(dict.fromkeys([r.group for r in records]))
-            self._siblings.update(dict.fromkeys(groups, (self.statement, groups)))
-            self._missed = 0
-        return records
-
-    def _ask_pages(
-        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, scope: Scope
-    ) -> list[Record]:
-        column = table.number_of(table.primary[0])
-        found: list[Record] = []
-        page: list[Record] = []
-        while not found or len(page) == PAGE_ROWS:
-            after = (Constraint(column, Comparison.GT, (found[-1].pk[0],)),) if found else ()
-            page = self._ask_once(table, (*constraints, *after), Order((column,)), PAGE_ROWS, False, scope)
-            found += page
-            if not page:
-                break
-        if order is not None:
-            order_records(table, found, order)
-        return found
-
-    def _ask_once(
-        self,
-        table: Table,
-        constraints: tuple[Constraint, ...],
-        order: Order | None,
-        limit: int | None,
-        whole: bool,
-        scope: Scope,
-    ) -> list[Record]:
-        database, schema = self.database, self.schema
-        query = FindQuery(database.name, table.number, schema.version, constraints, order, limit, whole, scope)
-        result = database.store.find(query, database.timeout_s)
-        for read in result.groups:
-            if read.key not in self._views:
-                known = database.groups.get(read.key, schema.version)
-                self._admit(database.groups.take(read, known, schema.version))
-        return [self._take(table, row) for row in result.rows]
-
-    def _take(self, table: Table, row: FoundRow) -> Record:
-        self._meet(row.group, row.ballot)
-        view = self._views.get(row.group)
-        record = view.records(table).get(row.key) if view is not None else None
-        if record is None:
-            kept = self._found.setdefault(row.group, {})
-            record = kept.get(row.key)
-            if record is None:
-                record = kept[row.key] = table.decode(row.group, row.key, decode_row(row.row))
-        if table.integer_key is not None and table.family_key:
-            self._by_pk.setdefault(table.number, {})[record.pk] = record
-            self.database.hints.put((table.number, record.pk[0]), row.group)
-        return record
-
     # Writes.
-
-    def mark_read(self, records: Iterable[Record], mask: int) -> None:
-        """The statement saw these columns of these rows. Noted only: most transactions change nothing they read."""
-        self._marks.append((records, mask))
-        if len(self._marks) >= MARKS_MAX:
-            self._fold_reads()
-
-    def mark_copied(self, records: Iterable[Record], mask: int) -> None:
-        """An INSERT took these columns of these rows, which guards a DELETE of them."""
-        for record in records:
-            place = (record.group, record.key)
-            self.copied[place] = self.copied.get(place, 0) | mask
 
     def mark_looked_at(self, sights: Iterable[tuple[int, Record, int]]) -> None:
         """What a statement that changes rows saw: (table's number, row, columns), those that it changed included."""
-        reads = self._reads
         for number, record, mask in sights:
-            reads[record] = reads.get(record, 0) | mask
+            self.marks.look(record, mask)
             own = self.overlay.get(number)
             pending = own.get((record.group, record.key)) if own else None
             if pending is not None and pending.current is not None:
-                reads[pending.current] = reads.get(pending.current, 0) | mask
-
-    def _fold_reads(self) -> None:
-        reads, marks = self._reads, self._marks
-        self._marks = []
-        for records, mask in marks:
-            for record in records:
-                reads[record] = reads.get(record, 0) | mask
+                self.marks.look(pending.current, mask)
 
     def pending(self, table: Table, record: Record) -> Pending:
         """The row's state before the next change."""
@@ -520,11 +245,8 @@ class Transaction:
         base = before.base
         if base is None:
             return before.guards
-        self._fold_reads()
-        read = self._columns_read(table, base)
-        if before.current is not None:
-            read |= self._reads.get(before.current, 0)
-        stale = self._stale.get(place, {})
+        read = self.marks.of((*self._met_as(table, base), before.current))
+        stale = self.marks.stale(place)
         for position in stale:
             read |= 1 << position
         for position in set_columns:
@@ -534,21 +256,6 @@ class Transaction:
             if mask >> position & 1 and position not in before.columns and position not in guards:
                 guards[position] = stale[position] if position in stale else base.stored(position)
         return guards
-
-    def _columns_read(self, table: Table, record: Record) -> int:
-        """A row may have been met twice, by a find and in its group."""
-        found = self._found.get(record.group)
-        view = self._views.get(record.group)
-        met = (
-            record,
-            found.get(record.key) if found is not None else None,
-            view.records(table).get(record.key) if view is not None else None,
-        )
-        mask = 0
-        for each in met:
-            if each is not None:
-                mask |= self._reads.get(each, 0)
-        return mask
 
     def put(self, table: Table, place: Place, pending: Pending) -> None:
         """Lay a changed row over what was read."""
@@ -563,8 +270,7 @@ class Transaction:
             if taken is not None:
                 self._set(self.own_entries, taken, place)
         if pending.current is not None and before is not None:
-            self._fold_reads()
-            self._reads[pending.current] = self._reads.get(before, 0)
+            self.marks.carry(before, pending.current)
         self._set(own, place, pending)
         if pending.current is not None and table.integer_key is not None:
             self._set(self._own_pk, (table.number, pending.current.pk), place)
@@ -583,27 +289,16 @@ class Transaction:
     def rollback_to(self, mark: int) -> None:
         """Undo what was written after the journal had this length."""
         journal = self.journal
-        self._fold_reads()
         while len(journal) > mark:
             target, key, old = journal.pop()
             undone = target.get(key)
-            if isinstance(undone, Pending):
-                self._hand_marks_back(undone)
+            if isinstance(undone, Pending) and undone.current is not None:
+                self.marks.hand_back(undone.current, undone.base, undone.columns)
             if old is _MISSING:
                 target.pop(key, None)
             else:
                 target[key] = old
         self._forget_near()
-
-    def _hand_marks_back(self, undone: Pending) -> None:
-        """What was read of the row as a change had left it, and the change had not set, was read of the stored row."""
-        if undone.current is None:
-            return
-        mask = self._reads.pop(undone.current, 0)
-        for position in undone.columns:
-            mask &= ~(1 << position)
-        if mask and undone.base is not None:
-            self._reads[undone.base] = self._reads.get(undone.base, 0) | mask
 
     def _forget_near(self) -> None:
         """Where nothing is made any more of a group that the own PoP does not have, the others have not been asked."""

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import apsw
 
 from nova_bridge.sql.plan import Planner
-from nova_bridge.sql.schema import Record, Table
-from nova_bridge.sql.transaction import Place, Transaction
+from nova_bridge.sql.schema import Place, Record, Table
+from nova_bridge.sql.transaction import Transaction
 from nova_bridge.sql.values import DECLARED
 from nova_bridge.sql.writes import Writer
 
@@ -129,9 +129,9 @@ class Cursor:
         table = self._table
         tx, planner = table.session.tx, table.planner
         rows = planner.run(tx, number, arguments, table.joined())
-        tx.mark_read(rows, planner.plans[number].mask)
+        tx.marks.read(rows, planner.plans[number].mask)
         if not tx.reading:
-            tx.mark_copied(rows, planner.plans[number].mask)
+            tx.marks.copy(rows, planner.plans[number].mask)
         self._rows, self._at = rows, 0
         self._show(rows[0] if rows else None)
 

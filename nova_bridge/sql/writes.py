@@ -162,7 +162,7 @@ class Writer:
         before = tx.pending(table, current)
         place = (current.group, current.key)
         # A row that was copied and goes, as into an archive: what another writes to it meanwhile would be in neither.
-        mask |= tx.copied.get(place, 0) & ~sum(1 << p for p in table.merge)
+        mask |= tx.marks.copied.get(place, 0) & ~sum(1 << p for p in table.merge)
         tx.put(table, place, Pending(before.base, None, before.columns, tx.guards(table, before, place, mask, ())))
         if self.foreign_keys:
             self._lose_key(table, current, None)
