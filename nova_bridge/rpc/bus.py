@@ -50,6 +50,10 @@ LISTENERS_MAX = 10_000
 ADDRESSES_PER_LISTENER_MAX = 1_000
 TAKEN_MESSAGES_MAX = 1_000
 TAKEN_BYTES_MAX = 8 * 1024 * 1024
+OUTSTANDING_MESSAGES_MAX = 1_000
+OUTSTANDING_BYTES_MAX = 64 * 1024 * 1024
+"""A listener with so much to acknowledge gets no more: what its process holds back waits in the queues, within their
+limits."""
 
 
 TopicKey = tuple[str, str, str]
@@ -307,7 +311,7 @@ class Bus:
 
     def _wake_one(self, queue: Queue) -> None:
         for number, listener in queue.listeners.items():
-            if listener.waits:
+            if listener.waits and not self._full(listener):
                 queue.listeners.move_to_end(number)
                 listener.wake()
                 return
@@ -415,6 +419,9 @@ class Bus:
     def _deliveries(self, listener: Listener, count: int) -> list[Delivery]:
         taken: list[Delivery] = []
         size = 0
+        count = min(count, OUTSTANDING_MESSAGES_MAX - len(listener.outstanding))
+        if self._full(listener):
+            return taken
         for queue, envelope in self._waiting_for(listener):
             number = next(self._numbers)
             call = envelope.call
@@ -423,6 +430,7 @@ class Bus:
                 listener.calls[call.id] = call
             if listener.acknowledges:
                 listener.outstanding[number] = queue, envelope
+                listener.outstanding_bytes += len(envelope.body)
             monitor_ms = int(call.monitor_s * 1000) if call is not None else 0
             taken.append(Delivery(number, envelope.body, call.id if call is not None else 0, monitor_ms))
             size += len(envelope.body)
@@ -430,6 +438,11 @@ class Bus:
                 break
         self.counters["delivered"] += len(taken)
         return taken
+
+    def _full(self, listener: Listener) -> bool:
+        """Whether it has as much to acknowledge as it may."""
+        messages, size = len(listener.outstanding), listener.outstanding_bytes
+        return messages >= OUTSTANDING_MESSAGES_MAX or size >= OUTSTANDING_BYTES_MAX
 
     def _waiting_for(self, listener: Listener) -> Iterator[tuple[Queue | None, Envelope]]:
         """Take messages off the listener's queues, one of each in turn, as long as the caller asks for more."""
@@ -456,6 +469,7 @@ class Bus:
         queue, envelope = listener.outstanding.pop(delivery, (None, None)) if listener is not None else (None, None)
         if listener is None or envelope is None:
             return False
+        listener.outstanding_bytes -= len(envelope.body)
         if again:
             if envelope.call is not None:
                 listener.calls.pop(envelope.call.id, None)
@@ -467,6 +481,9 @@ class Bus:
             else:
                 queue.messages.append(envelope)
                 self._wake_one(queue)
+        # It may have been full, and waited beside messages.
+        if any(queue.messages for address in listener.addresses if (queue := self._queues.get(address)) is not None):
+            listener.wake()
         return True
 
     def reply(self, number: int, body: bytes) -> bool:

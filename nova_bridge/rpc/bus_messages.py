@@ -102,7 +102,7 @@ class Delivery(Struct, frozen=True):
 
 @message
 class Taken(Message, frozen=True, tag=156):
-    """Empty after the wait and after StopTaking."""
+    """Empty after the wait and after StopTaking, and sometimes before, where another listener was faster."""
 
     deliveries: tuple[Delivery, ...]
 

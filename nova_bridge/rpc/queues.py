@@ -66,6 +66,7 @@ class Listener:
         self.stopped = False
         self.outstanding: dict[int, tuple[Queue | None, Envelope]] = {}
         """Deliveries to be acknowledged, and the queues that they came from."""
+        self.outstanding_bytes = 0
         self.calls: dict[int, Waiting] = {}
         """Calls taken and not replied to."""
 

@@ -109,6 +109,39 @@ async def test_unacknowledged_deliveries_go_to_another_listener_in_order():
         assert await bodies(second, two) == [b"1", b"2"]
 
 
+@pytest.mark.parametrize("limit", ["MESSAGES", "BYTES"])
+async def test_listener_that_acknowledges_nothing_gets_no_more_and_others_do(monkeypatch, limit):
+    monkeypatch.setattr(bus_module, f"OUTSTANDING_{limit}_MAX", 2)
+    async with host() as here:
+        slow, one = await here.listener(acknowledges=True)
+        for n in range(4):
+            await slow.call(Cast(TOPIC, b"%d" % n))
+        (first,) = (await slow.call(Take(one, 1, 100))).deliveries
+        assert await bodies(slow, one, count=1) == [b"1"]
+        assert await bodies(slow, one, wait_ms=50) == []
+        waiting = asyncio.ensure_future(bodies(slow, one, count=1, wait_ms=5000))
+        quick, two = await here.listener(acknowledges=True)
+        assert await bodies(quick, two, count=1) == [b"2"]
+        await slow.call(Acknowledge(one, first.id))
+        async with asyncio.timeout(2):
+            assert await waiting == [b"3"]
+
+
+async def test_full_listener_is_not_woken_in_the_place_of_another(monkeypatch):
+    monkeypatch.setattr(bus_module, "OUTSTANDING_MESSAGES_MAX", 1)
+    async with host() as here:
+        full, one = await here.listener(acknowledges=True)
+        free, two = await here.listener(acknowledges=True)
+        await full.call(Cast(TOPIC, b"0"))
+        assert await bodies(full, one) == [b"0"]
+        waiting = [asyncio.ensure_future(bodies(*who, wait_ms=5000)) for who in ((full, one), (free, two))]
+        await asyncio.sleep(0.05)
+        await here.client().call(Cast(TOPIC, b"1"))
+        async with asyncio.timeout(2):
+            assert await waiting[1] == [b"1"]
+        waiting[0].cancel()
+
+
 async def test_message_for_a_listener_that_dies_before_taking_it_wakes_another():
     async with host() as here:
         first, one = await here.listener()
