@@ -350,10 +350,14 @@ class Bus:
             raise Unavailable(f"the bus has {LISTENERS_MAX} listeners: stop some", sent=False)
         listener = Listener(next(self._numbers), connection, message)
         self._listeners[listener.number] = listener
-        for address in listener.addresses:
-            self._queue(address).listeners[listener.number] = listener
-            if listener.fanout:
-                self._fanouts.setdefault(address.topic_key, {})[listener.number] = listener
+        try:
+            for address in listener.addresses:
+                self._queue(address).listeners[listener.number] = listener
+                if listener.fanout:
+                    self._fanouts.setdefault(address.topic_key, {})[listener.number] = listener
+        except Unavailable:
+            self._gone(listener)
+            raise
         connection.on_close.append(lambda: self._gone(listener))
         self._listeners_changed()
         return Subscribed(listener.number)

@@ -250,6 +250,18 @@ async def test_topics_that_nobody_listens_to_are_bounded(monkeypatch):
         assert await bodies(client, listener) == [b"mine"]
 
 
+async def test_subscription_that_is_refused_at_its_second_topic_listens_at_none(monkeypatch):
+    monkeypatch.setattr(bus_module, "QUEUES_MAX", 1)
+    async with host() as here:
+        client, _ = await here.listener()
+        with pytest.raises(Unavailable, match="1 topics with listeners"):
+            await here.listener(TOPIC, Address("ex", "other"), fanout=True)
+        await client.close()
+        await asyncio.sleep(0.05)
+        assert here.bus.listening() == {}
+        assert await here.client().call(Cast(TOPIC, b"x")) == Done(False)
+
+
 async def test_listener_without_messages_leaves_nothing_behind():
     async with host() as here:
         pooled = Address("ex", "topic", pool="p")
