@@ -27,7 +27,7 @@ from nova_bridge.sql.errors import (
 )
 from nova_bridge.sql.families import TEMPORARY
 from nova_bridge.sql.rules import foreign_failed, parent_of
-from nova_bridge.sql.schema import ENTRY_TABLE, Foreign, Place, Table, Unique
+from nova_bridge.sql.schema import ENTRY_TABLE, AgedRecord, Foreign, Place, Table, Unique
 from nova_bridge.sql.transaction import Pending, Transaction
 
 ENTRY_ROW = (0,)
@@ -254,11 +254,27 @@ def _add_row(table: Table, pending: Pending, draft: _Draft) -> None:
     elif pending.base is not None and pending.current is None:
         change = Change(Op.DELETE, number, pending.base.pk, {}, guards)
     elif pending.base is not None and pending.current is not None:
-        columns: Columns = {table.number_of(p): pending.current.values[p] for p in sorted(pending.columns)}
+        written_out = _written_out(table, pending)
+        guards |= {table.number_of(p): None for p in written_out}
+        columns: Columns = {
+            table.number_of(p): pending.current.values[p] for p in sorted(pending.columns | written_out)
+        }
         change = Change(Op.UPDATE, number, pending.base.pk, columns, guards)
     else:
         return
     draft.changes.append((change, meaning))
+
+
+def _written_out(table: Table, pending: Pending) -> frozenset[int]:
+    """Columns of changed unique keys of the group that the row has only by their default, from before they were added.
+
+    They are stored with the change: what is not stored is not seen by the UNIQUE guards of others.
+    """
+    base = pending.base
+    if not isinstance(base, AgedRecord):
+        return frozenset()
+    rules = [set(u.columns) for u in table.uniques if u.kind == "group" and not pending.columns.isdisjoint(u.columns)]
+    return (base.lacks & set[int]().union(*rules)) - pending.columns
 
 
 def _add_unique_guards(table: Table, pending: Pending, draft: _Draft) -> None:

@@ -172,9 +172,10 @@ class Cursor:
     def _with_reloads(self, sql: str, parameters: Any) -> apsw.Connection:
         """Run on the engine; when the schema turns out to be old, learn the new one and run again."""
         connection = self.connection
+        reading = connection.tx.reading
         for attempt in range(SCHEMA_RELOADS_MAX + 1):
             try:
-                return self._run_on_one_ballot(sql, parameters)
+                return self._run_on_one_ballot(sql, parameters, reading)
             except (SchemaChanged, apsw.SQLError) as error:
                 helped = attempt < SCHEMA_RELOADS_MAX and (
                     isinstance(error, SchemaChanged)
@@ -186,10 +187,9 @@ class Cursor:
                     raise
         raise AssertionError("unreachable")
 
-    def _run_on_one_ballot(self, sql: str, parameters: Any) -> apsw.Connection:
+    def _run_on_one_ballot(self, sql: str, parameters: Any, reading: bool) -> apsw.Connection:
         """Run until no group moved between two looks at it, so that the result shows each at one ballot."""
         tx = self.connection.tx
-        reading = tx.reading
         try:
             for run in range(RUNS_MAX):
                 # Outside a transaction a run that failed has reset all of it.

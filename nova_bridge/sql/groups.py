@@ -72,6 +72,9 @@ class GroupCache:
     def take(self, read: GroupRead, known: GroupView | None, version: int) -> GroupView:
         """The view of what was read; `known` is the one at hand, whose ballot may have been named in the request."""
         if known is not None and (read.rows is None or read.ballot == known.ballot):
+            with self._lock:
+                if read.key in self._views:
+                    self._views.move_to_end(read.key)
             return known
         view = GroupView(read.key, read.ballot, read.rows or {}, version)
         with self._lock:

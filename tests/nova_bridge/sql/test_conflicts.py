@@ -377,3 +377,22 @@ def test_row_that_breaks_two_unique_keys_the_one_defined_first_is_named(two: tup
     a.execute("INSERT INTO twice (a, b) VALUES ('x', 'y')")
     with pytest.raises(sqlite3.IntegrityError, match=r"twice\.a$"):
         a.execute("INSERT INTO twice (a, b) VALUES ('x', 'y')")
+
+
+@pytest.mark.parametrize("change_first", [False, True])
+def test_unique_key_with_a_column_that_was_added_with_a_default_holds_against_rows_from_before(
+    connect: Connect, change_first: bool
+) -> None:
+    a, b = connect(), connect()
+    a.execute("CREATE TABLE quotas (id INTEGER NOT NULL PRIMARY KEY, project_id VARCHAR(255), resource VARCHAR(255))")
+    a.execute("INSERT INTO quotas (project_id, resource) VALUES ('p', 'cores')")
+    a.commit()
+    a.execute("ALTER TABLE quotas ADD COLUMN zone VARCHAR(255) DEFAULT 'z'")
+    a.execute("CREATE UNIQUE INDEX uniq_quotas ON quotas (project_id, resource, zone)")
+    b.execute("SELECT count(zone) FROM quotas")
+    a.execute("UPDATE quotas SET resource = 'ram'")
+    b.execute("INSERT INTO quotas (project_id, resource, zone) VALUES ('p', 'ram', 'z')")
+    first, second = (a, b) if change_first else (b, a)
+    first.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=r"^UNIQUE constraint failed: quotas.project_id, quotas.resource"):
+        second.commit()

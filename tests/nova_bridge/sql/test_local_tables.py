@@ -275,3 +275,16 @@ def test_made_once_key_of_a_build_request_and_of_no_mapping():
     assert families.made_once(group_key("nova_api", "~build_request", ("u",)))
     assert not families.made_once(group_key("nova_api", "build_request", ("u",)))
     assert not families.made_once(group_key("nova_api", "~host_mapping", ("h",)))
+
+
+def test_scan_that_learns_of_a_newer_catalog_still_leaves_out_pops_out_of_reach(
+    connect: Callable[..., Connection], store: SpanningStore
+) -> None:
+    a, b = connect(), connect(isolation_level=None)
+    a.execute(CELLS)
+    a.execute(MAPPINGS)
+    b.execute("SELECT id FROM instance_mappings")
+    a.execute("CREATE TABLE other (id INTEGER NOT NULL PRIMARY KEY)")
+    store.questions.clear()
+    b.execute("SELECT id FROM instance_mappings")
+    assert [q.scope for q in store.questions] == [Scope.REACHABLE, Scope.REACHABLE]

@@ -140,6 +140,15 @@ def test_group_cache_evicts_by_size() -> None:
     assert cache.get(b"\x03", 2) is None
 
 
+def test_group_cache_keeps_what_was_used_last() -> None:
+    cache = GroupCache(bytes_max=250)
+    reads = [GroupRead(bytes([number]), ZERO, {b"k" * 11: b"v" * 89}) for number in range(3)]
+    for read in (reads[0], reads[1], reads[0], reads[2]):
+        cache.take(read, cache.get(read.key, 1), 1)
+    assert cache.get(reads[1].key, 1) is None
+    assert cache.get(reads[0].key, 1) is not None
+
+
 def test_savepoint_without_begin_commits_at_release(connect: Connect) -> None:
     a = connect(isolation_level=None)
     a.execute("CREATE TABLE t (id INTEGER PRIMARY KEY)")
