@@ -179,10 +179,12 @@ def start(path: Path, pop: str) -> OpenDirectory:
     (the configured PoP is not the one that this node was founded in).
     """
     with _file_errors(path):
-        node = _node_file(path)
-        cluster = _own_key(path, node)
+        _own_key(path, _node_file(path))  # What is no data directory is left without a lock file.
         lock = _take_lock(path)
         try:
+            # Read again: until now `lucd key import` or another start may have written them.
+            node = _node_file(path)
+            cluster = _own_key(path, node)
             if node.pop is not None and node.pop != pop:
                 raise Invalid(
                     f"{path} belongs to a node of PoP {node.pop}, but pop = {pop} is configured; a node cannot move: "

@@ -177,3 +177,20 @@ def test_cluster_key_text_round_trip_and_garbage(tmp_path: Path) -> None:
     for garbage in ("", "a b c d", cluster.text() + " more", cluster.text()[:-2], cluster.text().replace(" 1 ", " 2 ")):
         with pytest.raises(Invalid, match="is not a cluster key"):
             directory.ClusterKey.parse(garbage, "x")
+
+
+def test_start_that_a_key_import_overtakes_runs_with_the_new_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = directory.found(tmp_path / "n")
+    take_lock = directory._take_lock
+
+    def overtaken(path: Path) -> int:
+        monkeypatch.setattr(directory, "_take_lock", take_lock)
+        directory.replace_key(path, old.renewed())
+        return take_lock(path)
+
+    monkeypatch.setattr(directory, "_take_lock", overtaken)
+    opened = directory.start(tmp_path / "n", "pop1")
+    opened.close()
+    assert opened.cluster == directory.cluster_key(tmp_path / "n") != old
