@@ -2,7 +2,8 @@
 
 Acceptor state is durable before an answer (Space.DECREE, domain name, 0x00, epoch of the link to be decided) and kept
 while the incarnation lives. A proposer that finds an accepted link carries that one on, so it may see another link
-decided than it asked for.
+decided than it asked for. Nobody gets a promise that was given before: a node whose disk was wiped counts its starts
+and its ballots from the first again.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class DecreeAcceptor:
         if (decided := self._decided(request.epoch)) is not None:
             return DecreePromise(ZERO, ZERO, None, decided)
         state = self._state(request.epoch)
+        if request.ballot == state.promised and self._rules.ballot_promised_once:
+            # Of the node that its proposer was before it lost its disk, whose accept may be on its way.
+            raise Unavailable(f"ballot {tuple(request.ballot)} for link {request.epoch} is promised already; ask anew")
         if request.ballot > state.promised:
             state = DecreeState(request.ballot, state.accepted, state.link)
         await self._keep(request.epoch, state)

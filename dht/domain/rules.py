@@ -17,6 +17,7 @@ class DomainRules(Struct, frozen=True):
     survives a restart. refuse_stale_init: rule 3, an epoch below a sealed or initialised one is never initialised, nor
     one twice. replace_content: rule 3, what the replica held before is not merged. decided_by_previous_voters: the
     voters of link e decide link e+1. incarnation_checked: a wiped node does not pass for the one it was.
+    ballot_promised_once: a voter promises a ballot for a link to one proposer.
     gate_on_majority: rule 5, the wait for the last change. floor_carried: rule 7, a new replica takes the floor over.
     collect_needs_all: rule 7, a tombstone goes only when every replica has it. floor_keeps_promise: rule 7, the floor
     is above what was promised for the collected register, not only above its tombstone. floor_raised: rule 7, there is
@@ -36,6 +37,7 @@ class DomainRules(Struct, frozen=True):
     replace_content: bool = True
     decided_by_previous_voters: bool = True
     incarnation_checked: bool = True
+    ballot_promised_once: bool = True
     gate_on_majority: bool = True
     floor_carried: bool = True
     collect_needs_all: bool = True

@@ -155,6 +155,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _DOMAIN,
         "test_incarnation_checked_wiped_replica_passes_for_the_one_it_was_and_a_write_is_lost",
     ),
+    "ballot_promised_once": (
+        "tests.dht.domain.test_decree",
+        "test_ballot_promised_once_wiped_proposer_comes_to_a_ballot_of_the_one_it_was",
+    ),
     "gate_on_majority": (_DOMAIN, "test_gate_on_majority_node_that_leaves_is_let_go_with_the_only_copy"),
     "decided_by_previous_voters": (
         _DOMAIN,

@@ -58,6 +58,7 @@ BUGS: Final = {
     "replace_content": "initialisation merges the replica's own leftovers: a deleted row is resurrected",
     "decided_by_previous_voters": "a link is decided by the voters of the last but one",
     "incarnation_checked": "a wiped disk under the same id",
+    "ballot_promised_once": "a voter promises a ballot again to a node that was wiped since",
     "gate_on_majority": "the next change does not wait for the last",
     "floor_carried": "a deletion's floor is not carried to new replicas",
     "collect_needs_all": "a tombstone is collected after a majority: late rows are resurrected",

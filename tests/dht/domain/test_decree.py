@@ -6,12 +6,13 @@ import asyncio
 
 import pytest
 
+from dht.domain.asking import Ask
 from dht.domain.decree import DecreeAcceptor, DecreeProposer
-from dht.domain.messages import DecreeAccept, DecreePrepare
+from dht.domain.messages import DecreeAccept, DecreePrepare, DomainMessage
 from dht.domain.roster import Roster, successor
-from dht.domain.rules import RULES
+from dht.domain.rules import RULES, DomainRules
 from dht.errors import DhtError, NotServing, RemoteProtocolError
-from dht.model import Ballot, NodeId
+from dht.model import Ballot, NodeId, Struct
 from tests.dht.domain.small_world import World, play
 
 
@@ -77,6 +78,49 @@ def test_accept_below_the_promise_is_refused_also_after_a_restart() -> None:
         assert promise.accepted == ballot(6)
 
     play(story)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+def test_ballot_promised_once_wiped_proposer_comes_to_a_ballot_of_the_one_it_was(on: bool) -> None:
+    """2 proposes a link and loses its disk while its accepts are on their way; its first ballot is the same again.
+
+    It proposes another link, which the two others accept. Then one of them gets the accept of before.
+    """
+
+    async def story(world: World) -> None:
+        await world.grow(3)
+        for i in range(3):
+            await world.domain(i).stop()
+        before, rules = candidate(world, 1), DomainRules(ballot_promised_once=on)
+        late: list[DecreeAccept] = []
+
+        def proposer(i: int, ask: Ask) -> DecreeProposer:
+            domain = world.domain(i)
+            node, boot = domain.local.node_id, domain.local.boot
+            return DecreeProposer(domain.chain, node, boot, domain._clock, domain._chance, ask, rules)
+
+        async def hold(to: NodeId, message: DomainMessage) -> Struct:
+            if isinstance(message, DecreeAccept):
+                late.append(message)
+                await asyncio.sleep(1e3)
+            return await world.domain(2).peers.ask(to, message)
+
+        lost = asyncio.create_task(proposer(2, hold).propose(before))
+        await world.until(lambda: bool(late))
+        world.cluster.wipe(2)
+        lost.cancel()
+        await world.cluster.start(2)
+        await world.domain(2).stop()
+        me, other = (world.domain(i).local.node_id for i in (2, 0))
+        await world.domain(2).peers.learn(world.domain(0).roster, other)
+        decided = await proposer(2, world.domain(2).peers.ask).propose(candidate(world, 2))
+        first = min((0, 1), key=lambda i: before.voters.index(world.domain(i).local.node_id))
+        await world.domain(first).answer(me, late[0])
+        again = await proposer(1 - first, world.domain(1 - first).peers.ask).propose(candidate(world, 3))
+        assert (again == decided) is on
+        assert again in (decided, before)
+
+    play(story, rules=DomainRules(ballot_promised_once=on))
 
 
 def test_vote_without_the_link_before_or_with_another_incarnation_is_refused() -> None:
