@@ -3,7 +3,7 @@
 In rounds, about one a second, each replica is asked what changed behind a cursor. What they name is merged:
 
 * the highest ballot named of a register is chosen if it is marked so, or a quorum of the tablet's replicas names it at
-  one tablet epoch; its state is fetched from one that named it;
+  one tablet epoch, its own (or all of them, `roster.proven`); its state is fetched from one that named it;
 * of any other register all replicas are asked where it stands, as a reader asks them: a quorum at one ballot is what is
   chosen, a quorum without anything means that it was deleted and collected. Where neither is the case the register
   stays open, and what is here of it counts as old as the tablet was before.
@@ -44,7 +44,7 @@ from dht.domain.messages import (
     Served,
 )
 from dht.domain.pace import Pace
-from dht.domain.roster import FIRST_EPOCH, Roster, TabletReplicas, digest, quorums
+from dht.domain.roster import FIRST_EPOCH, Roster, TabletReplicas, digest, proven, quorums
 from dht.domain.rules import FOLLOW_RULES, FollowRules
 from dht.domain.source import PAGE_KEYS_MAX
 from dht.errors import DhtError, RemoteProtocolError, Unavailable
@@ -271,9 +271,15 @@ class Follower:
             return True
         for replicas in self._sets(tablet) if votes else ():
             agreeing = [n for n in replicas.nodes if n in marks and self._serves(n, tablet) == replicas.epoch]
-            if len(agreeing) >= quorums(len(replicas.nodes))[0]:
+            ballot = max(mark.accepted for mark in marks.values())
+            if self._proven(ballot, replicas, len(agreeing)):
                 return True
         return False
+
+    def _proven(self, ballot: Ballot, replicas: TabletReplicas, holders: int) -> bool:
+        if not self._rules.follow_inherited_marked:
+            return holders >= quorums(len(replicas.nodes))[0]
+        return proven(ballot, replicas.epoch, holders, len(replicas.nodes))
 
     async def _fetch(
         self,
@@ -335,7 +341,8 @@ class Follower:
             marks = {node: marks[at] for node, marks in told.items()}
             highest = max(mark.accepted for mark in marks.values())
             holders = [node for node, mark in marks.items() if mark.accepted == highest]
-            chosen = len(holders) >= need or any(marks[node].chosen == highest for node in holders)
+            marked = any(marks[node].chosen == highest for node in holders)
+            chosen = marked or self._proven(highest, replicas, len(holders))
             standing = self.copy.standing(key)
             if highest == ZERO:
                 if standing == ZERO or self.copy.collect(key, floors):

@@ -1,5 +1,8 @@
 """Anti-entropy: a replica that missed writes catches up in the background (DESIGN section 5: one that is behind).
 
+What a tablet's epoch before left unfinished is finished soon after this node has taken the tablet over: until then a
+majority that holds it proves nothing (`roster.proven`), so who reads it would have to, and a follower would wait.
+
 What is installed is exactly what an accept of that ballot would have brought, under an acceptor's own condition (the
 ballot is not below the promise), so safety is that of CASPaxos: a late accept. Only values marked chosen, and only of
 the tablet's present epoch, are taken; an older epoch's came with the initialisation. Where a higher promise stands in
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S: Final = 600.0
 TABLET_PAUSE_S: Final = 0.05
 START_PAUSE_S: Final = 1.5
+TAKEN_OVER_PAUSE_S: Final = (0.3, 0.9)
 RETURN_PAUSE_S: Final = 0.005
 RETURN_AGAIN_S: Final = (0.5, 1.0, 2.0, 4.0)
 """Pauses before further looks at a peer that returned. It may hear us later than we hear it, so a write that it has not
@@ -81,6 +85,8 @@ class Repair:
         self._node = node
         self.settle: Callable[[GroupKey], Awaitable[None]] | None = None
         self._returned: dict[NodeId, _Look] = {}
+        self._inherited: dict[int, float] = {}
+        """Tablets that were taken over, and when to finish what is unfinished of them."""
         self._wake = asyncio.Event()
         self._pace = Pace(clock, bytes_per_s)
         self._compared: dict[int, None] = {}
@@ -110,9 +116,10 @@ class Repair:
         """Wait until a look at a peer that returned is due, or that time is reached; whether it is a look."""
         while True:
             now_s = self._clock.monotonic()
-            look_s = min((look.due_s for look in self._returned.values()), default=due_s)
+            looks_s = [*(look.due_s for look in self._returned.values()), *self._inherited.values()]
+            look_s = min(looks_s, default=due_s)
             if look_s <= now_s:
-                return bool(self._returned)
+                return bool(looks_s)
             if due_s <= now_s:
                 return False
             self._wake.clear()
@@ -122,6 +129,9 @@ class Repair:
 
     async def _look_at_returned(self) -> None:
         """The looks that are due, and what they lead to."""
+        while taken := [t for t, due_s in self._inherited.items() if due_s <= self._clock.monotonic()]:
+            del self._inherited[taken[0]]
+            await self._settle(self._unfinished(taken[0]))
         while due := [node for node, look in self._returned.items() if look.due_s <= self._clock.monotonic()]:
             look = self._returned.pop(due[0])
             differed = await self._compare_with(due[0], look.tablets)
@@ -176,6 +186,16 @@ class Repair:
     def initialised(self, tablet: int) -> None:
         """The tablet came from a quorum of the others a moment ago."""
         self._compared[tablet] = None
+        # The others take it over in these moments too, and whoever comes first finishes for all.
+        self._inherited[tablet] = self._clock.monotonic() + self._chance.uniform(*TAKEN_OVER_PAUSE_S)
+        self._wake.set()
+
+    def _unfinished(self, tablet: int) -> list[GroupKey]:
+        """Registers of the tablet, if it is served here, that an earlier epoch left, and that may not be chosen."""
+        epoch = self._tablets.serves(tablet)
+        keys = [key for key in self._registers.all_unsettled() if self._registers.tablet(key) == tablet]
+        headers = [(key, self._registers.header(key)) for key in keys]
+        return [key for key, h in headers if 0 < h.accepted.epoch < epoch and h.chosen != h.accepted]
 
     async def sweep(self) -> bool:
         """Once over all tablets, against one other replica each; False if some could not be compared."""

@@ -14,7 +14,7 @@ import msgspec
 
 from dht.errors import Invalid, RemoteProtocolError
 from dht.limits import TABLETS_PER_DOMAIN
-from dht.model import NodeId, Struct
+from dht.model import ZERO, Ballot, NodeId, Struct
 
 FIRST_EPOCH: Final = 1
 REPLICAS: Final = 3
@@ -31,6 +31,20 @@ _decoder: msgspec.msgpack.Decoder[Roster]
 def quorums(n: int) -> tuple[int, int]:
     """(accept and read, prepare and seal) of n replicas; any two of different kinds meet, and so do two accepts."""
     return _SIZES.get(n) or (n // 2 + 1, n // 2 + 1)
+
+
+def proven(ballot: Ballot, epoch: int, holders: int, replicas: int) -> bool:
+    """Whether so many of a tablet epoch's replicas, all at this accepted ballot, prove it chosen without a mark.
+
+    Those that accepted it in this epoch do when they are an accept quorum. What an earlier epoch left unfinished was
+    handed to each new replica by the sealed ones that it happened to ask: most may hold one accept of a single old
+    replica, and one of them a higher accept of another, which the next prepare may find and choose instead. Only where
+    all hold the ballot there is no other to be found. That nothing was accepted needs no proof: what is found later
+    was on its way.
+    """
+    if ballot == ZERO or ballot.epoch == epoch:
+        return holders >= quorums(replicas)[0]
+    return holders == replicas
 
 
 def replicas_wanted(members: Sequence[Member]) -> int:

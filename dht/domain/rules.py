@@ -56,7 +56,8 @@ RULES = DomainRules()
 class FollowRules(Struct, frozen=True):
     """The rules of followers (`dht.domain.follower`), as `DomainRules`.
 
-    follow_chosen_only: a follower applies nothing that may not be chosen. cover_by_quorum: a tablet is covered by an
+    follow_chosen_only: a follower applies nothing that may not be chosen. follow_inherited_marked: as
+    `inherited_marked` of the registers. cover_by_quorum: a tablet is covered by an
     answer of a quorum of its replicas. cover_from_begin: up to the begin of the round. open_is_older: a register of
     which more was heard is covered as far as its tablet was then. intents_stay_open: so is one with an intent.
     overflow_surveyed: a node whose changes were forgotten, or that began to count anew, is compared with as a whole.
@@ -66,6 +67,7 @@ class FollowRules(Struct, frozen=True):
     """
 
     follow_chosen_only: bool = True
+    follow_inherited_marked: bool = True
     cover_by_quorum: bool = True
     cover_from_begin: bool = True
     open_is_older: bool = True

@@ -169,7 +169,7 @@ class Acceptor:
                 size = self._file.header(item.key).size_bytes
                 if size > room and room < _READ_BYTES_MAX:
                     # What does not fit the frame is told without its rows; the reader asks again.
-                    state = ReplicaState(True, state.accepted, state.intents)
+                    state = ReplicaState(True, state.accepted, state.intents, chosen=state.chosen)
                 room -= size
             number = max(number, self._pending.get(item.key, 0))
             states.append(state)
@@ -186,7 +186,8 @@ class Acceptor:
         rows: dict[RowKey, bytes] | None = None
         if item.wanted and item.known != header.accepted:
             rows = self.rows(item.key, item.wanted) if header.accepted != ZERO else {}
-        return ReplicaState(True, header.accepted, header.intents, rows, self._window_floor(item.key, header.accepted))
+        floor = self._window_floor(item.key, header.accepted)
+        return ReplicaState(True, header.accepted, header.intents, rows, floor, header.accepted == header.chosen)
 
     def rows(self, key: GroupKey, wanted: Wanted) -> dict[RowKey, bytes]:
         """The application's rows or the store's own."""

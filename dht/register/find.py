@@ -6,7 +6,8 @@ Each replica answers from its own indexes, and its indexes may be behind. The an
 * one of them, the sender, gave the rows; the others gave (group, ballot) of what matches at theirs. All name, matching
   or not, the groups that are unsettled there (an accepted value that may not be chosen, or an intent), with the ballot.
   A group whose ballot is the same at a majority, the sender among them, stands at a chosen state, and the sender's rows
-  of it, or that it has none that match, are the answer;
+  of it, or that it has none that match, are the answer; a ballot of an earlier tablet epoch also has to be marked at
+  one of them, or to be that of all replicas (`roster.proven`);
 * every other group that anybody named, and every group in which anybody met an intent, is read by itself and matched
   again.
 
@@ -26,7 +27,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from dht.domain.roster import quorums
+from dht.domain.roster import TabletReplicas, proven, quorums
 from dht.errors import DhtError, Invalid, NotServing, Unavailable
 from dht.limits import FIND_ROWS_MAX, PEER_TIMEOUT_S, READ_GROUPS_MAX
 from dht.model import ZERO, Ballot, FindQuery, FindResult, FoundRow, GroupKey, GroupRead, NodeId
@@ -140,12 +141,15 @@ class FindServer:
 class _Collected:
     """What a round of replies says, tablet by tablet and group by group.
 
-    `sent`: where the senders stand with the groups that they named. `unsettled`: groups to read in any case.
+    `sent`: where the senders stand with the groups that they named. `unsettled`: groups to read in any case. `marked`:
+    what a replica named as known to be chosen.
     """
 
     def __init__(self, tablet_of: Callable[[GroupKey], int]) -> None:
         self._tablet_of = tablet_of
         self.needed: dict[int, int] = {}
+        self.replicas: dict[int, TabletReplicas] = {}
+        self.marked: dict[GroupKey, Ballot] = {}
         self.covered: dict[int, int] = {}
         self.rows: dict[GroupKey, list[FoundRow]] = {}
         self.votes: dict[GroupKey, dict[Ballot, int]] = {}
@@ -164,6 +168,8 @@ class _Collected:
         for row in reply.rows:
             self.rows.setdefault(row.group, []).append(row)
             self.sent[row.group] = mine[row.group] = row.ballot
+        unsettled = dict.fromkeys(reply.unsettled)
+        self.marked.update((key, ballot) for key, ballot in mine.items() if key not in unsettled)
         for i, key in enumerate(reply.unsettled):
             ballot = reply.unsettled_ballots[i] if reply.unsettled_ballots else ZERO
             if ballot == ZERO:
@@ -246,6 +252,7 @@ class Finder:
             if nodes is None:
                 nodes = ordered[replicas.nodes] = sorted(replicas.nodes, key=lambda node: order.get(node, len(order)))
             needed[tablet] = quorum = quorums(len(nodes))[0]
+            collected.replicas[tablet] = replicas
             for i, node in enumerate(nodes):
                 (asked if i < quorum else rest).setdefault(node, []).append((tablet, replicas.epoch, i == 0))
         waiting: dict[asyncio.Task[FindReplicaReply | Invalid | None], tuple[NodeId, frozenset[int]]] = {}
@@ -337,14 +344,21 @@ class Finder:
 
     def _sort_out(self, collected: _Collected) -> tuple[list[GroupKey], list[GroupKey]]:
         """(groups whose sent rows are a chosen state, groups to read by themselves)"""
-        clean, dirty = [], []
+        clean: list[GroupKey] = []
+        dirty: list[GroupKey] = []
         for key, votes in collected.votes.items():
             ballot = collected.sent.get(key)
-            quorum = collected.needed[self._context.file.tablet(key)]
-            if ballot is None or votes[ballot] < quorum or key in collected.unsettled:
+            tablet = self._context.file.tablet(key)
+            if ballot is None or votes[ballot] < collected.needed[tablet] or key in collected.unsettled:
                 dirty.append(key)
-            else:
-                clean.append(key)
+                continue
+            replicas = collected.replicas[tablet]
+            chosen = (
+                collected.marked.get(key) == ballot
+                or proven(ballot, replicas.epoch, votes[ballot], len(replicas.nodes))
+                or not self._context.rules.inherited_marked
+            )
+            (clean if chosen else dirty).append(key)
         dirty += [key for key in collected.unsettled if key not in collected.votes]
         if dirty:
             self._context.count("find_groups_read", len(dirty))

@@ -99,7 +99,7 @@ class ReadReplica(Message, frozen=True, tag=5):
 class ReplicaState(Struct, frozen=True):
     """`serving` False: this replica does not answer for the group's tablet at that epoch; the rest is meaningless.
 
-    `floor`: as in `Prepared`.
+    `floor`: as in `Prepared`. `chosen`: the accepted value is known here to be chosen.
     """
 
     serving: bool
@@ -107,6 +107,7 @@ class ReplicaState(Struct, frozen=True):
     intents: int
     rows: dict[RowKey, bytes] | None = None
     floor: Ballot = ZERO
+    chosen: bool = False
 
 
 @message

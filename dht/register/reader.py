@@ -5,6 +5,8 @@ keeps go into one frame. Where they do not agree, or one does not answer soon, t
 read when a majority stands at one accepted ballot and data of exactly that ballot is at
 hand: then that state is chosen, and was the newest chosen one at some time during the read. Where the majority is not
 there (a write is on its way, or was left unfinished) the reader asks again, and then has the coordinator finish it.
+A ballot of an earlier tablet epoch was not accepted by that majority but handed to it (`roster.proven`), so it takes a
+chosen mark, or all replicas.
 
 A node that is a replica asks the others for ballots only and loads its rows when the ballot is agreed on; a caller who
 knows the ballot gets no rows at all.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from dht.domain.roster import quorums
+from dht.domain.roster import proven, quorums
 from dht.errors import DhtError, Invalid, Unavailable
 from dht.limits import PEER_TIMEOUT_S, READ_GROUPS_MAX
 from dht.model import SYSTEM_INTENT, ZERO, Ballot, GroupKey, GroupRead, NodeId, Part, RowKey
@@ -305,11 +307,17 @@ class Reader:
         if not rules.read_same_ballot:
             source = want.states.get(want.source or b"")
             ballot = source.accepted if source is not None else ballot
-        elif votes[ballot] < want.quorum:
+        elif votes[ballot] < want.quorum or not self._chosen(want, ballot, votes[ballot]):
             if rules.read_writes_back:
                 return
             ballot = max(votes)
         self._finish(want, ballot)
+
+    def _chosen(self, want: _Want, ballot: Ballot, holders: int) -> bool:
+        """Whether the ballot at which a majority stands is chosen."""
+        if not self._context.rules.inherited_marked or proven(ballot, want.epoch, holders, len(want.nodes)):
+            return True
+        return any(state.chosen for state in want.states.values() if state.accepted == ballot)
 
     def _finish(self, want: _Want, ballot: Ballot) -> None:
         agreeing = [node for node, state in want.states.items() if state.accepted == ballot]

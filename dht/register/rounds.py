@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from dht.domain.roster import TabletReplicas, quorums
+from dht.domain.roster import TabletReplicas, proven, quorums
 from dht.errors import DhtError, NotServing, RemoteProtocolError, StorageError
 from dht.limits import PEER_TIMEOUT_S, ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, NodeId, RowKey, Struct
@@ -140,8 +140,16 @@ class Rounds:
         same = [reply for reply in replies.values() if reply.accepted == best.accepted]
         # A chosen mark would prove as much, but a reader needs a majority that stands there; and if this replica itself
         # does not, the readers that hear only it and one other would wait for ever, and no repair would bring it along.
-        own = context.file.header(key).accepted if context.node in replicas.nodes else best.accepted
-        standing.settled = len(same) >= accept_quorum and own == best.accepted
+        own = context.file.header(key)
+        standing.settled = (
+            len(same) >= accept_quorum
+            and (context.node not in replicas.nodes or own.accepted == best.accepted)
+            and (
+                proven(best.accepted, replicas.epoch, len(same), len(replicas.nodes))
+                or own.chosen == best.accepted
+                or not context.rules.inherited_marked
+            )
+        )
         return True
 
     def _own_rows(self, key: GroupKey, accepted: Ballot) -> dict[RowKey, bytes] | None:

@@ -20,6 +20,8 @@ class Rules(Struct, frozen=True):
     state is confirmed by a quorum.
     window, window_floor, applied_floor, refusal_recorded_at_retry: once only (dht.register.group). seen_was_chosen: the
     ballot that a write says it saw is one that a majority agreed on.
+    inherited_marked: a majority proves a ballot chosen only in the tablet epoch of the ballot; what new replicas were
+    handed takes a mark, or all of them (dht.domain.roster.proven).
     read_same_ballot: a read's majority agrees on one ballot. read_writes_back: what no majority has yet is finished
     before it is read. find_lists_unsettled, find_intents: a find reads by itself what may not be decided.
     find_majority: a find waits for a majority of each tablet. reads_resolve_intents: a read asks the primary.
@@ -53,6 +55,7 @@ class Rules(Struct, frozen=True):
     applied_floor: bool = True
     refusal_recorded_at_retry: bool = True
     seen_was_chosen: bool = True
+    inherited_marked: bool = True
     read_same_ballot: bool = True
     read_writes_back: bool = True
     find_lists_unsettled: bool = True

@@ -77,7 +77,6 @@ CAUGHT: Final[dict[str, tuple[str, int]]] = {
     "delta_base_checked": ("swarm", 60),
     "one_accept_in_flight": ("swarm", 40),
     "chosen_before_answer": ("swarm", 60),
-    "promise_not_across_epochs": ("replace", 60),
     "confirm_refusal": ("swarm", 300),
     "window": ("swarm", 80),
     "refusal_recorded_at_retry": ("late", 100),
@@ -101,6 +100,7 @@ _REGISTER = "tests.sim.test_rare_rules_register"
 _DOMAIN = "tests.sim.test_rare_rules_domain"
 _FLOORS = "tests.sim.test_rare_rules_collection"
 _FENCE = "tests.sim.test_rare_rules_fence"
+_EPOCHS = "tests.sim.test_rare_rules_epochs"
 _DROP = "tests.sim.test_rare_rules_drop"
 _COLLECTION = "tests.dht.domain.test_collection"
 _TRANSFER = "tests.dht.domain.test_transfer"
@@ -196,6 +196,15 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     "promises_carried": (_FENCE, "test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replica"),
     "followed_served_only": (_FOLLOWER, "test_followed_served_only_sealed_replica_covers_nothing"),
     "followed_durable": (_FOLLOWER, "test_followed_durable_value_that_its_replica_forgets_is_not_told"),
+    "promise_not_across_epochs": (
+        _EPOCHS,
+        "test_promise_not_across_epochs_write_acknowledged_in_the_new_one_is_overwritten",
+    ),
+    "inherited_marked": (_EPOCHS, "test_inherited_marked_read_tells_what_the_next_prepare_does_not_find"),
+    "follow_inherited_marked": (
+        _FOLLOWER,
+        "test_follow_inherited_marked_value_that_most_were_handed_is_not_applied",
+    ),
     "follow_chosen_only": (_FOLLOWER, "test_follow_chosen_only_value_of_a_minority_is_not_applied"),
     "cover_by_quorum": (_FOLLOWER, "test_cover_by_quorum_one_replica_that_missed_a_write_covers_nothing"),
     "cover_from_begin": (_FOLLOWER, "test_cover_from_begin_write_during_the_round_is_not_promised"),

@@ -68,6 +68,8 @@ BUGS: Final = {
     "floor_raised": "deletion without floor",
     "followed_served_only": "a sealed replica tells followers that it serves the tablet",
     "followed_durable": "a replica tells followers what it may forget",
+    "inherited_marked": "a majority that was handed a ballot of an earlier epoch proves it chosen",
+    "follow_inherited_marked": "the same, to a follower",
     "follow_chosen_only": "a follower applies a value that is not chosen",
     "cover_by_quorum": "a follower's tablet counts as covered by one replica",
     "cover_from_begin": "a follower's tablet counts as covered up to the end of the round",

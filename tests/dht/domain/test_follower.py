@@ -177,6 +177,35 @@ def test_follow_chosen_only_value_of_a_minority_is_not_applied(on: bool) -> None
 
 
 @BOTH
+def test_follow_inherited_marked_value_that_most_were_handed_is_not_applied(on: bool) -> None:
+    """Two accepts of one replica each; two of the next epoch's replicas took the lower one over, and one the higher.
+
+    See tests.sim.test_rare_rules_epochs: the next prepare may choose either.
+    """
+
+    async def story(stage: Stage) -> None:
+        beside = await three(stage, follow_rules(follow_inherited_marked=on))
+        k, cluster = stage.keys[0], stage.world.cluster
+        write(stage, k, 1, "low", 2)
+        write(stage, k, 2, "high", 0)
+        stage.move(1, 2, 3)
+        await stage.tell(0, 1, 2, 3)
+        cluster.partition([0], [1, 2])
+        assert await stage.initialise(1)
+        assert await stage.initialise(2)
+        cluster.heal()
+        cluster.partition([3], [1])
+        assert await stage.initialise(3)
+        beside.line.deaf = {0, 3}
+        await beside.rounds(3)
+        assert beside.row(k) == (None if on else value("low"))
+        opened = beside.copy.opened(k)
+        assert (opened is not None) is on
+
+    staged(story, 4)
+
+
+@BOTH
 def test_cover_by_quorum_one_replica_that_missed_a_write_covers_nothing(on: bool) -> None:
     async def story(stage: Stage) -> None:
         beside = await three(stage, follow_rules(cover_by_quorum=on))

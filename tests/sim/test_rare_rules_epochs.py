@@ -1,0 +1,196 @@
+"""Rules of the registers across tablet epochs: what one left unfinished, and what a coordinator was promised in it.
+
+Unfinished (`handed_over`): a majority that holds it has not chosen it. Epoch 2 is {0, 1, 2}. One proposer's accept
+reached 2 alone ("low"), a later one's 0 alone ("high"); neither is chosen.
+Epoch 3 is {1, 2, 3}: 1 and 2 seal each other and take "low" over, 3 hears 0 and 2 and takes "high" over. Two of three
+stand at one accepted ballot now, and still the next prepare that asks 3 finds "high" and chooses it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from dht.domain.rules import RULES as DOMAIN_RULES
+from dht.model import FindQuery, GroupKey, Part
+from dht.register.messages import Coordinated, Kind, Operation
+from dht.register.node import StoreNode
+from dht.register.rules import RULES, Rules
+from dht.rows import decode_row
+from tests.dht.domain.small_world import ROW, value
+from tests.dht.domain.test_transfer import Stage, staged
+from tests.dht.register.register_cluster import Identity
+from tests.sim.bench import insert, update
+from tests.sim.test_rare_rules_domain import accepts, three_replicas
+
+BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+NEVER_SEEN = "nothing"
+
+
+class Stores:
+    """The registers of the stage's machines, beside domains that move step by step."""
+
+    def __init__(self, stage: Stage, rules: Rules) -> None:
+        self._stores: list[StoreNode] = []
+        for number in range(len(stage.world.cluster.machines)):
+            node = stage.world.node(number)
+            boot = node.boot
+            store = StoreNode(
+                Identity(boot.node_id, boot.boot),
+                boot.clock,
+                random.Random(number),
+                boot.network,
+                boot.disk,
+                node.domain,
+                node.registers,
+                rules,
+            )
+            boot.network.serve(store.answer)
+            self._stores.append(store)
+
+    async def row(self, number: int, key: GroupKey) -> object:
+        (read,) = await self._stores[number].read([key], timeout_s=20.0)
+        return decode_row((read.rows or {})[ROW])
+
+    async def read(self, number: int, key: GroupKey) -> object:
+        (read,) = await self._stores[number].read([key], timeout_s=20.0)
+        return decode_row((read.rows or {})[ROW])[1] if read.rows else NEVER_SEEN
+
+    async def find(self, number: int, key: GroupKey) -> object:
+        found = await self._stores[number]._finder.find(FindQuery("db", 1, 0), 20.0)
+        rows = [decode_row(row.row)[1] for row in found.rows if row.group == key]
+        return rows[0] if rows else NEVER_SEEN
+
+    async def propose(self, number: int, part: Part) -> Coordinated:
+        """A write that this node itself coordinates, whoever is listed first."""
+        store = self._stores[number]
+        operation = Operation(Kind.COMMIT, store._context.chance.randbytes(16), part)
+        deadline = store._context.clock.monotonic() + 20.0
+        return await store._coordinator.run(operation, 0, True, deadline)
+
+    async def stop(self) -> None:
+        for store in self._stores:
+            await store.stop()
+
+
+async def handed_over(stage: Stage) -> GroupKey:
+    """The beginning of each story; the group."""
+    cluster, key = stage.world.cluster, stage.keys[0]
+    await three_replicas(stage)
+    assert await accepts(stage, 2, key, 2, 1, "low")
+    assert await accepts(stage, 0, key, 2, 2, "high")
+    stage.move(1, 2, 3)
+    await stage.tell(0, 1, 2, 3)
+    cluster.partition([0], [1, 2])
+    assert await stage.initialise(1)
+    assert await stage.initialise(2)
+    cluster.heal()
+    cluster.partition([3], [1])
+    assert await stage.initialise(3)
+    cluster.heal()
+    assert [stage.row(number, key) for number in (1, 2, 3)] == [value("low"), value("low"), value("high")]
+    return key
+
+
+async def seen_twice(stage: Stage, rules: Rules, look: Callable[[Stores], Callable[..., Awaitable[object]]]) -> object:
+    """What is seen at 1 while 3 is not heard, and then at 3 while 1 is not."""
+    key = await handed_over(stage)
+    stores, cluster = Stores(stage, rules), stage.world.cluster
+    cluster.partition([3], [1, 2])
+    first = await look(stores)(1, key)
+    cluster.heal()
+    cluster.partition([1], [2, 3])
+    second = await stores.read(3, key)
+    await stores.stop()
+    return first, second
+
+
+def sees(look: Callable[[Stores], Callable[..., Awaitable[object]]], *, on: bool) -> object:
+    seen: list[object] = []
+
+    async def story(stage: Stage) -> None:
+        seen.append(await seen_twice(stage, Rules(inherited_marked=on), look))
+
+    staged(story, 4, DOMAIN_RULES)
+    return seen[0]
+
+
+@BOTH
+def test_inherited_marked_read_tells_what_the_next_prepare_does_not_find(on: bool) -> None:
+    assert sees(lambda stores: stores.read, on=on) == ("low", "low" if on else "high")
+
+
+@BOTH
+def test_inherited_marked_find_tells_what_the_next_prepare_does_not_find(on: bool) -> None:
+    assert sees(lambda stores: stores.find, on=on) == ("low", "low" if on else "high")
+
+
+@BOTH
+def test_promise_not_across_epochs_write_acknowledged_in_the_new_one_is_overwritten(on: bool) -> None:
+    """0 is cut off with a promise of epoch 2, and 2 goes past it with 1: acknowledged. Epoch 3 is {0, 1, 3}.
+
+    Taken along, the promise would be a ballot of the new epoch, above all that was accepted in the one before.
+    """
+    rows: list[object] = []
+
+    async def story(stage: Stage) -> None:
+        key, cluster = stage.keys[0], stage.world.cluster
+        await three_replicas(stage)
+        stores = Stores(stage, Rules(promise_not_across_epochs=on))
+        await stores.propose(0, insert(key, {1: "first", 2: "first"}))
+        cluster.partition([0], [1, 2])
+        await stores.propose(2, update(key, {2: "acknowledged"}))
+        cluster.heal()
+        stage.move(0, 1, 3)
+        await stage.tell(0, 1, 2, 3)
+        for number in (0, 1, 3):
+            assert await stage.initialise(number)
+        await stores.propose(0, update(key, {1: "last"}))
+        rows.append(await stores.row(1, key))
+        await stores.stop()
+
+    staged(story, 4, DOMAIN_RULES)
+    assert rows == [{1: "last", 2: "acknowledged" if on else "first"}]
+
+
+def test_inherited_ballot_that_all_replicas_hold_is_read_without_a_write() -> None:
+    """All three took it over, so there is nothing else to be found."""
+
+    async def story(stage: Stage) -> None:
+        key = stage.keys[0]
+        await three_replicas(stage)
+        for number in (0, 1, 2):
+            assert await accepts(stage, number, key, 2, 1, "same")
+        stage.move(1, 2, 3)
+        await stage.tell(0, 1, 2, 3)
+        for number in (1, 2, 3):
+            assert await stage.initialise(number)
+        stores = Stores(stage, RULES)
+        assert await stores.read(1, key) == "same"
+        await stores.stop()
+        assert {stage.world.node(n).registers.header(key).accepted.epoch for n in (1, 2, 3)} == {2}
+
+    staged(story, 4, DOMAIN_RULES)
+
+
+def test_unfinished_register_of_the_epoch_before_is_finished_after_the_take_over() -> None:
+    """What repair finishes by itself, so that neither readers nor followers wait for it."""
+
+    async def story(stage: Stage) -> None:
+        key = await handed_over(stage)
+        repair = stage.world.domain(1).repair
+        finished: list[GroupKey] = []
+
+        async def settle(group: GroupKey) -> None:
+            finished.append(group)
+
+        repair.settle = settle
+        assert stage.tablet in repair._inherited
+        await stage.world.cluster.machines[0].clock.sleep(1.0)
+        await repair._look_at_returned()
+        assert finished == [key]
+        assert not repair._inherited
+
+    staged(story, 4, DOMAIN_RULES)
