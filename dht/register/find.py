@@ -110,6 +110,11 @@ class FindServer:
             header = file.header(key)
             standing[key] = ZERO if header.intents else header.accepted
             number = max(number, self._acceptor.pending(key))
+        if context.rules.find_lists_unsettled:
+            for key, ballot in ballots.items():
+                # As far as this table goes it may be settled, and the ballot, which another table's row brought, not.
+                if file.header(key).chosen != ballot:
+                    standing.setdefault(key, ballot)
         others = {key: ballot for key, ballot in ballots.items() if not sends[file.tablet(key)]}
         groups = self._whole(found, ballots) if query.whole_groups else ()
         reply = FindReplicaReply(
