@@ -23,6 +23,7 @@ from dht.storage.registers import Header
 from dht.world import Batch
 from tests.dht.domain.small_world import ROW, TABLETS, World, key, play, value
 from tests.dht.domain.test_transfer import Stage, staged
+from tests.sim.test_rare_rules_epochs import taken_over
 
 BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 INTENT = row_key(SYSTEM_INTENT, (b"t",))
@@ -185,17 +186,10 @@ def test_follow_inherited_marked_value_that_most_were_handed_is_not_applied(on: 
 
     async def story(stage: Stage) -> None:
         beside = await three(stage, follow_rules(follow_inherited_marked=on))
-        k, cluster = stage.keys[0], stage.world.cluster
+        k = stage.keys[0]
         write(stage, k, 1, "low", 2)
         write(stage, k, 2, "high", 0)
-        stage.move(1, 2, 3)
-        await stage.tell(0, 1, 2, 3)
-        cluster.partition([0], [1, 2])
-        assert await stage.initialise(1)
-        assert await stage.initialise(2)
-        cluster.heal()
-        cluster.partition([3], [1])
-        assert await stage.initialise(3)
+        await taken_over(stage)
         beside.line.deaf = {0, 3}
         await beside.rounds(3)
         assert beside.row(k) == (None if on else value("low"))
