@@ -93,12 +93,16 @@ class FindServer:
         if not context.rules.find_intents:
             unsettled = [key for key in unsettled if not file.header(key).intents]
         ballots: dict[GroupKey, Ballot] = {}
+        unmarked: dict[GroupKey, Ballot] = {}
         found: list[FoundRow] = []
         number = 0
         for key, rowkey, row in matches:
             ballot = ballots.get(key)
             if ballot is None:
-                ballot = ballots[key] = file.header(key).accepted
+                header = file.header(key)
+                ballot = ballots[key] = header.accepted
+                if header.chosen != ballot:
+                    unmarked[key] = ballot
                 number = max(number, self._acceptor.pending(key))
             if sends[file.tablet(key)]:
                 found.append(FoundRow(key, ballot, rowkey, row))
@@ -111,10 +115,8 @@ class FindServer:
             standing[key] = ZERO if header.intents else header.accepted
             number = max(number, self._acceptor.pending(key))
         if context.rules.find_lists_unsettled:
-            for key, ballot in ballots.items():
-                # As far as this table goes it may be settled, and the ballot, which another table's row brought, not.
-                if file.header(key).chosen != ballot:
-                    standing.setdefault(key, ballot)
+            # As far as this table goes they may be settled, and the ballot, which another table's row brought, not.
+            standing |= {key: ballot for key, ballot in unmarked.items() if key not in standing}
         others = {key: ballot for key, ballot in ballots.items() if not sends[file.tablet(key)]}
         groups = self._whole(found, ballots) if query.whole_groups else ()
         reply = FindReplicaReply(
