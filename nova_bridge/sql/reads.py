@@ -14,7 +14,6 @@ from typing import Any
 from dht.errors import Conflict, Invalid
 from dht.model import (
     Ballot,
-    Comparison,
     Constraint,
     FindQuery,
     FoundRow,
@@ -29,11 +28,11 @@ from nova_bridge.sql.database import Database
 from nova_bridge.sql.groups import GroupView
 from nova_bridge.sql.marks import Marks
 from nova_bridge.sql.matching import order_records
+from nova_bridge.sql.pages import in_pages
 from nova_bridge.sql.schema import Record, Schema, Table
 
 SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
-PAGE_ROWS = 1000
 WHOLE_ANYWAY_MAX = 2
 
 
@@ -258,9 +257,7 @@ class Reads(abc.ABC):
         except Invalid:
             if whole:
                 return self._ask(table, constraints, order, limit, False, scope)
-            if table.integer_key is None or limit is not None:
-                raise
-            records = self._ask_pages(table, constraints, order, scope)
+            records = self._ask_pages(table, constraints, order, limit, scope)
         if len(records) > 1 and table.family_key:
             groups = list(dict.fromkeys([r.group for r in records]))
             self._siblings.update(dict.fromkeys(groups, (self.statement, groups)))
@@ -268,18 +265,15 @@ class Reads(abc.ABC):
         return records
 
     def _ask_pages(
-        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, scope: Scope
+        self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, scope: Scope
     ) -> list[Record]:
-        column = table.number_of(table.primary[0])
-        found: list[Record] = []
-        page: list[Record] = []
-        while not found or len(page) == PAGE_ROWS:
-            after = (Constraint(column, Comparison.GT, (found[-1].pk[0],)),) if found else ()
-            page = self._ask_once(table, (*constraints, *after), Order((column,)), PAGE_ROWS, False, scope)
-            found += page
-            if not page:
-                break
-        if order is not None:
+        def ask(narrowed: tuple[Constraint, ...], walk: Order, rows: int) -> list[Record]:
+            return self._ask_once(table, narrowed, walk, rows, False, scope)
+
+        # Of all rows it does not matter in which order they come, and that of the primary key is at hand.
+        walk = Order(()) if limit is None or order is None else order
+        found = in_pages(ask, table, constraints, walk, limit if order is not None else None)
+        if order is not None and walk is not order:
             order_records(table, found, order)
         return found
 

@@ -13,7 +13,7 @@ import pytest
 from dht.errors import Invalid
 from dht.model import ZERO, GroupRead
 from dht.rows import encode_value, group_key
-from nova_bridge.sql import families, reads, statements
+from nova_bridge.sql import families, pages, statements
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import IdBlocks
 from nova_bridge.sql.groups import Follows, GroupCache
@@ -263,7 +263,7 @@ def test_answers_too_large_for_a_frame_come_in_pieces(
 
     monkeypatch.setattr(store, "find", small_find)
     monkeypatch.setattr(store, "read", small_read)
-    monkeypatch.setattr(reads, "PAGE_ROWS", 4)
+    monkeypatch.setattr(pages, "PAGE_ROWS", 9)
     sql = (
         "SELECT i.uuid FROM instances i LEFT JOIN instance_extra e ON e.instance_uuid = i.uuid"
         " WHERE i.host = 'h' AND e.flavor = 'f' ORDER BY i.id DESC"
