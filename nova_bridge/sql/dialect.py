@@ -109,8 +109,11 @@ class _Dialect(SQLiteDialect_pysqlite):
         return isinstance(e, UnavailableError)
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        """Reads are part of the transaction too, from the first on; oslo.db does that for `sqlite` URLs only."""
-        if not dbapi_connection.in_transaction:
+        """Reads are part of the transaction too, from the first on; oslo.db does that for `sqlite` URLs only.
+
+        AUTOCOMMIT, for which the isolation level is None, has no transaction that somebody would commit.
+        """
+        if not dbapi_connection.in_transaction and dbapi_connection.isolation_level is not None:
             dbapi_connection.begin()
 
     def on_connect(self) -> Any:

@@ -14,6 +14,7 @@ from dht.limits import IDS_APART
 from dht.model import LOCAL, GroupKey, IndexSpec, Reading, Row, RowKey, Scope, TableSpec, Value
 from dht.rows import LOCAL_MARK, encode_values, group_key, row_key, table_prefix
 from nova_bridge.sql.families import LOCAL_ROW_FAMILY, ROW_FAMILY
+from nova_bridge.sql.values import INTEGER
 
 UNIQUE_FAMILY = "unique"
 ENTRY_TABLE = 1
@@ -100,7 +101,7 @@ class TableDef(msgspec.Struct, frozen=True):
 
 
 class Unique(msgspec.Struct, frozen=True):
-    """A unique rule by position. `deleted`: position of the `deleted` column in it, or -1."""
+    """A unique rule by position. `deleted`: position of a `deleted` column in it that may hold the row's id, or -1."""
 
     id: int
     columns: tuple[int, ...]
@@ -116,6 +117,7 @@ class Foreign(msgspec.Struct, frozen=True):
     parent: str
     parent_columns: tuple[str, ...]
     on_delete: str
+    on_update: str
 
 
 class Record:
@@ -175,7 +177,13 @@ class Table:
         self.indexes = [tuple(self.position[n] for n in i.columns) for i in definition.indexes]
         self.uniques = [self._unique(i) for i in definition.indexes if i.kind != "plain"]
         self.foreign = [
-            Foreign(tuple(self.position[n] for n in f.columns), f.parent.lower(), f.parent_columns, f.on_delete.upper())
+            Foreign(
+                tuple(self.position[n] for n in f.columns),
+                f.parent.lower(),
+                f.parent_columns,
+                f.on_delete.upper(),
+                f.on_update.upper(),
+            )
             for f in definition.foreign
         ]
         self.prefix = table_prefix(self.number)
@@ -190,6 +198,8 @@ class Table:
     def _unique(self, index: IndexDef) -> Unique:
         positions = tuple(self.position[n] for n in index.columns)
         deleted = next((p for p in positions if self.columns[p].name == "deleted"), -1)
+        if self.integer_key is None or deleted == self.integer_key or self.affinities[deleted] != INTEGER:
+            deleted = -1
         return Unique(index.id, positions, index.kind, deleted, index.used)
 
     def decode(self, group: GroupKey, key: RowKey, row: Row) -> Record:
@@ -233,10 +243,17 @@ class Table:
 
     def entry_key(self, unique: Unique, values: tuple[Any, ...]) -> GroupKey | None:
         """The group that reserves the row's values, or None if the rule does not bind this row."""
-        key = [values[p] for p in unique.columns]
-        if None in key or (unique.deleted >= 0 and values[unique.deleted] != 0):
+        if not self.binds(unique, values):
             return None
+        key = [values[p] for p in unique.columns]
         return group_key(self.database, UNIQUE_FAMILY, (self.number, unique.id, *key))
+
+    def binds(self, unique: Unique, values: tuple[Any, ...]) -> bool:
+        """Whether another row might have these values: none if one is NULL, or is the id of the row that it deletes."""
+        if None in [values[p] for p in unique.columns]:
+            return False
+        own = values[unique.deleted] if unique.deleted >= 0 else 0
+        return own == 0 or own != values[self.primary[0]]
 
     def column_names(self, positions: tuple[int, ...]) -> tuple[str, ...]:
         """Names for an error message."""

@@ -23,6 +23,8 @@ TABLES_SQL = (
 )
 INDEXES_SQL = "SELECT tbl_name, name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY rowid"
 
+BINARY = "BINARY"
+
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.S)
 _REFUSED = re.compile(r"\bWITHOUT\s+ROWID\b|\bGENERATED\s+ALWAYS\b|\bCHECK\b(?=\s*\()", re.I)
 
@@ -86,7 +88,7 @@ class Introspection:
                 f"table {name}: {' '.join(refused.group().split()).upper()} is not supported by this database"
             )
         info = rows(self.shadow, 'SELECT cid, name, type, "notnull", dflt_value, pk FROM pragma_table_info(?)', name)
-        columns, next_column = self._columns(info, old, renames)
+        columns, next_column = self._columns(name, info, old, renames)
         number_of = {c.name.lower(): c.number for c in columns}
         primary = tuple(number_of[r[1].lower()] for r in sorted((r for r in info if r[5]), key=lambda r: r[5]))
         integer = len(primary) == 1 and any(r[5] and r[2].upper() == "INTEGER" for r in info)
@@ -132,12 +134,15 @@ class Introspection:
         )
 
     def _columns(
-        self, info: list[Any], old: TableDef | None, renames: dict[str, str]
+        self, table: str, info: list[Any], old: TableDef | None, renames: dict[str, str]
     ) -> tuple[tuple[ColumnDef, ...], int]:
         known = {c.name.lower(): c for c in old.columns} if old else {}
         following = old.next_column if old else 1
         columns = []
         for _, name, declared, not_null, default_sql, _ in info:
+            collation = self.shadow.column_metadata(None, table, name)[1]
+            if collation.upper() != BINARY:
+                raise _collation(f"column {name} of table {table}", collation)
             before = known.get(renames.get(name.lower(), name.lower()))
             default, expression = self._default(default_sql)
             number, following = (before.number, following) if before else (following, following + 1)
@@ -179,7 +184,10 @@ class Introspection:
         wanted: dict[tuple[tuple[int, ...], str], bool] = {}
         listed = rows(self.shadow, 'SELECT name, "unique", origin, partial FROM pragma_index_list(?)', name)
         for index, unique, _, partial in listed:
-            names = [r[0] for r in rows(self.shadow, "SELECT name FROM pragma_index_info(?)", index)]
+            keys = rows(self.shadow, "SELECT name, coll FROM pragma_index_xinfo(?) WHERE key", index)
+            names = [name for name, _ in keys]
+            if unique and (collations := {coll for _, coll in keys if coll.upper() != BINARY}):
+                raise _collation(f"unique index {index}", collations.pop())
             if None in names:
                 if unique:
                     raise sqlite3.NotSupportedError(f"unique index {index} is on an expression; name plain columns")
@@ -218,6 +226,12 @@ class Introspection:
         if rule.whole or (family_columns and set(family_columns) <= set(columns)):
             return "plain" if columns == primary else "group"
         return "trusted" if columns in trusted else "entry"
+
+
+def _collation(where: str, collation: str) -> sqlite3.NotSupportedError:
+    return sqlite3.NotSupportedError(
+        f"{where} has the collation {collation}; text is compared byte by byte here: leave out its COLLATE"
+    )
 
 
 def _spans_pops(table: str, columns: list[str]) -> sqlite3.NotSupportedError:

@@ -40,9 +40,9 @@ def check(database: Database, table: Table, unique: Unique) -> None:
     """Raise IntegrityError if rows that exist break the rule."""
     seen: set[tuple[Value, ...]] = set()
     for record in all_rows(database, table):
-        values = tuple([record.values[p] for p in unique.columns])
-        if None in values or (unique.deleted >= 0 and record.values[unique.deleted] != 0):
+        if not table.binds(unique, record.values):
             continue
+        values = tuple([record.values[p] for p in unique.columns])
         if values in seen:
             raise unique_failed(table.name, table.column_names(unique.columns))
         seen.add(values)

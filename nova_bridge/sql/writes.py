@@ -10,7 +10,7 @@ import apsw
 
 from nova_bridge.sql import rules
 from nova_bridge.sql.errors import not_null_failed, unique_failed
-from nova_bridge.sql.schema import ColumnDef, Record, Table
+from nova_bridge.sql.schema import ColumnDef, Foreign, Record, Table
 from nova_bridge.sql.transaction import Pending, Transaction
 from nova_bridge.sql.values import coerce
 
@@ -168,19 +168,21 @@ class Writer:
             self._lose_key(table, current, None)
 
     def _lose_key(self, table: Table, old: Record, new: Record | None) -> None:
-        """ON DELETE at once; rows that may not lose their parent are looked for when the statement ends."""
+        """ON DELETE and ON UPDATE at once; who may not lose their parent are looked for when the statement ends."""
         tx = self.tx
         if not tx.schema.children.get(table.name.lower()):
             return
         for child, foreign, rows in rules.children_of(tx, table, old, new):
             # A row that refers to another parent by the time of the commit is none of this one's.
             refers = sum(1 << p for p in foreign.columns)
-            if new is None and foreign.on_delete == "CASCADE":
+            action = foreign.on_delete if new is None else foreign.on_update
+            if action == "CASCADE" and new is None:
                 for row in rows:
                     self.delete(child, row, refers)
-            elif new is None and foreign.on_delete in {"SET NULL", "SET DEFAULT"}:
+            elif action in {"CASCADE", "SET NULL", "SET DEFAULT"}:
+                fields = _with_key(tx, child, foreign, action, new)
                 for row in rows:
-                    self.update(child, row, _with_default(child, foreign.columns, foreign.on_delete), refers)
+                    self.update(child, row, fields, refers)
         self.checks.append(lambda: rules.check_parent(tx, table, old))
 
 
@@ -203,8 +205,13 @@ def _check_not_null(table: Table, values: Sequence[Any]) -> None:
             raise not_null_failed(table.name, table.columns[position].name)
 
 
-def _with_default(table: Table, positions: Sequence[int], action: str) -> list[Any]:
-    fields: list[Any] = [apsw.no_change] * table.width
-    for position in positions:
-        fields[position] = table.columns[position].default if action == "SET DEFAULT" else None
+def _with_key(tx: Transaction, child: Table, foreign: Foreign, action: str, new: Record | None) -> list[Any]:
+    """What an action sets of a child: the key that its parent has now, NULL, or the defaults."""
+    fields: list[Any] = [apsw.no_change] * child.width
+    _, keys = rules.parent_of(tx.schema, foreign)
+    for position, key in zip(foreign.columns, keys, strict=True):
+        if action == "CASCADE" and new is not None:
+            fields[position] = new.values[key]
+        else:
+            fields[position] = child.columns[position].default if action == "SET DEFAULT" else None
     return fields

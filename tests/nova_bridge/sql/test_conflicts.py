@@ -218,6 +218,27 @@ def test_soft_deleted_row_frees_its_unique_values(two: tuple[Connection, Connect
         b.execute("INSERT INTO services (host, binary, report_count, deleted) VALUES ('h1', 'nova-compute', 0, 0)")
 
 
+@pytest.mark.parametrize("kind", ["VARCHAR(36)", "BOOLEAN", "INTEGER"])
+def test_deleted_that_is_not_the_rows_own_id_is_part_of_a_unique_key_as_any_column(
+    two: tuple[Connection, Connection], kind: str
+) -> None:
+    a, b = two
+    a.execute(
+        f"CREATE TABLE shares (id INTEGER NOT NULL PRIMARY KEY, name TEXT, deleted {kind}, UNIQUE (name, deleted))"
+    )
+    gone = {"VARCHAR(36)": "False", "BOOLEAN": 1, "INTEGER": 9}[kind]
+    a.execute("INSERT INTO shares (name, deleted) VALUES ('s', ?)", (gone,))
+    a.commit()
+    with pytest.raises(sqlite3.IntegrityError, match=r"^UNIQUE constraint failed: shares.name, shares.deleted$"):
+        b.execute("INSERT INTO shares (name, deleted) VALUES ('s', ?)", (gone,))
+    b.rollback()
+    b.execute("INSERT INTO shares (id, name, deleted) VALUES (5, 's', '0')")
+    b.execute("UPDATE shares SET deleted = id WHERE id = 5")
+    b.execute("INSERT INTO shares (name, deleted) VALUES ('s', '0')")
+    b.commit()
+    assert one(a, "SELECT count(*) FROM shares") == 3
+
+
 def test_group_changed_under_reader_newer_is_seen(two: tuple[Connection, Connection]) -> None:
     a, b = two
     b.execute("BEGIN")

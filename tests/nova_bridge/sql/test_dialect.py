@@ -169,6 +169,15 @@ def test_savepoints_of_the_orm(engine: sa.Engine) -> None:
         assert sorted(g.name for g in session.query(Group)) == ["kept", "other"]
 
 
+def test_autocommit_keeps_what_nobody_commits(engine: sa.Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.insert(Group).values(name="kept"))
+    with engine.connect() as connection:
+        connection.execute(sa.insert(Group).values(name="not kept"))
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(Group.name)).fetchall() == [("kept",)]
+
+
 def test_regexp_works(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         connection.execute(sa.insert(Group).values([{"name": "node-1"}, {"name": "edge"}]))

@@ -118,6 +118,24 @@ def test_on_delete_actions(two: tuple[Connection, Connection]) -> None:
     assert b.execute("SELECT box FROM notes").fetchall() == [(None,)]
 
 
+def test_on_update_actions(two: tuple[Connection, Connection]) -> None:
+    a, b = two
+    a.execute("CREATE TABLE names (name TEXT PRIMARY KEY, id INTEGER, UNIQUE (id))")
+    actions = {"cascaded": "CASCADE", "nulled": "SET NULL", "kept": "NO ACTION"}
+    for table, action in actions.items():
+        a.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY, name TEXT REFERENCES names ON UPDATE {action})")
+    a.execute("INSERT INTO names VALUES ('old', 1), ('other', 2)")
+    for table in actions:
+        a.execute(f"INSERT INTO {table} VALUES (1, 'old'), (2, 'other')")
+    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY constraint failed"):
+        a.execute("UPDATE names SET name = 'new' WHERE id = 1")
+    a.execute("DELETE FROM kept WHERE name = 'old'")
+    a.execute("UPDATE names SET name = 'new' WHERE id = 1")
+    a.commit()
+    assert b.execute("SELECT name FROM cascaded ORDER BY id").fetchall() == [("new",), ("other",)]
+    assert b.execute("SELECT name FROM nulled ORDER BY id").fetchall() == [(None,), ("other",)]
+
+
 @pytest.mark.parametrize("table", ["things", "notes"])
 def test_child_given_to_another_parent_meanwhile_is_not_lost_with_the_first(
     two: tuple[Connection, Connection], table: str
