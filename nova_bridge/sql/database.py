@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import apsw
 import msgspec
@@ -18,6 +18,7 @@ from nova_bridge.sql import shadow as shadows
 from nova_bridge.sql.catalog import Catalog
 from nova_bridge.sql.groups import Follows, GroupCache, GroupView, Hints
 from nova_bridge.sql.schema import Schema, Table, TableDef
+from nova_bridge.sql.turns import Turns
 
 Steps = list[Callable[[apsw.Connection], None]]
 Renames = dict[str, dict[str, str]]
@@ -27,6 +28,18 @@ ID_BLOCK_MAX = 50
 SCHEMA_ATTEMPTS = 20
 
 
+_Block = tuple[int, int, int]
+"""The next id, the end of the block, how many ids it had."""
+
+
+class _Own(NamedTuple):
+    """The blocks of one process, by sequence, and whose turn it is to change each. Replaced as a whole."""
+
+    pid: int
+    blocks: dict[str, _Block]
+    turns: dict[str, Turns]
+
+
 class IdBlocks:
     """Ids reserved ahead, per table: one call to the store in up to ID_BLOCK_MAX inserts. What is left over is lost.
 
@@ -34,37 +47,48 @@ class IdBlocks:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[str, tuple[int, int, int]] = {}
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._own = _Own(os.getpid(), {}, {})
 
     def take(self, table: Table, above: int, reserve: Callable[[int, int], int]) -> int:
         """An id above `above`; `reserve(count, above)` asks the store."""
-        with self._lock:
-            if self._pid != os.getpid():
-                # After a fork the parent goes on drawing from the blocks that both hold.
-                self._pid, self._blocks = os.getpid(), {}
-            following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
+
+        def draw(block: _Block) -> tuple[int, _Block]:
+            following, end, size = block
             unused = end - following
             following = _above(following, above, table.id_step)
             if following >= end:
                 size = max(1, size // 2) if unused > 0 else min(max(1, size * 2), ID_BLOCK_MAX)
                 following = reserve(size, above)
                 end = following + size * table.id_step
-            self._blocks[table.sequence] = (following + table.id_step, end, size)
-            return following
+            return following, (following + table.id_step, end, size)
+
+        return self._change(table, draw)
 
     def skip(self, table: Table, number: int) -> None:
         """An explicit id was inserted: do not give it out."""
-        with self._lock:
-            following, end, size = self._blocks.get(table.sequence, (0, 0, 0))
-            if following <= number:
-                self._blocks[table.sequence] = (_above(following, number, table.id_step), end, size)
+
+        def skip(block: _Block) -> tuple[int, _Block]:
+            following, end, size = block
+            return number, (_above(following, number, table.id_step), end, size)
+
+        self._change(table, skip)
+
+    def _change(self, table: Table, change: Callable[[_Block], tuple[int, _Block]]) -> int:
+        own = self._own
+        if own.pid != os.getpid():
+            # After a fork the parent goes on drawing from the blocks that both hold, and its threads hold the turns.
+            own = self._own = _Own(os.getpid(), {}, {})
+        turns = own.turns.get(table.sequence) or own.turns.setdefault(table.sequence, Turns())
+
+        def changed() -> int:
+            result, own.blocks[table.sequence] = change(own.blocks.get(table.sequence, (0, 0, 0)))
+            return result
+
+        return turns.take(changed)
 
     def clear(self) -> None:
         """Drop all blocks."""
-        with self._lock:
-            self._blocks.clear()
+        self._own = _Own(os.getpid(), {}, {})
 
 
 def _above(following: int, number: int, step: int) -> int:
@@ -80,7 +104,8 @@ class Database:
         self.groups, self.hints, self.ids = GroupCache(), Hints(), IdBlocks()
         self.follows = Follows()
         self._raised: dict[str, int] = {}
-        self._lock = threading.RLock()
+        self._reloads = Turns()
+        self._lock = self._reloads.lock
         self._catalog = Catalog(store, name)
         self._schema: Schema | None = None
         self._shadow: tuple[Schema, apsw.Connection] | None = None
@@ -100,10 +125,12 @@ class Database:
 
     def reload(self) -> Schema:
         """Read the catalog again."""
-        with self._lock:
-            self._schema = self._catalog.load(self.timeout_s)
-            self.exists = self.exists or bool(self._schema.definitions)
-            return self._schema
+        return self._reloads.take(self._load)
+
+    def _load(self) -> Schema:
+        self._schema = self._catalog.load(self.timeout_s)
+        self.exists = self.exists or bool(self._schema.definitions)
+        return self._schema
 
     def catalog_for(self, store: BlockingStore) -> Catalog:
         """What this process knows of the catalog, for a store of the same content."""
