@@ -216,7 +216,9 @@ class Link:
         often = self._serving or not hears or overdue
         pause_s = SIGN_WHILE_SERVING_S if often else SIGN_OF_LIFE_S
         if now_s - self._sent_s > pause_s and not self._queue:
-            self._queue.append(b"" if hears else DEAF)
+            sign = b"" if hears else DEAF
+            self._queue.append(sign)
+            self._queue_bytes += len(sign)
             self._wake()
 
     def _give_up(self) -> None:
@@ -316,7 +318,8 @@ class Link:
         queue = self._queue
         size = taken = 0
         for frame in queue:
-            if taken and size + len(frame) > MESSAGE_BYTES_TARGET:
+            # DEAF is a message of its own, and no frame: what was queued behind it goes with the next one.
+            if taken and (size + len(frame) > MESSAGE_BYTES_TARGET or queue[0] is DEAF):
                 break
             size += len(frame)
             taken += 1

@@ -12,7 +12,7 @@ from wire_nodes import Ask, nodes, until
 
 from dht.errors import Indeterminate
 from dht.limits import PEER_TIMEOUT_S
-from dht.wire import link, tcp
+from dht.wire import frames, link, tcp
 
 
 async def test_silent_peer_is_not_alive_within_half_a_second():
@@ -175,6 +175,20 @@ async def test_peer_whose_host_is_not_heard_is_told_so(monkeypatch):
     async with unheard(monkeypatch, (1, 150, 1000, 0)) as (ours, left_s):
         ours.tick(left_s + 50.0)
         assert ours._queue == [link.DEAF]
+
+
+async def test_peer_is_told_that_it_is_not_heard_beside_what_is_sent_in_the_same_moment(monkeypatch):
+    """Its word for that is no frame: sent in one message with some, it would end the link."""
+    async with silenced(monkeypatch, (1, 150, 1000, 0)) as (a, b):
+        a.network._ticking.cancel()
+        ours, theirs = (one.network._peers[other.id].link for one, other in ((a, b), (b, a)))
+        ours.tick(asyncio.get_running_loop().time() + 50.0)
+        ours._enqueue(frames.encode_frame(77, 1000, Ask("more")))
+        assert ours._queue[0] == link.DEAF
+        await until(lambda: Ask("more") in b.served or theirs.closed)
+        assert not theirs.closed
+        assert b.network.counters["garbage"] == 0
+        await until(lambda: not ours._queue_bytes)
 
 
 async def test_peer_is_not_parted_for_a_pause_of_this_host(monkeypatch):
