@@ -28,14 +28,12 @@ from dht.wire.handshake import HANDSHAKE_BYTES_MAX, AcceptBoot, Handshake, PeerI
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, DialedSocket, Link, WebSocket
 from dht.wire.serving import answer_in_time
+from dht.wire.strangers import Strangers
 from dht.world import Answer
 
 LINK_PATH = "/link"
 DIAL_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 2.0
-HANDSHAKES_MAX = 64
-STRANGER_S = 3.0
-"""How long a connection to the port may last without a proven peer."""
 ADDRESSES_MAX = 10_000
 REDIAL_MIN_S = 0.05
 REDIAL_MAX_S = 0.5
@@ -105,11 +103,7 @@ class LinkNetwork:
         self._peers: dict[NodeId, _Peer] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._retired: dict[Link, None] = {}
-        self._handshakes = 0
-        self._proven: dict[object, None] = {}
-        """Accepted connections that carry a link."""
-        self._strangers: dict[object, float] = {}
-        """All others, and when they were first seen."""
+        self._strangers = Strangers()
         self._runner: web.AppRunner | None = None
         self._session: aiohttp.ClientSession | None = None
         self._ticking: asyncio.TimerHandle | None = None
@@ -364,11 +358,11 @@ class LinkNetwork:
         return self._register(link)
 
     async def _accept(self, request: web.Request) -> web.StreamResponse:
-        if self._handshakes >= HANDSHAKES_MAX:
+        connection = request.protocol
+        if not self._strangers.begin(connection, request.remote or ""):
             self.counters["refused"] += 1
             raise web.HTTPServiceUnavailable(text="too many handshakes at a time: try later")
         ws = web.WebSocketResponse(compress=False, max_msg_size=MESSAGE_BYTES_MAX, timeout=CLOSE_WAIT_S)
-        self._handshakes += 1
         try:
             await ws.prepare(request)
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
@@ -381,16 +375,16 @@ class LinkNetwork:
             log.exception("a handshake failed unexpectedly")
             return ws
         finally:
-            self._handshakes -= 1
+            self._strangers.end(connection)
         if self._session is None:
             return ws
         link = Link(ws, peer, False, self._serve, self.counters, self._closed)
-        self._proven[request.protocol] = None
+        self._strangers.proven(connection)
         self._register(link)
         try:
             await link.run()
         finally:
-            self._proven.pop(request.protocol, None)
+            self._strangers.ended(connection)
         return ws
 
     async def _shake(self, ws: WebSocket, role: Role, expected: NodeId | None) -> PeerIdentity:
@@ -506,19 +500,10 @@ class LinkNetwork:
                 peer.alive_s += own_pause_s
             if peer.link is not None and peer.link.alive:
                 peer.alive_s = now_s
-        self._turn_out_strangers(now_s)
+        server = self._runner.server if self._runner is not None else None
+        self.counters["refused"] += self._strangers.turn_out(server.connections if server is not None else (), now_s)
         self._ticked_s = now_s
         self._ticking = loop.call_later(TICK_S, self._tick)
-
-    def _turn_out_strangers(self, now_s: float) -> None:
-        """Close connections that did not prove themselves in time, whatever they say or do not say."""
-        server = self._runner.server if self._runner is not None else None
-        accepted = server.connections if server is not None else []
-        self._strangers = {c: self._strangers.get(c, now_s) for c in accepted if c not in self._proven}
-        for connection in accepted:
-            if now_s - self._strangers.get(connection, now_s) > STRANGER_S:
-                self.counters["refused"] += 1
-                connection.force_close()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

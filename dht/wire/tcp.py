@@ -11,6 +11,7 @@ _UNACKED_AT = 24
 _LAST_ACK_AT = 56
 _RTT_AT = 68
 _RTT_DEVIATION_AT = 72
+_RECEIVED_AT = 128
 
 
 class Tcp(NamedTuple):
@@ -46,3 +47,14 @@ def read(connection: Any) -> Tcp:
     places = (_UNACKED_AT, _LAST_ACK_AT, _RTT_AT, _RTT_DEVIATION_AT)
     unacked, last_ack_ms, rtt_us, deviation_us = (struct.unpack_from("I", info, at)[0] for at in places)
     return Tcp(rtt_us / 1e6, unacked, last_ack_ms / 1e3, deviation_us / 1e6)
+
+
+def received_bytes(connection: Any) -> int:
+    """How many have come on it so far; 0 where that is not known."""
+    if connection is None:
+        return 0
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
+    except OSError:
+        return 0
+    return int(struct.unpack_from("Q", info, _RECEIVED_AT)[0]) if len(info) >= _RECEIVED_AT + 8 else 0

@@ -15,7 +15,7 @@ from wire_nodes import Ask, Node, Told, nodes, until
 
 from dht.errors import DhtError, Indeterminate, Invalid, NotServing, RemoteProtocolError, Unavailable
 from dht.requests import Done, ListDatabases, ListDatabasesReply, ReadGroups
-from dht.wire import frames, link, links
+from dht.wire import frames, link, links, strangers
 from dht.wire.identity import Cluster, NodeIdentity
 
 
@@ -298,7 +298,7 @@ async def test_garbage_on_the_port_is_counted_and_nothing_else(chance, caplog):
 
 
 async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
-    monkeypatch.setattr(links, "STRANGER_S", 0.2)
+    monkeypatch.setattr(strangers, "STRANGER_S", 0.2)
     async with nodes(2) as (a, b):
         a.knows(b)
         await a.network.call(b.id, Ask("x"), 3.0)
@@ -308,6 +308,61 @@ async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
         writer.close()
         assert b.network.counters["refused"] == 1
         assert a.network.alive(b.id), "a link stays as long as it likes"
+
+
+@contextlib.asynccontextmanager
+async def upgraded(node, source="127.0.0.1"):
+    """A stranger's WebSocket to the node, of which the handshake has not begun."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.network.port, local_addr=(source, 0))
+    head = "Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
+    writer.write(f"GET {links.LINK_PATH} HTTP/1.1\r\n{head}\r\nSec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+    try:
+        yield reader, writer, await reader.readuntil(b"\r\n\r\n")
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_stranger_that_sends_more_than_a_handshake_is_turned_out_before_it_is_held_in_memory(monkeypatch):
+    """A message may be as large as a frame for a proven peer only."""
+    monkeypatch.setattr(links, "HANDSHAKE_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(strangers, "STRANGER_S", 60.0)
+    async with nodes(1) as (b,), upgraded(b) as (reader, writer, _):
+        writer.write(b"\x82\xff" + (20 * 1024 * 1024).to_bytes(8, "big") + bytes(4))
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                writer.write(bytes(32 * 1024))
+                await writer.drain()
+            async with asyncio.timeout(5):
+                await reader.read()
+        await until(lambda: b.network.counters["refused"] == 1)
+
+
+async def test_peer_that_has_proven_itself_may_send_a_whole_frame():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        for _ in range(3):
+            assert await a.network.call(b.id, Ask("x" * (4 * strangers.STRANGER_BYTES_MAX)), 5.0)
+            await asyncio.sleep(2 * links.TICK_S)
+        assert b.network.counters["refused"] == 0
+
+
+async def test_host_that_floods_the_port_with_handshakes_keeps_no_other_one_out(monkeypatch):
+    monkeypatch.setattr(strangers, "HANDSHAKES_MAX", 4)
+    monkeypatch.setattr(links, "HANDSHAKE_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(strangers, "STRANGER_S", 60.0)
+    async with nodes(1) as (b,), contextlib.AsyncExitStack() as flood:
+        began = [await flood.enter_async_context(upgraded(b, "127.0.0.9")) for _ in range(6)]
+        assert [b" 101 " in head for _, _, head in began] == [True] * 4 + [False] * 2
+        a = await Node().start()
+        try:
+            a.knows(b)
+            assert await a.network.call(b.id, Ask("x"), 5.0)
+        finally:
+            await a.network.stop()
+        async with asyncio.timeout(5):
+            assert await began[0][0].read() == b"", "the oldest of them made room"
 
 
 async def test_dial_given_up_within_the_handshake_lets_go_of_its_connection():
