@@ -22,7 +22,7 @@ from typing import Final, Protocol, TypeVar
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotFound, Unavailable
+from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotFound, ProtocolError, StorageError, Unavailable
 from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
 from dht.model import (
     GLOBAL,
@@ -35,6 +35,7 @@ from dht.model import (
     GroupRead,
     NodeId,
     PopClaim,
+    Struct,
     Transaction,
     TransactionId,
 )
@@ -48,6 +49,8 @@ from dht.world import Clock, Network
 HOMES_MAX: Final = 10_000
 HOMES_KEPT_S: Final = 10.0
 """How long a home is believed before it is looked up again, beside the requests; out of reach of the list, for ever."""
+HEARD_CHECK_S: Final = 0.1
+"""How often who waits for a far node's answer looks whether that is still heard."""
 NOTED_AFTER_S: Final = 1.0
 """How long a request waits for the list before it believes what the node noted before its start."""
 R = TypeVar("R", bound=Message)
@@ -67,24 +70,48 @@ class FarStore:
         self._gateways = gateways
 
     async def ask(self, message: Message, kind: type[R], timeout_s: float | None, *, repeatable: bool = True) -> R:
-        """One node's reply. `repeatable`: another is asked when one is lost after it may have served the request."""
+        """One node's reply. `repeatable`: another is asked when one is lost after it may have served the request.
+
+        Some answers take long: a node that is heard has half of the time that is left, the last one all of it.
+        """
         deadline = self._clock.monotonic() + (REQUEST_TIMEOUT_S if timeout_s is None else timeout_s)
         why = "none of its nodes is known here"
-        for node in await self._nodes(deadline):
+        nodes = await self._nodes(deadline)
+        for node in nodes:
             left_s = deadline - self._clock.monotonic()
             if left_s <= 0:
                 break
-            # Who is not heard gets the time of a link to come up; short requests end when a link falls silent.
-            limit_s = PEER_TIMEOUT_S if repeatable or not self._network.alive(node) else left_s
+            limit_s = left_s
+            if not self._network.alive(node):
+                # The time of a link to come up.
+                limit_s = PEER_TIMEOUT_S
+            elif repeatable and node != nodes[-1]:
+                limit_s = max(left_s / 2, PEER_TIMEOUT_S)
+            ask = self._while_heard if repeatable else self._network.call
             try:
-                return expect(await self._network.call(node, message, min(left_s, limit_s)), kind)
+                return expect(await ask(node, message, min(left_s, limit_s)), kind)
             except Unavailable as error:
                 why = error.message
-            except Indeterminate as error:
+            except (Indeterminate, StorageError, ProtocolError) as error:
+                # The latter two are about that node: its disk has failed, or one of the two versions is too old.
                 if not repeatable:
                     raise
                 why = error.message
         raise Unavailable(f"{self._name} cannot be asked: {why}", pop=self.pop)
+
+    async def _while_heard(self, node: NodeId, message: Message, timeout_s: float) -> Struct:
+        """The node's reply. Raises Indeterminate when the node falls silent, long before a long timeout."""
+        if timeout_s <= PEER_TIMEOUT_S:
+            # Short requests end by themselves when a link falls silent.
+            return await self._network.call(node, message, timeout_s)
+        call = asyncio.ensure_future(self._network.call(node, message, timeout_s))
+        try:
+            while not (await asyncio.wait((call,), timeout=HEARD_CHECK_S))[0]:
+                if not self._network.alive(node):
+                    raise Indeterminate(f"node {node.hex()} fell silent before it answered")
+            return call.result()
+        finally:
+            call.cancel()
 
     async def _nodes(self, deadline: float) -> Sequence[NodeId]:
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
 
 import pytest
 
 from dht import requests
-from dht.errors import Conflict, Indeterminate, Invalid, NotFound, StorageError, Unavailable
+from dht.errors import Conflict, Indeterminate, Invalid, NotFound, RemoteProtocolError, StorageError, Unavailable
 from dht.model import GLOBAL, Applied, FindQuery, FindResult, GroupRead, Part, PopClaim, Transaction
 from dht.register import homes as homes_module
 from dht.register.catalog import no_such_database
@@ -19,6 +20,13 @@ from dht.storage.memory import MemoryDisk
 A, B = b"a" * 20, b"b" * 20
 KEY = group_key("d", "f", (1,))
 WRITE = Transaction(b"t" * 16, "d", 0, (Part(KEY),))
+
+
+class Slow(NamedTuple):
+    """An answer that takes its time."""
+
+    reply: requests.Message
+    takes_s: float
 
 
 class World:
@@ -41,6 +49,11 @@ class World:
         said = self.says[node]
         if isinstance(said, Exception):
             raise said
+        if isinstance(said, Slow):
+            if said.takes_s > timeout_s:
+                raise Indeterminate(f"no reply in {timeout_s} s")
+            await asyncio.sleep(said.takes_s)
+            return said.reply
         return said(message) if callable(said) else said
 
     async def gateways(self, pop):
@@ -55,10 +68,44 @@ def world():
     return World()
 
 
-@pytest.mark.parametrize("lost", [Indeterminate("lost"), Unavailable("gone", sent=False), Unavailable("cut off")])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        Indeterminate("lost"),
+        Unavailable("gone", sent=False),
+        Unavailable("cut off"),
+        StorageError("its disk is full"),
+        RemoteProtocolError("it is older"),
+    ],
+)
 async def test_far_read_whose_node_is_lost_is_asked_of_another(world, lost):
     world.says = {A: lost, B: requests.ReadGroupsReply(())}
     assert await world.far().read([KEY]) == ()
+    assert [node for node, _, _ in world.asked] == [A, B]
+
+
+async def test_far_answer_that_takes_long_is_waited_for_while_its_node_is_heard(world, monkeypatch):
+    monkeypatch.setattr(homes_module, "PEER_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(homes_module, "HEARD_CHECK_S", 0.01)
+    world.says = {A: Slow(requests.FindReply(FindResult(())), 0.05), B: Indeterminate("not asked")}
+    assert await world.far().find(FindQuery("d", 1, 0), 10.0) == FindResult(())
+    assert [node for node, _, _ in world.asked] == [A]
+
+
+async def test_far_node_that_takes_half_of_the_time_leaves_the_rest_to_another(world):
+    world.says = {A: Slow(requests.ReadGroupsReply(()), 6.0), B: requests.ReadGroupsReply(())}
+    assert await world.far().read([KEY], None, 10.0) == ()
+    assert [timeout_s for _, _, timeout_s in world.asked] == [5.0, 10.0], "the test's clock stands still"
+
+
+async def test_far_node_that_falls_silent_is_given_up_before_its_time(world, monkeypatch):
+    monkeypatch.setattr(homes_module, "HEARD_CHECK_S", 0.01)
+
+    world.says = {A: Slow(requests.ReadGroupsReply(()), 4.0), B: requests.ReadGroupsReply(())}
+    asking = asyncio.ensure_future(world.far().read([KEY], None, 10.0))
+    await asyncio.sleep(0)
+    world.heard = {B}
+    assert await asyncio.wait_for(asking, 2.0) == ()
     assert [node for node, _, _ in world.asked] == [A, B]
 
 
