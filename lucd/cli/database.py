@@ -23,6 +23,10 @@ def _shown(home: str) -> str:
     return home if home in SPANNING else f"{_POP}{home}"
 
 
+def _names_pop(home: str) -> bool:
+    return home.startswith(_POP) and home.removeprefix(_POP) not in ("", *SPANNING)
+
+
 @database.command("list")
 @socket_option
 @format_option
@@ -51,7 +55,7 @@ def database_create(name: str, home: str, config: Path | None, socket: Path | No
 
     Where a database of that name is being dropped, that is finished first.
     """
-    if home and home not in SPANNING and not (home.startswith(_POP) and home.removeprefix(_POP)):
+    if home and home not in SPANNING and not _names_pop(home):
         raise Invalid(
             f"{home!r} is not a home; write --home {_POP}NAME with the name of a PoP, --home global or --home local"
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from dht.errors import DhtError, Unavailable
+from dht.errors import DhtError, Invalid, Unavailable
 from lucd import version
 from lucd.cli import cluster, database, pop, show
 from lucd.cli.output import fail
@@ -117,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(fail(Unavailable("whoever reads the output went away")))
+    except PermissionError as error:
+        sys.exit(fail(Invalid(f"{error.filename} cannot be read by this user; change its owner or mode")))
     except DhtError as error:
         sys.exit(fail(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from lucd.cli.connection import Seconds, ask, client, socket_option, store
 from lucd.cli.output import format_option, show_fields, show_json, show_table
 from lucd.messages import NodeLine
 
+_NUMBER = re.compile("-?[0-9]+")
+_NUMBER_CHARS_MAX = 40
 _NODE_HEAD = ("NODE", "POP", "FAILURE DOMAIN", "ADDRESS", "ROLE", "REACHABLE")
 
 
@@ -28,6 +31,14 @@ def _node_row(node: NodeLine) -> tuple[str, ...]:
         node.role,
         "yes" if node.reachable else "no",
     )
+
+
+def node_id_of(text: str) -> str:
+    """A node's id as the daemon writes it, out of what a human copied: also with the mark of `lucd node list`."""
+    try:
+        return bytes.fromhex(text.strip().removesuffix("*")).hex()
+    except ValueError:
+        raise Invalid(f"{text!r} is no node id; `lucd node list` shows them") from None
 
 
 def _to_copy(node: NodeLine) -> str:
@@ -104,15 +115,17 @@ def node_list(config: Path | None, socket: Path | None, form: str) -> None:
 @socket_option
 def node_drain(node_id: str, timeout: float, config: Path | None, socket: Path | None) -> None:
     """Move the tablets away from NODE_ID (of this PoP); returns when its PoP and global have let it go."""
+    node_id = node_id_of(node_id)
     with client(config, socket, timeout) as daemon:
         daemon.call(messages.DrainNode(node_id))
         deadline_s = time.monotonic() + timeout
         for name in ("", GLOBAL):
+            show = f"lucd domain show {name}".strip()
             while _lists(daemon.call(messages.AskDomain(name), repeatable=True), node_id):
                 if time.monotonic() > deadline_s:
                     raise Unavailable(
                         f"node {node_id} is being drained, but is not out after {timeout:.0f} s: it leaves by itself "
-                        f"when the others have copied its tablets; `lucd domain show {name}` tells what remains"
+                        f"when the others have copied its tablets; `{show}` tells what remains"
                     )
                 time.sleep(0.2)
     click.echo(f"Node {node_id} left the roster; stop it.")
@@ -131,6 +144,7 @@ def node_remove(node_id: str, config: Path | None, socket: Path | None) -> None:
     Refused while it answers: drain it then. If it comes back it has to join with an empty data directory. Of a PoP that
     is lost as a whole the members of domain global are taken out of that.
     """
+    node_id = node_id_of(node_id)
     with client(config, socket, 60.0) as daemon:
         daemon.call(messages.DrainNode(node_id, lost=True))
     click.echo(
@@ -217,7 +231,8 @@ def domain_recover(
     Run it on one survivor, once. Members that were not named stop when they meet the others, and have to be wiped.
     """
     with client(config, socket, 2 * timeout + 30) as daemon:
-        reply = daemon.call(messages.RecoverDomain(survivors, accept_data_loss, timeout, name))
+        named = tuple(node_id_of(text) for text in survivors)
+        reply = daemon.call(messages.RecoverDomain(named, accept_data_loss, timeout, name))
     if isinstance(reply, messages.RecoverReply):
         show_recoveries((reply.recovery,))
     fit_unique_entries(name, config, socket)
@@ -261,7 +276,13 @@ def parse_key(text: str) -> GroupKey:
 def _value(text: str) -> Value:
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
-    return int(text) if text.lstrip("-").isdigit() else text
+    if not _NUMBER.fullmatch(text):
+        return text
+    if len(text) > _NUMBER_CHARS_MAX:
+        raise Invalid(
+            f"{text[:_NUMBER_CHARS_MAX]}... does not fit 64 bits; put text that looks like a number in quotes"
+        )
+    return int(text)
 
 
 @data.command("where")

@@ -14,11 +14,12 @@ import pytest
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Unavailable
+from dht.errors import Invalid, Unavailable
 from dht.model import Struct
 from dht.rows import group_key
 from dht.wire.local import Connection, LocalDoor
 from lucd import directory, messages, version
+from lucd.cli import connection
 from lucd.cli.main import main
 from lucd.cli.show import parse_key
 from lucd.messages import NodeLine, TabletLine
@@ -67,6 +68,8 @@ class Answers:
                 return messages.DomainReply(name or "paris", 1, 4, NODES, (TabletLine(0, 2, (B, A), True),), ())
             case messages.AskWhere():
                 return messages.WhereReply("paris", 5, 2, A, NODES, True, 9, "1.2.3")
+            case messages.DrainNode(node_id=node) if bytes.fromhex(node) == bytes.fromhex(A):
+                return requests.Done()
             case messages.DrainNode():
                 raise Unavailable("only one voter answers; start the others first")
             case requests.ListHomes():
@@ -261,6 +264,33 @@ def test_node_drain_error_of_the_daemon_has_its_exit_code(lucd: Run, socket: str
     assert (code, err) == (69, "lucd: only one voter answers; start the others first\n")
 
 
+@pytest.mark.parametrize("written", [A, A.upper(), f" {A}*"])
+def test_node_that_is_still_listed_has_not_left_however_its_id_is_written(lucd: Run, socket: str, written: str) -> None:
+    code, out, err = lucd("node", "drain", written, "--timeout", "1", "--socket", socket)
+    assert (code, out) == (69, "")
+    assert f"node {A} is being drained, but is not out after 1 s" in err
+    assert "`lucd domain show` tells" in err
+
+
+def test_node_id_that_is_none_is_refused_before_anybody_is_asked(lucd: Run) -> None:
+    for command in (("node", "drain", "x"), ("node", "remove", "x"), ("domain", "recover", "--survivor", "x")):
+        assert lucd(*command, "--socket", "/nowhere")[::2] == (
+            64,
+            "lucd: 'x' is no node id; `lucd node list` shows them\n",
+        )
+
+
+def test_configuration_that_may_not_be_read_is_one_line_with_64(lucd: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        def exists(self) -> bool:
+            raise PermissionError(13, "Permission denied", "/etc/lucd/lucd.conf")
+
+    monkeypatch.setattr(connection, "CONFIG_FILE", Closed())
+    code, out, err = lucd("status")
+    assert (code, out) == (64, "")
+    assert err == "lucd: /etc/lucd/lucd.conf cannot be read by this user; change its owner or mode\n"
+
+
 def test_domain_show_lists_tablets(lucd: Run, socket: str) -> None:
     code, out, _ = lucd("domain", "show", "--socket", socket)
     assert code == 0
@@ -282,6 +312,11 @@ def test_parse_key_numbers_and_quoted_text() -> None:
     assert parse_key("d/f/'7'") == group_key("d", "f", ("7",))
     assert parse_key("d/f/a/b") == group_key("d", "f", ("a", "b"))
     assert parse_key("d/catalog") == group_key("d", "catalog", ())
+    assert parse_key("d/f/-7") == group_key("d", "f", (-7,))
+    for text in ("--7", "-", "7-", "\u00b2"):
+        assert parse_key(f"d/f/{text}") == group_key("d", "f", (text,))
+    with pytest.raises(Invalid, match="does not fit 64 bits"):
+        parse_key(f"d/f/{'9' * 5000}")
 
 
 def test_database_create_list_drop(lucd: Run, socket: str) -> None:
@@ -297,7 +332,7 @@ def test_database_create_list_drop(lucd: Run, socket: str) -> None:
         {"name": "nova", "home": "pop:paris"},
         {"name": "cell", "home": "pop:lyon"},
     ]
-    for wrong in ("lyon", "pop:", "globally"):
+    for wrong in ("lyon", "pop:", "globally", "pop:global", "pop:local"):
         code, _, err = lucd("database", "create", "x", "--home", wrong, "--socket", socket)
         assert code == 64
         assert "write --home pop:NAME" in err
