@@ -122,7 +122,7 @@ class DomainNode:
         """The groups of local families that this node coordinates, tablet by tablet."""
         for tablet in range(self.tablets if self.domain.joined else 0):
             if self.domain.replicas(tablet).nodes[0] == self.domain.local.node_id:
-                yield [k for k in self.registers.keys(tablet) if is_local(k) and not self.registers.header(k).deleted]
+                yield [key for key, header in self.registers.headers(tablet) if is_local(key) and not header.deleted]
 
     async def found(self) -> None:
         """Found the domain with this node as its only member."""

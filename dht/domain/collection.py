@@ -99,14 +99,13 @@ class Collection:
     async def _tombstones(self, tablet: int) -> dict[GroupKey, Ballot]:
         found: dict[GroupKey, Ballot] = {}
         after = b""
-        while keys := self._registers.keys(tablet, after, SCAN_KEYS_MAX):
-            for key in keys:
-                header = self._registers.header(key)
+        while held := self._registers.headers(tablet, after, limit=SCAN_KEYS_MAX):
+            for key, header in held:
                 if header.deleted and header.settled and header.accepted != ZERO:
                     found[key] = header.accepted
                     if len(found) >= COLLECT_KEYS_MAX:
                         return found
-            after = keys[-1]
+            after = held[-1][0]
             await self._clock.sleep(0)
         return found
 

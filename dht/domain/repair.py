@@ -28,7 +28,7 @@ from dht.domain.tablets import Tablets
 from dht.domain.watch import Watch
 from dht.errors import DhtError, RemoteProtocolError
 from dht.model import ZERO, GroupKey, NodeId, Struct
-from dht.storage.registers import RegisterFile
+from dht.storage.registers import ABSENT, Header, RegisterFile
 from dht.world import Batch, Chance, Clock, Disk
 
 log = logging.getLogger(__name__)
@@ -242,13 +242,16 @@ class Repair:
             page = await self._ask(node, AskHeaders(self._chain.domain, tablet, epoch, after, PAGE_KEYS_MAX, False))
             if not isinstance(page, Headers):
                 raise RemoteProtocolError(f"a peer answered with {type(page).__name__} where headers were asked for")
-            behind += [m for m in page.marks if self._behind(m, epoch)]
+            last = page.marks[-1].key if page.marks else after
+            held = dict(self._registers.headers(tablet, after, last)) if page.marks else {}
+            both = [(mark, held.get(mark.key, ABSENT)) for mark in page.marks]
+            behind += [mark for mark, own in both if self._behind(mark, own, epoch)]
             self._note(tablet, behind)
-            stuck = [m.key for m in page.marks if self._stuck(m, epoch)]
+            stuck = [mark.key for mark, own in both if self._stuck(mark, own, epoch)]
             any_stuck |= bool(stuck)
             await self._settle(stuck)
             more = page.more and bool(page.marks)
-            after = page.marks[-1].key if page.marks else after
+            after = last
         self._compared[tablet] = None
         return behind, any_stuck
 
@@ -278,17 +281,16 @@ class Repair:
         if marks:
             self.remaining[tablet] = (len(marks), sum(m.size_bytes for m in marks))
 
-    def _behind(self, mark: RegisterMark, epoch: int) -> bool:
+    def _behind(self, mark: RegisterMark, own: Header, epoch: int) -> bool:
+        """Whether what the peer has is to be installed here, where the register stands so."""
         if mark.chosen != mark.accepted or mark.accepted.epoch != epoch:
             return False
-        own = self._registers.header(mark.key)
         floor = ZERO if own.accepted != ZERO else self._tablets.state(self._registers.tablet(mark.key)).floor
         return mark.accepted > own.accepted and mark.accepted >= max(own.promise, floor)
 
-    def _stuck(self, mark: RegisterMark, epoch: int) -> bool:
+    def _stuck(self, mark: RegisterMark, own: Header, epoch: int) -> bool:
         """Whether the two differ in what cannot be installed: a promise stands in the way, or nobody finished it."""
-        own = self._registers.header(mark.key)
-        if own.accepted == mark.accepted or mark.accepted.epoch != epoch or self._behind(mark, epoch):
+        if own.accepted == mark.accepted or mark.accepted.epoch != epoch or self._behind(mark, own, epoch):
             return False
         if mark.chosen == mark.accepted and own.accepted < mark.accepted:
             return mark.accepted < own.promise
@@ -304,7 +306,7 @@ class Repair:
         """Check and submit without a wait in between, as an accept does."""
         header = copy.header
         mark = RegisterMark(copy.key, header.promise, header.accepted, header.chosen)
-        if self._tablets.serves(tablet) != epoch or not self._behind(mark, epoch):
+        if self._tablets.serves(tablet) != epoch or not self._behind(mark, self._registers.header(copy.key), epoch):
             return
         batch = Batch()
         self._registers.replace(batch, copy.key, msgspec.structs.replace(header, promise=header.accepted), copy.rows)

@@ -84,12 +84,9 @@ class Source:
         """One page; each register as it is now, which is as good as at the seal: no rule spans registers."""
         self._refuse_uninitialised(request.tablet, request.epoch, request.sealed)
         limit = max(1, min(request.limit, PAGE_KEYS_MAX))
-        keys = self._registers.keys(request.tablet, request.after, limit + 1)
-        marks = []
-        for key in keys[:limit]:
-            header = self._registers.header(key)
-            marks.append(RegisterMark(key, header.promise, header.accepted, header.chosen, header.size_bytes))
-        return Headers(tuple(marks), len(keys) > limit, self._tablets.state(request.tablet).floor)
+        held = self._registers.headers(request.tablet, request.after, limit=limit + 1)
+        marks = [RegisterMark(key, h.promise, h.accepted, h.chosen, h.size_bytes) for key, h in held[:limit]]
+        return Headers(tuple(marks), len(held) > limit, self._tablets.state(request.tablet).floor)
 
     def registers(self, request: AskRegisters) -> Registers:
         self._refuse_uninitialised(request.tablet, request.epoch, request.sealed)

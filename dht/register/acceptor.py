@@ -236,10 +236,10 @@ class Acceptor:
         """Groups of one tablet with intents, and sequences. Raises NotServing where the tablet is not served."""
         domain = self._context.domain
         domain.admit(request.tablet, domain.replicas(request.tablet).epoch)
-        keys = self._file.keys(request.tablet, request.after, _DOUBTFUL_SCANNED)
-        intents = tuple(key for key in keys if self._file.header(key).intents)
-        sequences = tuple(key for key in keys if catalog.is_sequence(key))
-        return ListDoubtfulReply(intents, sequences, keys[-1] if len(keys) == _DOUBTFUL_SCANNED else b"")
+        held = self._file.headers(request.tablet, request.after, limit=_DOUBTFUL_SCANNED)
+        intents = tuple(key for key, header in held if header.intents)
+        sequences = tuple(key for key, _ in held if catalog.is_sequence(key))
+        return ListDoubtfulReply(intents, sequences, held[-1][0] if len(held) == _DOUBTFUL_SCANNED else b"")
 
     async def durable(self, number: int, key: GroupKey | None = None) -> None:
         """Wait for the batch; the group's own is then no longer pending."""

@@ -85,12 +85,7 @@ class RegisterFile:
     def header(self, key: GroupKey) -> Header:
         """The register's header; `ABSENT` when this node has none."""
         value = self._disk.get(Space.REGISTER, self._place(key))
-        if value is None:
-            return ABSENT
-        header = self._header_of(value)
-        if self._marks and self._marks.get(key) == header.accepted:
-            return _marked(header)
-        return header
+        return ABSENT if value is None else self._marked_header(key, value)
 
     def mark(self, key: GroupKey, ballot: Ballot) -> bool:
         """Note that the ballot is chosen; whether that is news of the state held here.
@@ -181,6 +176,16 @@ class RegisterFile:
         pairs = self._disk.range(Space.REGISTER, low, prefix + PREFIX_END, limit=limit)
         return [pair[0][_TABLET_BYTES:] for pair in pairs]
 
+    def headers(
+        self, tablet: int, after: GroupKey = b"", until: GroupKey | None = None, limit: int | None = None
+    ) -> list[tuple[GroupKey, Header]]:
+        """The same groups with their headers, those up to `until` only: one look at the disk for all of them."""
+        prefix = tablet.to_bytes(_TABLET_BYTES, "big")
+        low = prefix + after + b"\x00" if after else prefix
+        high = prefix + (PREFIX_END if until is None else until + b"\x00")
+        pairs = self._disk.range(Space.REGISTER, low, high, limit=limit)
+        return [(place[_TABLET_BYTES:], self._marked_header(place[_TABLET_BYTES:], value)) for place, value in pairs]
+
     def keys_with(self, tablet: int, prefix: bytes, after: GroupKey = b"", limit: int | None = None) -> list[GroupKey]:
         """Groups of the tablet that have a header and whose key begins so, in key order, those behind `after` only."""
         place = tablet.to_bytes(_TABLET_BYTES, "big")
@@ -251,6 +256,10 @@ class RegisterFile:
 
     def _place(self, key: GroupKey) -> bytes:
         return tablet_of(key, self._tablets).to_bytes(_TABLET_BYTES, "big") + key
+
+    def _marked_header(self, key: GroupKey, value: bytes) -> Header:
+        header = self._header_of(value)
+        return _marked(header) if self._marks and self._marks.get(key) == header.accepted else header
 
     def _header_of(self, value: bytes) -> Header:
         try:

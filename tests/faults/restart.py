@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=10_000)
     given = parser.parse_args()
     # As pip leaves an installed lucd; an environment that writes no bytecode would compile 100 modules at each start.
-    for package in ("dht", "lucd"):
+    for package in ("dht", "lucd", "nova_bridge"):
         compileall.compile_dir(ROOT / package, quiet=1)
     with tempfile.TemporaryDirectory() as logs, Cluster(Path(logs), nodes=3) as cluster:
         cluster.nodes[0].store().create_database(DATABASE)

@@ -121,6 +121,23 @@ def test_keys_lists_groups_of_a_tablet_in_pages() -> None:
     assert file.keys(tablet, expected[0]) == expected[1:]
 
 
+def test_headers_of_a_tablet_in_pages_and_up_to_a_key_are_those_of_its_keys_with_their_marks() -> None:
+    disk, file = make()
+    for number in range(200):
+        put(file, disk, group(number), {}, OPEN if number % 3 else SETTLED)
+    tablet = tablet_of(group(0), 64)
+    keys = file.keys(tablet)
+    assert len(keys) > 2
+    file.mark(next(key for key in keys if file.header(key).accepted == B2), B2)
+    expected = [(key, file.header(key)) for key in keys]
+    assert [header.chosen for _, header in expected].count(B2) == 1
+    assert file.headers(tablet) == expected
+    assert file.headers(tablet, limit=2) == expected[:2]
+    assert file.headers(tablet, keys[0]) == expected[1:]
+    assert file.headers(tablet, keys[0], keys[-2]) == expected[1:-1]
+    assert file.headers(tablet, keys[-1], keys[-1]) == []
+
+
 def test_keys_with_a_prefix_are_those_behind_a_key_up_to_a_limit_and_of_no_other_database() -> None:
     disk, file = make()
     keys = [group(number) for number in range(400) if file.tablet(group(number)) == 3]
