@@ -124,7 +124,7 @@ class Planner:
             self.plans.append(plan)
         info.idxNum = number
         info.orderByConsumed = consumed
-        self._estimate(info, kind, equal, lists)
+        self._estimate(info, kind, key, equal, lists)
         return True
 
     def _rowid_column(self) -> int:
@@ -202,11 +202,14 @@ class Planner:
         )
         return columns[run:] if run else ()
 
-    def _estimate(self, info: apsw.IndexInfo, kind: str, equal: dict[int, tuple[int, int]], lists: int) -> None:
+    def _estimate(
+        self, info: apsw.IndexInfo, kind: str, key: tuple[int, ...], equal: dict[int, tuple[int, int]], lists: int
+    ) -> None:
         match kind:
             case "key" | "entry":
                 rows, cost = 20**lists, (1.0 if kind == "key" else 3.0) * 20**lists
-                if not lists:
+                # One text is many a number ('1', '01'), and what it will be compared with is not known yet.
+                if not lists and not any(self.table.affinities[p] == TEXT for p in key):
                     info.idxFlags = apsw.SQLITE_INDEX_SCAN_UNIQUE
             case "family":
                 rows, cost = 5 * 20**lists, 2.0 + 5 * 20**lists

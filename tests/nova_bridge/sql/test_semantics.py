@@ -210,6 +210,22 @@ def test_text_compared_with_numbers_same_as_stock_sqlite(connect: Callable[..., 
     stock.close()
 
 
+@pytest.mark.parametrize("key", ["id INTEGER PRIMARY KEY, word TEXT UNIQUE", "word TEXT PRIMARY KEY"])
+def test_unique_text_compared_with_numbers_is_more_than_one_row(connect: Callable[..., Connection], key: str) -> None:
+    door, stock = connect(foreign_keys=False, isolation_level=None), sqlite3.connect(":memory:", isolation_level=None)
+    number = "(SELECT number FROM numbers WHERE id = 1)"
+    for side in (door, stock):
+        side.execute(f"CREATE TABLE words ({key}, v INTEGER)")
+        side.execute("CREATE TABLE numbers (id INTEGER NOT NULL PRIMARY KEY, number INTEGER)")
+        side.execute("INSERT INTO words (word, v) VALUES ('01', 0), ('1', 0), ('2', 0)")
+        side.execute("INSERT INTO numbers VALUES (1, 1)")
+    for sql in (f"UPDATE words SET v = 1 WHERE word = {number}", f"DELETE FROM words WHERE word = {number}"):
+        assert door.execute(sql).rowcount == stock.execute(sql).rowcount == 2
+        left = "SELECT word, v FROM words ORDER BY word"
+        assert door.execute(left).fetchall() == stock.execute(left).fetchall()
+    stock.close()
+
+
 def test_returning_refused_with_what_to_do(connect: Callable[..., Connection]) -> None:
     door = connect()
     door.execute("CREATE TABLE words (id INTEGER NOT NULL PRIMARY KEY, word TEXT)")
