@@ -26,6 +26,7 @@ from dht.world import Batch, Disk, Space
 
 NEVER_S: Final = float("-inf")
 OPEN_TOLD_MAX: Final = 1_000
+ERASE_KEYS: Final = 200
 _KEY: Final = b"copy"
 
 
@@ -202,18 +203,23 @@ class Copy:
         self.on_change([key])
         return True
 
-    def begin_again(self, generation: int) -> None:
-        """Forget everything: the domain went on without some of it. Submitted in pieces, the generation last."""
+    async def begin_again(self, generation: int) -> None:
+        """Forget everything: the domain went on without some of it. In pieces, each on the disk before the next.
+
+        The generation comes last: of a copy whose file names an earlier one than its chain not all may be forgotten.
+        """
         self.as_of_s.clear()
         self._open.clear()
         self._collected.clear()
         self.floors.clear()
-        self._note(Coverage(self.noted.generation))
+        self.noted = Coverage(self.noted.generation)
+        self._note(self.noted)
         for tablet in range(self.tablets):
-            for key in self.registers.keys(tablet):
+            while keys := self.registers.keys(tablet, limit=ERASE_KEYS):
                 batch = Batch()
-                self.registers.erase(batch, key)
-                self._disk.submit(batch)
+                for key in keys:
+                    self.registers.erase(batch, key)
+                await self._disk.durable(self._disk.submit(batch))
         self.noted = Coverage(generation)
         self._note(self.noted)
 

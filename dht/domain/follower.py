@@ -147,6 +147,9 @@ class Follower:
     async def round(self) -> None:
         """Ask every replica once, and take in what they name."""
         self.counters["rounds"] += 1
+        if self._rules.generation_begins_again and self.copy.noted.generation < self._generation():
+            # The link that begins the generation came to the disk, and the node stopped before all was forgotten.
+            await self._begin_again(self._generation())
         begin_s = self._clock.monotonic()
         nodes = self._replicas()
         answers = await asyncio.gather(*(self._try_changes(node) for node in nodes))
@@ -445,7 +448,7 @@ class Follower:
             reply = await self._ask(node, AskLinks(self.name, before, LINKS_PER_PAGE), Links)
             try:
                 for link in reply.links:
-                    self._take(link)
+                    await self._take(link)
             except RemoteProtocolError:
                 await self._compare_chain(node)
                 return
@@ -453,8 +456,8 @@ class Follower:
                 raise Unavailable(f"links after {before} are needed and the peer does not give them")
         await self.chain.durable()
 
-    def _take(self, link: Roster) -> None:
-        """Append a link; where it begins a generation, the copy begins again first."""
+    async def _take(self, link: Roster) -> None:
+        """Append a link; where it begins a generation, the copy begins again."""
         if len(link.tablets) != self.copy.tablets:
             raise RemoteProtocolError(
                 f"domain {link.domain} has {len(link.tablets)} tablets, {self.copy.tablets} expected"
@@ -462,7 +465,7 @@ class Follower:
         higher = link.generation > max(self._generation(), self.copy.noted.generation)
         if self.chain.append(link):
             if higher and self._rules.generation_begins_again:
-                self._begin_again(link.generation)
+                await self._begin_again(link.generation)
             self._on_roster(link)
 
     async def _compare_chain(self, node: NodeId) -> None:
@@ -476,17 +479,17 @@ class Follower:
         if not links or (links[-1].generation, branch_of(links)) <= (self._generation(), self.chain.branch):
             return
         log.warning("domain %s goes on in generation %d; its copy begins again", self.name, links[-1].generation)
-        self._begin_again(0)
+        await self._begin_again(0)
         batch = Batch()
         for key, _ in self._disk.range(Space.ROSTER, b"", None):
             batch.delete(Space.ROSTER, key)
         self._disk.submit(batch)
         self.chain = Chain(self.name, self._disk)
         for link in links:
-            self._take(link)
+            await self._take(link)
         await self.chain.durable()
 
-    def _begin_again(self, generation: int) -> None:
+    async def _begin_again(self, generation: int) -> None:
         if self.copy.noted.generation:
             self.counters["begun_again"] += 1
         if self._surveying is not None:
@@ -496,7 +499,7 @@ class Follower:
         self._surveyed.clear()
         for node in self._resets:
             self._resets[node] += 1
-        self.copy.begin_again(generation)
+        await self.copy.begin_again(generation)
 
     async def _ask(self, node: NodeId, message: DomainMessage, kind: type[R], timeout_s: float = PEER_TIMEOUT_S) -> R:
         reply = await self._network.call(node, message, timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Awaitable, Callable
 
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from dht.codec import decode, encode
+from dht.domain import copy as copy_module
 from dht.domain.copy import NEVER_S
 from dht.domain.follower import Follower
 from dht.domain.messages import AskChanges
@@ -20,7 +22,7 @@ from dht.rows import encode_row, row_key
 from dht.sim.disk import SimDisk
 from dht.storage.changes import ChangeLog
 from dht.storage.registers import Header
-from dht.world import Batch
+from dht.world import Batch, Space
 from tests.dht.domain.small_world import ROW, TABLETS, World, key, play, value
 from tests.dht.domain.test_transfer import Stage, staged
 from tests.sim.test_rare_rules_epochs import taken_over
@@ -345,6 +347,73 @@ def test_generation_begins_again_write_that_the_recovery_lost_leaves_the_copy(on
         assert beside.row(k) == value("kept" if on else "lost")
 
     play(story)
+
+
+def test_follower_that_stops_between_a_generations_link_and_beginning_again_begins_again_at_its_next_start() -> None:
+    """The link is on its disk, so nobody tells it of the generation once more."""
+
+    async def story(world: World) -> None:
+        await world.grow(3)
+        k = key(0)
+        await world.put(0, k, "kept")
+        beside = Beside(world)
+        await beside.rounds(3)
+        await world.put(0, k, "lost", skip=(2,))
+        await beside.rounds()
+        assert beside.row(k) == value("lost")
+        world.cluster.crash(0)
+        world.cluster.crash(1)
+        await world.domain(2).generations.recover([], accept_data_loss=True)
+        await world.until(lambda: all(world.domain(2).tablets.serves(t) for t in range(TABLETS)), what="serving")
+        left: list[SimDisk] = []
+
+        class LosesPower(SimDisk):
+            def submit(self, batch: Batch) -> int:
+                number = super().submit(batch)
+                if not left and any(space == Space.ROSTER for space, _, _ in batch.writes):
+                    left.append(SimDisk(random.Random(1)))
+                    left[0].fill(self.content())
+                return number
+
+        beside.disk.__class__ = LosesPower
+        await beside.rounds()
+        (beside.disk,) = left
+        beside.restart()
+        assert beside.row(k) == value("lost")
+        await beside.rounds(6)
+        assert beside.row(k) == value("kept")
+        assert beside.copy.noted.generation == 2
+
+    play(story)
+
+
+def test_copy_that_begins_again_forgets_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once would keep the node from everything else meanwhile, and wait in its memory for the disk."""
+    monkeypatch.setattr(copy_module, "ERASE_KEYS", 3)
+
+    async def story(stage: Stage) -> None:
+        beside = await three(stage)
+        for k in stage.keys[:10]:
+            write(stage, k, 1, "text", 0, 1, 2, chosen=True)
+        await beside.rounds()
+        waiting = [0]
+
+        class Counts(SimDisk):
+            def submit(self, batch: Batch) -> int:
+                waiting.append(sum(space == Space.REGISTER for space, _, _ in batch.writes))
+                return super().submit(batch)
+
+            async def durable(self, number: int) -> None:
+                await super().durable(number)
+                waiting.append(-sum(waiting))
+
+        beside.disk.__class__ = Counts
+        await beside.copy.begin_again(2)
+        assert max(itertools.accumulate(waiting)) == 2 * 3
+        assert not any(beside.copy.registers.keys(tablet) for tablet in range(TABLETS))
+        assert beside.copy.noted.generation == 2
+
+    staged(story, 3)
 
 
 def test_other_branch_that_counts_more_is_followed_and_the_copy_begins_again() -> None:

@@ -139,7 +139,7 @@ def test_restore_of_a_copy_that_goes_on_or_begins_again_meanwhile_is_refused() -
             await beside.rounds(3)
 
         async def begins_again() -> None:
-            beside.copy.begin_again(beside.copy.noted.generation)
+            await beside.copy.begin_again(beside.copy.noted.generation)
 
         world.cluster.partition([number], [0, 1, 2])
         for meanwhile in (goes_on, begins_again):
