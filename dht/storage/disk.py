@@ -29,6 +29,7 @@ from dht.world import Batch
 
 RESERVE_BYTES: Final = 16 * 1024 * 1024
 PENDING_BYTES_MAX: Final = 256 * 1024 * 1024
+"""Of batches that wait, each counted up to GROUP_BYTES_MAX."""
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
 CACHE_BYTES_MAX: Final = 32 * 1024 * 1024
 _ENTRY_BYTES: Final = 100
@@ -49,6 +50,11 @@ class _Submitted:
     number: int
     writes: list[tuple[int, bytes, bytes | None]] | None
     size_bytes: int
+
+    @property
+    def counted_bytes(self) -> int:
+        """What it adds to a backlog. One batch may be larger than any backlog may get: a new index of a large table."""
+        return min(self.size_bytes, GROUP_BYTES_MAX)
 
 
 class _Cache:
@@ -113,6 +119,7 @@ class SqliteDisk:
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self._submitted = 0
         self._durable = 0
+        self._backlog_bytes = 0
         self._failed: str | None = None
         self._closed = False
         self._queue: queue.SimpleQueue[_Submitted] = queue.SimpleQueue()
@@ -179,14 +186,18 @@ class SqliteDisk:
             pending[key] = (number, value)
             self._cache.change((space, key), value)
             size_bytes += len(key) + _ENTRY_BYTES + (0 if value is None else len(value))
+        submitted = _Submitted(number, batch.writes, size_bytes)
         self.counters.batches += 1
         self.counters.pending_bytes += size_bytes
-        self._queue.put(_Submitted(number, batch.writes, size_bytes))
-        if self.counters.pending_bytes > PENDING_BYTES_MAX:
+        self._backlog_bytes += submitted.counted_bytes
+        self._queue.put(submitted)
+        if self._backlog_bytes > PENDING_BYTES_MAX:
             self._failed = (
                 f"cannot write {self._file.path}: the disk did not keep up, {self.counters.pending_bytes} bytes wait "
                 "to be written. Check the disk and the system's log, then start the node again"
             )
+            # The writer may have nothing more to tell: what it had in hand is not written any more.
+            self._notify()
             raise StorageError(self._failed)
         return number
 
@@ -253,6 +264,7 @@ class SqliteDisk:
                     if entry is not None and entry[0] == submitted.number:
                         del pending[key]
                 self.counters.pending_bytes -= submitted.size_bytes
+                self._backlog_bytes -= submitted.counted_bytes
                 self._durable = submitted.number
                 self._wake(submitted.number, None)
         if self._failed is not None and self._waiters:

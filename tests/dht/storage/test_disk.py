@@ -116,6 +116,45 @@ async def test_many_waiting_batches_become_few_commits(disk: SqliteDisk) -> None
     assert len(disk.range(1, b"", None)) == 1000
 
 
+async def test_one_batch_larger_than_any_backlog_is_written(disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new index of a large table, or a tablet that is taken over, is one batch; the disk is as fast as ever."""
+    monkeypatch.setattr(disk_module, "PENDING_BYTES_MAX", 100_000)
+    monkeypatch.setattr(disk_module, "GROUP_BYTES_MAX", 10_000)
+    large = disk.submit(batch_of(*((1, b"%08d" % n, b"x" * 1000) for n in range(500))))
+    small = disk.submit(batch_of((2, b"a", b"1")))
+    await disk.durable(large)
+    await disk.durable(small)
+    assert len(disk.range(1, b"", None)) == 500
+    assert disk.failed is None
+    assert disk.counters.pending_bytes == 0
+
+
+async def test_backlog_beyond_the_limit_fails_whoever_waits_though_the_writer_has_nothing_more_to_tell(
+    disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_group, taken, goes_on = disk._next_group, threading.Event(), threading.Event()
+
+    def held() -> object:
+        group, stopping = next_group()
+        if any(submitted.writes == [(1, b"held", b"1")] for submitted in group):
+            taken.set()
+            goes_on.wait(10)
+        return group, stopping
+
+    monkeypatch.setattr(disk, "_next_group", held)
+    await disk.durable(disk.submit(batch_of((1, b"first", b"1"))))
+    waiter = asyncio.create_task(disk.durable(disk.submit(batch_of((1, b"held", b"1")))))
+    await asyncio.sleep(0)
+    assert taken.wait(10)
+    monkeypatch.setattr(disk_module, "PENDING_BYTES_MAX", 1000)
+    with pytest.raises(StorageError, match="did not keep up"):
+        disk.submit(batch_of((1, b"b", b"x" * 1000)))
+    goes_on.set()
+    with pytest.raises(StorageError, match="did not keep up"):
+        async with asyncio.timeout(10):
+            await waiter
+
+
 async def test_durable_when_a_waiter_is_cancelled_still_wakes_the_others(disk: SqliteDisk) -> None:
     number = disk.submit(batch_of((1, b"a", b"1")))
     tasks = [asyncio.create_task(disk.durable(number)) for _ in range(3)]
