@@ -130,9 +130,7 @@ class Bus:
             case Take():
                 return await self._take(connection, message)
             case StopTaking(number):
-                listener = self._listener(number)
-                listener.stopped = True
-                listener.wake()
+                self._stop(self._listener(number))
                 return Done()
             case Acknowledge(listener, delivery):
                 return Done(self._settle(listener, delivery, again=False))
@@ -253,7 +251,7 @@ class Bus:
         """Where somebody listens on this host, and whether what is fanned out to the topic is taken there."""
         heard: dict[Address, bool] = {}
         for listener in self._listeners.values():
-            for address in listener.addresses:
+            for address in () if listener.stopped else listener.addresses:
                 heard[address] = heard.get(address, False) or listener.fanout
         return heard
 
@@ -367,9 +365,11 @@ class Bus:
         if self.elsewhere is not None:
             self.elsewhere.changed()
 
-    def _gone(self, listener: Listener) -> None:
-        """A listener's connection ended: what it held goes to others, and its callers hear that it died."""
-        del self._listeners[listener.number]
+    def _stop(self, listener: Listener) -> None:
+        """It takes no more: what waits, and what is still to come, is for others. What it has it may acknowledge."""
+        if listener.stopped:
+            return
+        listener.stopped = True
         self._listeners_changed()
         for address in listener.addresses:
             queue = self._queues.get(address)
@@ -378,23 +378,48 @@ class Bus:
             fanned = self._fanouts.get(address.topic_key, {})
             if fanned.pop(listener.number, None) is not None and not fanned:
                 del self._fanouts[address.topic_key]
-        for envelope in listener.copies:
-            self._unqueued(envelope)
-        for queue, envelope in reversed(list(listener.outstanding.values())):
-            if queue is not None:
-                queue.messages.appendleft(envelope)
-                self._count_queued(envelope)
+        while listener.copies:
+            self._unqueued(listener.copies.popleft())
+        for address in listener.addresses:
+            self._leave_to_others(address)
+        listener.wake()
+
+    def _gone(self, listener: Listener) -> None:
+        """A listener's connection ended: what it held goes to others, and its callers hear that it died."""
+        del self._listeners[listener.number]
+        if listener.stopped:
+            self._listeners_changed()
+        self._stop(listener)
+        for address, envelope in reversed(list(listener.outstanding.values())):
+            if address is not None:
+                self._put_back(address, envelope, first=True)
         for call in list(listener.calls.values()):
             self.fail(call.id, "the server that had taken the call died before it replied")
         for address in listener.addresses:
-            queue = self._queues.get(address)
-            if queue is not None and queue.messages:
-                # It may have been woken for one of these and died before it took it.
-                self._wake_one(queue)
-                if not queue.listeners and self.elsewhere is not None:
-                    self.elsewhere.hold(address)
-            elif queue is not None and not queue.listeners:
-                self._drop_queue(address, queue)
+            self._leave_to_others(address)
+
+    def _leave_to_others(self, address: Address) -> None:
+        """See to a queue that one listener less waits at, who may have been woken for a message and not have taken it.
+
+        Without messages and listeners it goes.
+        """
+        queue = self._queues.get(address)
+        if queue is not None and queue.messages:
+            self._wake_one(queue)
+            if not queue.listeners and self.elsewhere is not None:
+                self.elsewhere.hold(address)
+        elif queue is not None and not queue.listeners:
+            self._drop_queue(address, queue)
+
+    def _put_back(self, address: Address, envelope: Envelope, *, first: bool) -> None:
+        """What a listener took and gives up. Its queue may be gone since, if the listener had stopped."""
+        try:
+            queue = self._queue(address)
+        except Unavailable:
+            self.counters["dropped"] += 1
+            return
+        (queue.messages.appendleft if first else queue.messages.append)(envelope)
+        self._count_queued(envelope)
 
     def _listener(self, number: int) -> Listener:
         listener = self._listeners.get(number)
@@ -424,16 +449,16 @@ class Bus:
         taken: list[Delivery] = []
         size = 0
         count = min(count, OUTSTANDING_MESSAGES_MAX - len(listener.outstanding))
-        if self._full(listener):
+        if listener.stopped or self._full(listener):
             return taken
-        for queue, envelope in self._waiting_for(listener):
+        for address, envelope in self._waiting_for(listener):
             number = next(self._numbers)
             call = envelope.call
             if call is not None:
                 call.listener = listener
                 listener.calls[call.id] = call
             if listener.acknowledges:
-                listener.outstanding[number] = queue, envelope
+                listener.outstanding[number] = address, envelope
                 listener.outstanding_bytes += len(envelope.body)
             monitor_ms = int(call.monitor_s * 1000) if call is not None else 0
             taken.append(Delivery(number, envelope.body, call.id if call is not None else 0, monitor_ms))
@@ -448,9 +473,9 @@ class Bus:
         messages, size = len(listener.outstanding), listener.outstanding_bytes
         return messages >= OUTSTANDING_MESSAGES_MAX or size >= OUTSTANDING_BYTES_MAX
 
-    def _waiting_for(self, listener: Listener) -> Iterator[tuple[Queue | None, Envelope]]:
+    def _waiting_for(self, listener: Listener) -> Iterator[tuple[Address | None, Envelope]]:
         """Take messages off the listener's queues, one of each in turn, as long as the caller asks for more."""
-        queues = [self._queues[address] for address in listener.addresses if address in self._queues]
+        queues = {address: self._queues[address] for address in listener.addresses if address in self._queues}
         found = True
         while found:
             found = False
@@ -459,18 +484,18 @@ class Bus:
                 envelope = listener.copies.popleft()
                 self._unqueued(envelope)
                 yield None, envelope
-            for queue in queues:
+            for address, queue in queues.items():
                 while queue.messages:
                     envelope = queue.messages.popleft()
                     self._unqueued(envelope)
                     if not envelope.stale:
                         found = True
-                        yield queue, envelope
+                        yield address, envelope
                         break
 
     def _settle(self, number: int, delivery: int, *, again: bool) -> bool:
         listener = self._listeners.get(number)
-        queue, envelope = listener.outstanding.pop(delivery, (None, None)) if listener is not None else (None, None)
+        address, envelope = listener.outstanding.pop(delivery, (None, None)) if listener is not None else (None, None)
         if listener is None or envelope is None:
             return False
         listener.outstanding_bytes -= len(envelope.body)
@@ -478,13 +503,13 @@ class Bus:
             if envelope.call is not None:
                 listener.calls.pop(envelope.call.id, None)
                 envelope.call.listener = None
-            self._count_queued(envelope)
-            if queue is None:
+            if address is not None:
+                self._put_back(address, envelope, first=False)
+                self._leave_to_others(address)
+            elif not listener.stopped:
                 listener.copies.append(envelope)
+                self._count_queued(envelope)
                 listener.wake()
-            else:
-                queue.messages.append(envelope)
-                self._wake_one(queue)
         # It may have been full, and waited beside messages.
         if any(queue.messages for address in listener.addresses if (queue := self._queues.get(address)) is not None):
             listener.wake()

@@ -109,7 +109,10 @@ class Taken(Message, frozen=True, tag=156):
 
 @message
 class StopTaking(Message, frozen=True, tag=157):
-    """End the listener's wait and let no later Take wait, from any connection. Reply: Done."""
+    """End the listener's wait, for good: its later Takes are empty, and messages go to others. Reply: Done.
+
+    From any connection. What it has taken it may still acknowledge.
+    """
 
     listener: int
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dht.wire.local import Connection
-from nova_bridge.rpc.bus_messages import Subscribe
+from nova_bridge.rpc.bus_messages import Address, Subscribe
 
 
 @dataclass(eq=False, slots=True)
@@ -64,8 +64,8 @@ class Listener:
         """What was fanned out to this listener alone."""
         self.waiter: asyncio.Future[None] | None = None
         self.stopped = False
-        self.outstanding: dict[int, tuple[Queue | None, Envelope]] = {}
-        """Deliveries to be acknowledged, and the queues that they came from."""
+        self.outstanding: dict[int, tuple[Address | None, Envelope]] = {}
+        """Deliveries to be acknowledged, and the queues that they came from; None: copies for this listener alone."""
         self.outstanding_bytes = 0
         self.calls: dict[int, Waiting] = {}
         """Calls taken and not replied to."""

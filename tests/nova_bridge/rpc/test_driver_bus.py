@@ -181,6 +181,67 @@ async def test_stop_ends_the_wait():
             assert await bodies(client, listener, wait_ms=9000) == []
 
 
+class OtherHosts:
+    """Where somebody else listens to everything."""
+
+    def __init__(self):
+        self.delivered, self.held = [], []
+
+    def changed(self):
+        pass
+
+    async def told(self):
+        pass
+
+    async def deliver(self, address, envelope):
+        self.delivered.append(envelope.body)
+        return True
+
+    async def pools(self, address, far):
+        return set()
+
+    def hold(self, address):
+        self.held.append(address)
+
+
+async def test_message_for_a_topic_whose_only_listener_here_has_stopped_goes_to_another_host():
+    """Its process may work on what it has taken for hours yet, with its connection open."""
+    async with host() as here:
+        client, listener = await here.listener(fanout=True)
+        elsewhere = here.bus.elsewhere = OtherHosts()
+        await client.call(Cast(TOPIC, b"before"))
+        await client.call(Cast(TOPIC, b"copy"))
+        here.bus.copy(TOPIC, b"copy")
+        await client.call(StopTaking(listener))
+        assert here.bus.listening() == {}
+        assert elsewhere.held == [TOPIC], "what waits here is fetched"
+        assert [envelope.body for envelope in here.bus.unheard(TOPIC, 10)] == [b"before", b"copy"]
+        await client.call(Cast(TOPIC, b"after"))
+        assert elsewhere.delivered == [b"after"]
+        assert not here.bus.copy(TOPIC, b"copy")
+        assert here.bus.counters["queued_messages"] == here.bus.counters["queued_bytes"] == 0
+        assert await bodies(client, listener, wait_ms=9000) == []
+
+
+@pytest.mark.parametrize("gives_up", ["requeues", "dies", "acknowledges"])
+async def test_stopped_listener_may_acknowledge_what_it_has_and_what_it_gives_up_is_not_lost(gives_up):
+    async with host() as here:
+        client, listener = await here.listener(acknowledges=True)
+        await client.call(Cast(TOPIC, b"x"))
+        (delivery,) = (await client.call(Take(listener, 1, 100))).deliveries
+        await client.call(StopTaking(listener))
+        match gives_up:
+            case "requeues":
+                assert await client.call(Requeue(listener, delivery.id)) == Done(True)
+            case "acknowledges":
+                assert await client.call(Acknowledge(listener, delivery.id)) == Done(True)
+        await client.close()
+        await asyncio.sleep(0.05)
+        other, second = await here.listener()
+        assert await bodies(other, second, wait_ms=100) == [b"x"] * (gives_up != "acknowledges")
+        assert here.bus.counters["queued_messages"] == here.bus.counters["queued_bytes"] == 0
+
+
 async def test_call_is_answered_once():
     async with host() as here:
         client, listener = await here.listener()
