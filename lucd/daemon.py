@@ -160,6 +160,7 @@ class Daemon:
         self.own.domain.on_change.append(self._roster_changed)
         self._global_known = asyncio.Event()
         self.wide.domain.on_change.append(self._global_changed)
+        pop_recoverer = self._pop_recoverer()
         self._report = Report(
             Parts(
                 identity=self.identity,
@@ -174,7 +175,8 @@ class Daemon:
                 locate=self.places.locate,
                 hint=self.overlay.find_hint,
                 far=self.pops.store,
-                recover_pop=self._pop_recoverer().order,
+                recover_pop=pop_recoverer.order,
+                free_seats=pop_recoverer.free_seats,
                 copies=self.followers.lines,
                 ask=self.network.call,
                 holders=lambda: self._holders(self._members()),

@@ -3,7 +3,8 @@
 Order: the PoP's claim in `global` is read; the copies are found and fetched into this node's empty file; then the claim
 goes over to this node, if it is still the one that was read; then the domain begins its next generation here, in one
 batch. Whatever breaks off before is done again by the next order. At last the dead members' seats in `global` are
-freed, which the PoP's new nodes would have to do without.
+freed, which the PoP's new nodes would have to do without. What breaks off after the generation has begun, the freeing
+of the seats too, an order of `lucd domain recover` on this node goes on with.
 
 Of two orders at a time one is refused: each makes a claim that no other makes, with a generation above that of the one
 before it, also where the same node gives it again. Whoever took the claim may serve the domain from then on, so who
@@ -21,11 +22,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from dht.domain.domain import Domain
 from dht.domain.messages import AskLinks, DomainMessage, Links
-from dht.domain.recovery import keep_record
 from dht.domain.restore import Restoration, find_copies, floors_after
 from dht.errors import Conflict, DhtError, Indeterminate, Invalid
 from dht.limits import REQUEST_TIMEOUT_S
@@ -92,9 +90,7 @@ class PopRecoverer:
         await self._move(claim, recovering(claim, node, self._incarnation, generation))
         record = await domain.restore(before, floors_after(before[-1]), generation, _findings(found))
         log.warning("PoP %s begins anew in generation %d, data loss accepted", domain.name, record.generation)
-        record = msgspec.structs.replace(record, findings=(*record.findings, *await self._free_seats()))
-        await self._own.disk.durable(keep_record(self._own.disk, domain.name, record))
-        return await Recoverer(domain, self._own.store.salvage).finish(record, request.timeout_s)
+        return await Recoverer(domain, self._own.store.salvage, self.free_seats).finish(record, request.timeout_s)
 
     def _refuse_elsewhere(self, request: RecoverPop) -> None:
         domain = self._own.domain
@@ -132,7 +128,7 @@ class PopRecoverer:
             raise Invalid(f"there never was a PoP {name}; this node founds it by itself")
         return claim
 
-    async def _free_seats(self) -> list[str]:
+    async def free_seats(self) -> list[str]:
         """Take the PoP's members before out of `global`, where nobody of the PoP was left to do it; says what was."""
         domain, newest = self._own.domain, self._wide.chain.newest
         lines = []

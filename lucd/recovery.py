@@ -20,12 +20,17 @@ Salvage = Callable[[float], Awaitable[tuple[str, ...]]]
 """`StoreNode.salvage`."""
 
 
-class Recoverer:
-    """Of the daemon's domain."""
+FreeSeats = Callable[[], Awaitable[list[str]]]
+"""`PopRecoverer.free_seats`."""
 
-    def __init__(self, domain: Domain, salvage: Salvage) -> None:
+
+class Recoverer:
+    """Of one of the daemon's domains. `free_seats`: due where that is a PoP's, and began out of copies."""
+
+    def __init__(self, domain: Domain, salvage: Salvage, free_seats: FreeSeats | None = None) -> None:
         self._domain = domain
         self._salvage = salvage
+        self._free_seats = free_seats
 
     async def order(self, request: RecoverDomain) -> RecoverReply:
         """Raises Invalid where it is not allowed, Unavailable when it was begun and the data is not repaired yet."""
@@ -40,8 +45,14 @@ class Recoverer:
         return await self.finish(record, request.timeout_s)
 
     async def finish(self, record: Recovery, timeout_s: float) -> RecoverReply:
-        """See to the data once its tablets are served. Raises Unavailable when that does not end in time."""
+        """See to the data once its tablets are served. Raises Unavailable when that does not end in time.
+
+        Whatever breaks off is done by the next order, which finds the record.
+        """
         generations = self._domain.generations
+        if record.from_copies and self._free_seats is not None:
+            freed = await self._free_seats()
+            record = await generations.note(record, [text for text in freed if text not in record.findings])
         try:
             await self._served(time.monotonic() + timeout_s)
             findings = await self._salvage(timeout_s)

@@ -23,7 +23,7 @@ from lucd import messages, version
 from lucd.counters import Counters
 from lucd.domain_node import DomainNode
 from lucd.messages import CopyLine, NodeLine, TabletLine
-from lucd.recovery import Recoverer
+from lucd.recovery import FreeSeats, Recoverer
 
 COPIES_TIMEOUT_S = 2.0
 
@@ -35,9 +35,9 @@ class Parts:
     `state`: one phrase for a human while the daemon starts or stops, empty while it serves. `own`, `wide`: the domain
     of the PoP, and `global`. `store`: any group, wherever it lives; `home`: of a database, a PoP, "global" or "local";
     raises NotFound. `locate`: the PoP of a group of a local family; `hint`: what the overlay says of it. `far`: the
-    nodes of another PoP. `recover_pop`: see `PopRecoverer.order`. `copies`: what this node keeps; `holders`: whom to
-    `ask` what others keep. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its counters now.
-    `warnings`: of the daemon's own parts.
+    nodes of another PoP. `recover_pop`, `free_seats`: of `PopRecoverer`. `copies`: what this node keeps; `holders`:
+    whom to `ask` what others keep. `contacts`: the overlay's nodes with PoP and address. `counters`: part -> its
+    counters now. `warnings`: of the daemon's own parts.
     """
 
     identity: NodeIdentity
@@ -53,6 +53,7 @@ class Parts:
     hint: Callable[[GroupKey], Awaitable[str | None]]
     far: Callable[[str], FarStore]
     recover_pop: Callable[[messages.RecoverPop], Awaitable[messages.RecoverReply]]
+    free_seats: FreeSeats
     copies: Callable[[], tuple[CopyLine, ...]]
     ask: Callable[[NodeId, Message, float], Awaitable[Struct]]
     holders: Callable[[], Sequence[NodeId]]
@@ -69,7 +70,10 @@ class Report:
         self._parts = parts
         self._started_s = time.monotonic()
         self._nodes = {node.name: node for node in (parts.own, parts.wide)}
-        self._recoveries = {name: Recoverer(n.domain, n.store.salvage) for name, n in self._nodes.items()}
+        self._recoveries = {
+            parts.own.name: Recoverer(parts.own.domain, parts.own.store.salvage, parts.free_seats),
+            parts.wide.name: Recoverer(parts.wide.domain, parts.wide.store.salvage),
+        }
 
     async def answer(self, message: Message) -> Struct:
         """Serve one of `lucd.messages`."""

@@ -354,7 +354,16 @@ class Domain:
         lost, survivors = tuple(m.node_id for m in last.members), (member.node_id,)
         every = tuple(range(len(last.tablets)))
         record = Recovery(
-            self._clock.wall(), member.node_id, link.generation, link.epoch, survivors, lost, every, (), tuple(findings)
+            self._clock.wall(),
+            member.node_id,
+            link.generation,
+            link.epoch,
+            survivors,
+            lost,
+            every,
+            (),
+            tuple(findings),
+            from_copies=True,
         )
         batch = Batch()
         for tablet, floor in enumerate(floors):

@@ -26,7 +26,8 @@ class Recovery(Struct, frozen=True):
     """The audit record of one recovery, kept where it was ordered. `wall_s`: seconds since 1970.
 
     `bereft`: tablets that had lost their majority; `empty`: those of which no survivor had anything. `findings`:
-    sentences about what was done to the data afterwards.
+    sentences about what was done to the data afterwards. `from_copies`: nobody was left, it began with what others had
+    copied.
     """
 
     wall_s: float
@@ -38,6 +39,7 @@ class Recovery(Struct, frozen=True):
     bereft: tuple[int, ...]
     empty: tuple[int, ...]
     findings: tuple[str, ...] = ()
+    from_copies: bool = False
 
 
 _encode = msgspec.msgpack.Encoder().encode

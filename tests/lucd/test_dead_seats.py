@@ -45,7 +45,7 @@ def domains() -> tuple[Any, Any]:
 async def test_recovery_frees_the_seats_of_its_own_pop_alone_and_says_how_to_free_what_it_could_not() -> None:
     own, wide = domains()
     recoverer = PopRecoverer(SimpleNamespace(domain=own), wide, b"i" * 16, *[None] * 4)  # type: ignore[arg-type]
-    freed, kept = await recoverer._free_seats()
+    freed, kept = await recoverer.free_seats()
     assert freed.startswith(f"node {DEAD.hex()} was taken out of domain global")
     assert kept == (
         f"node {BACK.hex()} keeps its seat in domain global (node {BACK.hex()} answers; drain it, or stop it first); "

@@ -10,11 +10,13 @@ import pytest
 
 from dht.domain.messages import AskCopyPage, CopyCovers
 from dht.domain.restore import QUESTIONS, Restoration, hand_over
+from dht.domain.roster import Member
 from dht.errors import Conflict, DhtError, Invalid, Unavailable
 from dht.model import NodeId, PopClaim, Struct
 from dht.register.catalog import recovering
-from lucd.messages import RecoverPop, RecoverReply
+from lucd.messages import RecoverDomain, RecoverPop, RecoverReply
 from lucd.pop_recovery import PopRecoverer, _findings
+from lucd.recovery import Recoverer
 from tests.dht.domain.small_world import World, key, play, value
 from tests.dht.domain.test_follower import Beside
 
@@ -43,6 +45,30 @@ class Claims:
             await self.moved()
 
 
+async def salvage(timeout_s: float) -> tuple[str, ...]:
+    return ()
+
+
+class Seats:
+    """Domain `global` with a seat of the node's. `power`: whether the daemon that frees it lives to see it freed."""
+
+    def __init__(self, node: NodeId) -> None:
+        member = Member(node, b"i" * 16, "one", "host", "h:1")
+        self.chain = SimpleNamespace(newest=SimpleNamespace(members=(member,)))
+        self.power = False
+        self.freed: list[NodeId] = []
+
+    async def leave(self, node: NodeId, *, drain: bool) -> int:
+        if not self.power:
+            raise PowerLoss
+        self.freed.append(node)
+        return 1
+
+
+class PowerLoss(Exception):
+    pass
+
+
 class Lost:
     """A PoP of three, switched off, which machine 0 founded; a copy of it beside; new machines, cut off one another.
 
@@ -54,6 +80,7 @@ class Lost:
         self.world = world
         self.beside = beside
         self.claims = Claims(PopClaim(founder.node_id, founder.incarnation, 0))
+        self.wide: object = SimpleNamespace(chain=SimpleNamespace(newest=None))
         self.heard: set[int] = set()
         self.meanwhile: Meanwhile | None = None
 
@@ -79,31 +106,28 @@ class Lost:
             raise Unavailable("not heard")
         return await self.world.domain(number).answer(b"f" * 20, message)
 
-    async def order(self, number: int) -> RecoverReply | DhtError:
-        """What the human at that machine is told."""
+    def recoverer(self, number: int) -> PopRecoverer:
         node = self.world.node(number)
-
-        async def salvage(timeout_s: float) -> tuple[str, ...]:
-            return ()
-
         own = SimpleNamespace(
             domain=node.domain,
             registers=node.registers,
             disk=node.boot.disk,
             store=SimpleNamespace(salvage=salvage),
         )
-        wide = SimpleNamespace(chain=SimpleNamespace(newest=None))
-        recoverer = PopRecoverer(
+        return PopRecoverer(
             own,  # type: ignore[arg-type]
-            wide,  # type: ignore[arg-type]
+            self.wide,  # type: ignore[arg-type]
             node.boot.incarnation,
             self,  # type: ignore[arg-type]
             lambda: self.claims,  # type: ignore[arg-type,return-value]
             lambda: [HOLDER],
             lambda: [self.node_id(i) for i in self.heard - {number}],
         )
+
+    async def order(self, number: int) -> RecoverReply | DhtError:
+        """What the human at that machine is told."""
         try:
-            return await recoverer.order(RecoverPop("one", True, 60.0))
+            return await self.recoverer(number).order(RecoverPop("one", True, 60.0))
         except DhtError as error:
             return error
 
@@ -255,6 +279,25 @@ def test_order_that_broke_off_after_the_claim_moved_is_given_again() -> None:
         reply = await pop.order(number)
         assert isinstance(reply, RecoverReply)
         assert world.domain(number).generations.records()[-1].generation == reply.recovery.generation
+        assert await world.get(number, KEYS[0]) == value("v0")
+
+    play(story)
+
+
+def test_seats_that_an_order_which_broke_off_left_taken_are_freed_by_the_one_that_goes_on() -> None:
+    async def story(world: World) -> None:
+        pop = await lost(world)
+        number = await pop.new()
+        seats = pop.wide = Seats(pop.node_id(0))
+        with pytest.raises(PowerLoss):
+            await pop.order(number)
+        world.cluster.crash(number)
+        await world.cluster.start(number)
+        seats.power = True
+        domain, free_seats = world.domain(number), pop.recoverer(number).free_seats
+        reply = await Recoverer(domain, salvage, free_seats).order(RecoverDomain((), True, 60.0))
+        assert seats.freed == [pop.node_id(0)]
+        assert f"node {seats.freed[0].hex()} was taken out of domain global" in "; ".join(reply.recovery.findings)
         assert await world.get(number, KEYS[0]) == value("v0")
 
     play(story)
