@@ -192,7 +192,7 @@ class Daemon:
         self.network.on_link.append(self._reach.met)
         self._workers = WorkerSupervisor(self._worker_command(), settings.nova.workers)
         self._door = Door(self.homed, self._bus, self._report.answer, self.homed.home)
-        self._local = LocalDoor(settings.socket, self._door.answer)
+        self._local = LocalDoor(settings.socket, self._door.answer, settings.socket_mode)
 
     async def start(self) -> None:
         """Raises a DhtError, after which `stop` is due, when this node cannot start as configured."""
@@ -217,7 +217,6 @@ class Daemon:
         self._steps.push_async_callback(self.homed.stop)
         await self._keep(self._reach)
         await self._keep(self._local)
-        settings.socket.chmod(settings.socket_mode)
         await self._keep(self._workers)
         self._state = ""
 
@@ -266,7 +265,9 @@ class Daemon:
         await part.start()
 
     def _spawn(self, work: Awaitable[None]) -> None:
+        """Work beside the requests, which ends with the daemon or by itself."""
         task = asyncio.ensure_future(work)
+        task.add_done_callback(_report_end)
 
         async def end() -> None:
             task.cancel()
@@ -443,3 +444,9 @@ class Daemon:
         }
         counted = {name: counters() for name, counters in parts.items()}
         return {**self.own.counters(), **counted, **self.wide.counters("global_")}
+
+
+def _report_end(task: asyncio.Future[None]) -> None:
+    """What breaks off is a bug that must not pass in silence."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("background work of the daemon broke off, restart it: %r", error, exc_info=error)

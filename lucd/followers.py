@@ -196,7 +196,10 @@ class Followers:
             for name in dict.fromkeys((*wanted, *self._on_disk())) if wanted else ():
                 if name not in self._kept:
                     await self._begin(name)
-            await self._drop_unwanted()
+            try:
+                await self._drop_unwanted()
+            except OSError as error:
+                log.error("a copy that is not wanted any more cannot be deleted: %s", error)
             await self._clock.sleep(LOOK_EVERY_S * self._chance.uniform(0.8, 1.2))
 
     async def _drop_unwanted(self) -> None:
@@ -225,16 +228,28 @@ class Followers:
         return self._directory / f"{quote(name, safe='')}{_SUFFIX}"
 
     async def _begin(self, name: str) -> None:
+        """Follow the domain; a copy that cannot be is told, and the others are kept all the same."""
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
             # Beside the loop: a large file takes long to be looked through.
             disk = await asyncio.to_thread(open_file, self._path(name), self._identity, 0, COPY_RESERVE_BYTES)
+            try:
+                kept = self._copy(name, disk)
+                await kept.follower.start()
+            except BaseException:
+                disk.close()
+                raise
         except (DhtError, OSError) as error:
             if name not in self._failed:
                 log.error("the copy of domain %s cannot be opened: %s", name, error)
             self._failed[name] = str(error)
             return
         self._failed.pop(name, None)
+        self._kept[name] = kept
+        log.info("this node follows domain %s", name)
+
+    def _copy(self, name: str, disk: SqliteDisk) -> Kept:
+        """Raises StorageError for a file that cannot be read."""
         nodes: dict[NodeId, str] = {}
 
         async def contacts() -> Sequence[NodeId]:
@@ -252,9 +267,7 @@ class Followers:
             bytes_per_s=self._settings.copy_bytes_per_s,
             on_roster=lambda roster: self._acquaint(nodes, roster),
         )
-        self._kept[name] = Kept(disk, follower, FollowedReads(follower.copy, disk), nodes)
-        await follower.start()
-        log.info("this node follows domain %s", name)
+        return Kept(disk, follower, FollowedReads(follower.copy, disk), nodes)
 
     def _acquaint(self, nodes: dict[NodeId, str], roster: Roster) -> None:
         """Links to the members of a followed domain, for as long as they are members."""

@@ -65,10 +65,12 @@ class HintPublisher:
     async def again(self) -> None:
         """Publish all that this node coordinates, round after round; never ends."""
         while True:
-            if self._worth_it():
-                for piece in self._kept():
+            try:
+                for piece in self._kept() if self._worth_it() else ():
                     for group in piece:
                         await self._one(group)
+            except DhtError as error:
+                log.warning("the groups to publish hints of cannot be listed: %s", error.message)
             await self._clock.sleep(ROUND_EVERY_S)
 
     async def _one(self, group: GroupKey) -> None:

@@ -69,12 +69,14 @@ def _log_tasks() -> None:
 
 
 async def _first_of(ready: Coroutine[Any, Any, None], asked_to_stop: Coroutine[Any, Any, Any]) -> bool:
-    """Whether the node became ready before it was asked to stop."""
+    """Whether the node became ready before it was asked to stop. Raises what it cannot become ready for."""
     waiting = asyncio.ensure_future(ready)
     stopping = asyncio.ensure_future(asked_to_stop)
     try:
         await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        return waiting.done() and waiting.exception() is None
+        if waiting.done():
+            waiting.result()
+        return waiting.done()
     finally:
         waiting.cancel()
         stopping.cancel()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dht.domain.backups import backups_of
+from dht.errors import StorageError
 from dht.model import GLOBAL
 from lucd import followers as followers_module
 from lucd.followers import SILENT_AFTER_S, UNWANTED_AFTER_S, Followers
@@ -113,3 +114,38 @@ async def test_copy_that_others_are_to_keep_now_is_there_after_a_restart(kept: K
     kept.start()
     await kept.run(10.0)
     assert LOST in kept.followers.names()
+
+
+async def test_copy_whose_file_cannot_be_read_is_told_and_keeps_no_other_one_from_being_followed(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(name: str, *more: object, **named: object) -> Any:
+        if name == GLOBAL:
+            raise StorageError("what a copy covers cannot be read: wipe the file, it is made anew")
+        return kept._follower(name)
+
+    monkeypatch.setattr(followers_module, "Follower", unreadable)
+    kept.alive = {LOST}
+    await kept.run(10.0)
+    assert kept.followers.names() == (LOST,)
+    (warning,) = kept.followers.warnings()
+    assert "copy of domain global is not kept: what a copy covers cannot be read: wipe the file" in warning
+    monkeypatch.setattr(followers_module, "Follower", kept._follower)
+    await kept.run(10.0)
+    assert kept.followers.names() == (GLOBAL, LOST)
+    assert kept.followers.warnings() == []
+
+
+async def test_copy_that_cannot_be_deleted_ends_no_other_one(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    kept.pops.append(NEWER)
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    await kept.run(UNWANTED_AFTER_S + 20.0)
+    kept.pops.remove(NEWER)
+    await kept.run(10.0)
+    assert kept.followers.names() == (GLOBAL, LOST)

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 
-from dht.errors import Unavailable
+from dht.errors import StorageError, Unavailable
 from lucd import hints
 from lucd.hints import HintPublisher
 
@@ -84,3 +84,13 @@ async def test_coordinator_publishes_again_round_after_round_where_hints_are_ask
     world.asked = False
     await world.run(world.publisher.again())
     assert not world.published
+
+
+async def test_groups_that_cannot_be_listed_once_are_published_in_the_next_round(world: World) -> None:
+    def damaged() -> list[list[bytes]]:
+        world.publisher._kept = lambda: world.kept
+        raise StorageError("a page is damaged")
+
+    world.publisher._kept = damaged
+    await world.run(world.publisher.again())
+    assert world.published[:3] == [b"a", b"b", b"c"]

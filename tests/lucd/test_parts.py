@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -12,13 +13,15 @@ import pytest
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Conflict, Invalid, NotFound
+from dht.errors import Conflict, Invalid, NotFound, StorageError
 from dht.model import Struct
 from dht.requests import Store
 from dht.storage.memory import MemoryDisk
 from dht.wire.boots import BootBook
 from dht.wire.local import Connection
-from lucd import messages, workers
+from lucd import directory, messages, process, workers
+from lucd.conf.settings import load
+from lucd.daemon import Daemon
 from lucd.door import Door
 from lucd.notify import notify
 from lucd.workers import WorkerSupervisor
@@ -143,3 +146,45 @@ async def test_door_refuses_what_is_not_for_it() -> None:
         await a_door(Recorder()).answer(nobody, requests.Done())
     with pytest.raises(Invalid, match="one for each key"):
         await a_door(Recorder()).answer(nobody, requests.ReadGroups((b"k",), ()))
+
+
+async def test_daemon_that_cannot_become_ready_ends_with_the_error_and_not_as_if_asked_to_stop() -> None:
+    async def failing() -> None:
+        raise StorageError("the file is damaged")
+
+    async def ready() -> None:
+        return None
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(StorageError, match="damaged"):
+        await process._first_of(failing(), never())
+    assert await process._first_of(ready(), never()) is True
+    assert await process._first_of(never(), ready()) is False
+
+
+async def test_background_work_that_breaks_off_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> None:
+        raise ZeroDivisionError("a bug")
+
+    daemon = Daemon.__new__(Daemon)
+    daemon._steps = contextlib.AsyncExitStack()
+    daemon._spawn(broken())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await daemon._steps.aclose()
+    assert "background work of the daemon broke off" in caplog.text
+
+
+async def test_socket_is_never_open_to_more_than_its_configured_mode(tmp_path: Path) -> None:
+    """It has the mode before anybody can connect, so the door makes it so."""
+    config = tmp_path / "lucd.conf"
+    config.write_text(f"[DEFAULT]\ndata_dir = {tmp_path}/data\nsocket_mode = 600\n")
+    settings = load(config)
+    directory.found(settings.data_dir)
+    opened = directory.start(settings.data_dir, settings.pop)
+    daemon = Daemon(settings, opened)
+    await daemon.stop()
+    opened.close()
+    assert daemon._local.mode == 0o600
