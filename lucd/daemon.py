@@ -157,6 +157,7 @@ class Daemon:
         self.network.serve(self._answer_peer)
         self._global_network.serve(self.wide.answer)
         self.network.on_link.append(self._met_peer)
+        self.network.needed = lambda node: self._needed(node) or self.pops.passes_on_to(node)
         self.own.domain.on_change.append(self._roster_changed)
         self._global_known = asyncio.Event()
         self.wide.domain.on_change.append(self._global_changed)

@@ -163,6 +163,10 @@ class Pops:
                 self._network.forget(node)
         self._gateways[pop] = nodes
 
+    def passes_on_to(self, node: NodeId) -> bool:
+        """Whether it is a gateway."""
+        return any(node in nodes for nodes in self._gateways.values())
+
     def heard_of(self, contact: Contact) -> None:
         """A node answered in the overlay: a gateway may have another address now."""
         if contact.id in self._gateways.get(contact.pop, []) and not self._network.alive(contact.id):

@@ -1,8 +1,8 @@
 """Links to peers over aiohttp WebSockets: `dht.world.Network` for production (DESIGN section 10).
 
 One link per pair of nodes. Links to all nodes of the address book are kept up: dialled at once, and again with growing
-pauses when lost. If both nodes dial at the same time, the link that the node with the smaller id dialled stays; the
-other takes no new requests and closes when its last are done.
+pauses when lost, for as long as they are needed. If both nodes dial at the same time, the link that the node with the
+smaller id dialled stays; the other takes no new requests and closes when its last are done.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ REDIAL_MAX_S = 0.5
 """Short, because it is what a healed network waits for; a dial that nobody answers costs next to nothing."""
 FAILURES_BEFORE_REFUSAL = 2
 """After so many failed dials nobody waits for the next: messages to the peer are refused at once."""
+UNNEEDED_AFTER_S = 600.0
+"""Who was not alive for so long, and is not needed any more, is dialled no more: nodes are replaced for years."""
 TICK_S = 0.05
 RETIRED_WAIT_S = 1.0
 RETIRED_ROUNDS_MAX = 30
@@ -96,6 +98,8 @@ class LinkNetwork:
         names = "links frames_in frames_out bytes_in bytes_out dials lost refused garbage shed"
         self.counters = dict.fromkeys(names.split(), 0)
         self.on_link: list[Callable[[PeerIdentity], None]] = []
+        self.needed: Callable[[NodeId], bool] = lambda node: True
+        """Whether this node has, or will have, to do with that one; asked of those that are silent for long."""
         self._cluster = cluster
         self._accept_boot = accept_boot
         self._answer: Answer | None = None
@@ -317,6 +321,10 @@ class LinkNetwork:
         if peer is None or self._session is None or peer.address is None or peer.timer is not None:
             return
         if peer.link is None and peer.dialing is None:
+            silent_s = asyncio.get_running_loop().time() - peer.alive_s
+            if silent_s > UNNEEDED_AFTER_S and not self.needed(node_id):
+                self.forget(node_id)
+                return
             pause_s = min(REDIAL_MAX_S, REDIAL_MIN_S * 2.0 ** min(peer.failures, 10)) * random.uniform(0.7, 1.3)
             peer.timer = asyncio.get_running_loop().call_later(pause_s, self._redial, node_id, peer)
 

@@ -177,14 +177,19 @@ async def test_background_work_that_breaks_off_is_logged(caplog: pytest.LogCaptu
     assert "background work of the daemon broke off" in caplog.text
 
 
-async def test_socket_is_never_open_to_more_than_its_configured_mode(tmp_path: Path) -> None:
-    """It has the mode before anybody can connect, so the door makes it so."""
+async def test_daemon_needs_links_to_members_and_gateways_alone_and_its_door_makes_the_socket_with_its_mode(
+    tmp_path: Path,
+) -> None:
+    """Before anybody can connect, that is."""
     config = tmp_path / "lucd.conf"
     config.write_text(f"[DEFAULT]\ndata_dir = {tmp_path}/data\nsocket_mode = 600\n")
     settings = load(config)
     directory.found(settings.data_dir)
     opened = directory.start(settings.data_dir, settings.pop)
     daemon = Daemon(settings, opened)
+    gateway, stranger = b"g" * 20, b"s" * 20
+    daemon.pops._gateways["lyon"] = [gateway]
+    assert (daemon.network.needed(gateway), daemon.network.needed(stranger)) == (True, False)
     await daemon.stop()
     opened.close()
     assert daemon._local.mode == 0o600

@@ -229,6 +229,21 @@ async def test_older_boot_of_a_node_is_refused():
                 await node.network.stop()
 
 
+async def test_node_that_is_silent_for_long_and_needed_by_nobody_is_dialled_no_more(monkeypatch):
+    monkeypatch.setattr(links, "UNNEEDED_AFTER_S", 0.2)
+    async with nodes(2) as (a, b):
+        gone, away = b"g" * 20, b"a" * 20
+        a.network.needed = lambda node: node == away
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        for node in (gone, away):
+            a.network.set_address(node, "127.0.0.1", 1)
+        await until(lambda: gone not in a.network.addresses())
+        assert set(a.network.addresses()) == {away, b.id}, "a member that is away may come back"
+        a.network.set_address(gone, "127.0.0.1", b.network.port)
+        assert gone in a.network.addresses(), "where it is heard of again it is dialled again"
+
+
 async def test_taken_port_is_a_clear_error():
     async with nodes(1) as (a,):
         with pytest.raises(Invalid, match="cannot listen on"):
