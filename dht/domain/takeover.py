@@ -14,13 +14,13 @@ from typing import Final
 
 from dht.domain.chain import Chain
 from dht.domain.roster import TabletReplicas
-from dht.domain.tablets import Tablets
+from dht.domain.tablets import Tablets, tablet_key
 from dht.domain.transfer import Transfer
 from dht.domain.watch import Watch
 from dht.errors import DhtError
 from dht.model import NodeId
 from dht.storage.registers import RegisterFile
-from dht.world import Batch, Clock, Disk
+from dht.world import Batch, Clock, Disk, Space
 
 log = logging.getLogger(__name__)
 TRANSFERS_MAX: Final = 4
@@ -62,6 +62,7 @@ class Takeover:
         self._on_change = on_change
         self._running: dict[int, asyncio.Task[None]] = {}
         self._failed: dict[int, int] = {}
+        self._empty: set[int] = set()
         self._wake = asyncio.Event()
         self._pending_since_s: dict[int, tuple[int, float]] = {}
 
@@ -99,6 +100,7 @@ class Takeover:
             gets_on = self._running.keys() - self._transfer.waiting if self._one_by_one else ()
             if (gets_on or len(self._running) >= TRANSFERS_MAX) and not self._sealed_already(tablet):
                 break
+            self._empty.discard(tablet)
             task = asyncio.create_task(self._transfer.initialise(tablet))
             self._running[tablet] = task
             task.add_done_callback(functools.partial(self._done, tablet))
@@ -146,20 +148,22 @@ class Takeover:
         return any(m.node_id in replicas.nodes and incarnations.get(m.node_id) != m.incarnation for m in new.members)
 
     async def _let_go(self) -> None:
-        """Erase tablets whose every present replica is initialised: nobody can need this node's copy any more."""
+        """Erase tablets whose every present replica is initialised: nobody can need this node's copy any more.
+
+        And what was copied ahead for a set of replicas that another one followed before it was sealed.
+        """
         newest = self._chain.newest
         if newest is None:
             return
-        for tablet in self._tablets.known():
-            replicas = newest.replicas(tablet)
-            if self._node in replicas.nodes:
+        for tablet, nodes in enumerate(newest.tablets):
+            if self._node in nodes or tablet in self._running or tablet in self._empty:
                 continue
             state = self._tablets.state(tablet)
             if newest.member(self._node) is None and state.current < self._chain.generation_epoch:
                 continue  # left out of a recovery: kept for comparison
             if state.initialised:
-                marks = [self._watch.marks.get(n, {}).get(tablet) for n in replicas.nodes]
-                if not all(m is not None and m.initialised >= replicas.epoch for m in marks):
+                marks = [self._watch.marks.get(n, {}).get(tablet) for n in nodes]
+                if not all(m is not None and m.initialised >= newest.tablet_epochs[tablet] for m in marks):
                     continue
                 batch = Batch()
                 self._tablets.drop(batch, tablet)
@@ -169,13 +173,29 @@ class Takeover:
     async def _erase(self, tablet: int) -> None:
         """In pages; a crash in between leaves registers that nobody reads, and the next start goes on."""
         try:
-            while keys := self._registers.keys(tablet, limit=ERASE_KEYS):
+            while not self._empty_now(tablet):
                 newest = self._chain.newest
                 if newest is None or self._node in newest.replicas(tablet).nodes:
                     return  # a replica again: what is here may be of use, and the transfer erases the rest
-                batch = Batch()
-                for key in keys:
-                    self._registers.erase(batch, key)
-                await self._disk.durable(self._disk.submit(batch))
+                await self._disk.durable(self._erase_some(tablet))
         except DhtError as error:
             log.error("tablet %d is not erased: %s", tablet, error)
+
+    def _empty_now(self, tablet: int) -> bool:
+        """Whether nothing is here of the tablet; it stays so until a transfer of it begins."""
+        if not self._registers.keys(tablet, limit=1) and not self._staged(tablet, 1):
+            self._empty.add(tablet)
+        return tablet in self._empty
+
+    def _erase_some(self, tablet: int) -> int:
+        """Submit a batch that erases a page of the tablet's registers, in place or staged; its number."""
+        batch = Batch()
+        for key in self._registers.keys(tablet, limit=ERASE_KEYS):
+            self._registers.erase(batch, key)
+        for key in self._staged(tablet, ERASE_KEYS):
+            batch.delete(Space.STAGED, key)
+        return self._disk.submit(batch)
+
+    def _staged(self, tablet: int, limit: int) -> list[bytes]:
+        pairs = self._disk.range(Space.STAGED, tablet_key(tablet), tablet_key(tablet + 1), limit=limit)
+        return [key for key, _ in pairs]

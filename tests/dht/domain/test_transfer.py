@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from dht.domain.messages import AskHeaders, AskSeal, Sealed
+from dht.domain.messages import AskHeaders, AskSeal, RegisterCopy, Sealed
 from dht.domain.roster import Member, Roster, successor
 from dht.domain.rules import RULES, DomainRules
 from dht.domain.tablets import Tablets, TabletState
-from dht.errors import NotServing, RemoteProtocolError, StorageError
+from dht.domain.transfer import Staging
+from dht.errors import NotServing, RemoteProtocolError, StorageError, Unavailable
 from dht.model import ZERO, Ballot, NodeId
 from dht.storage.memory import MemoryDisk
 from dht.storage.registers import Header
@@ -172,6 +173,42 @@ def test_initialise_returning_replica_stages_and_its_old_content_counts_for_othe
         assert stage.world.domain(0).tablets.state(stage.tablet).initialised == (1, 3)
 
     staged(story, 2)
+
+
+def test_let_go_copy_of_a_transfer_that_was_overtaken_before_the_seal_is_erased() -> None:
+    """The node was a replica by a link that the next one took back; what it copied ahead, nobody asks it for."""
+
+    async def story(stage: Stage) -> None:
+        for i, k in enumerate(stage.keys):
+            stage.write(0, k, i + 1, f"w{i}")
+        stage.move(1)
+        await stage.tell(0, 1, 2)
+        domain, disk = stage.world.domain(1), stage.world.node(1).boot.disk
+
+        async def unsealed(*_: object) -> None:
+            raise Unavailable("nobody seals now")
+
+        domain.transfer._seal = unsealed  # type: ignore[method-assign, assignment]
+        assert not await stage.initialise(1, within_s=1.0)
+        assert stage.row(1, stage.keys[0]) == value("w0")
+        await domain._takeover._let_go()
+        assert stage.row(1, stage.keys[0]) == value("w0"), "it is a replica, and will go on with that"
+        stage.move(2)
+        await stage.tell(0, 1, 2)
+        # Of a tablet that was served here before, the copies would be staged.
+        other, copies = Staging(disk, stage.tablet, 2), [RegisterCopy(stage.keys[0], Header(), {ROW: value("w0")})]
+        other.keep(copies)
+        await domain._takeover._let_go()
+        assert stage.world.node(1).registers.keys(stage.tablet) == []
+        assert disk.range(Space.STAGED, b"", None) == []
+        assert stage.row(0, stage.keys[0]) == value("w0")
+        stage.move(1)
+        await stage.tell(0, 1, 2)
+        del domain.transfer._seal
+        assert await stage.initialise(1)
+        assert [stage.row(1, k) for k in stage.keys] == [value(f"w{i}") for i in range(len(stage.keys))]
+
+    staged(story, 3)
 
 
 def test_sealed_replica_admits_nothing_at_or_below_and_says_where_to_look() -> None:
