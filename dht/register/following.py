@@ -25,6 +25,7 @@ from dht.model import (
     TableSpec,
 )
 from dht.register import catalog
+from dht.register.admission import check_query
 from dht.register.group import is_system
 from dht.rows import encode_value, split_group_key
 from dht.world import Batch, Disk
@@ -96,12 +97,15 @@ class FollowedReads:
         """The rows that match here, and how far they are covered; None where the voters have to be asked in any case.
 
         That is so if the catalog here is of another version, or more matches than one answer holds. `covered_s`: as far
-        as the caller takes it to be.
+        as the caller takes it to be. Raises Invalid if the query is not well formed.
         """
+        check_query(query)
         covered_s = self.covered_s(query.database) if covered_s is None else covered_s
         if covered_s == NEVER_S or self.version(query.database) != query.catalog_version:
             return None, NEVER_S
-        limit = query.limit if query.limit is not None and query.order is not None else FIND_ROWS_MAX
+        limit = FIND_ROWS_MAX
+        if query.limit is not None and query.order is not None:
+            limit = min(query.limit, FIND_ROWS_MAX)
         matches, truncated = self._file.find_local(query, None, limit)
         if truncated and limit == FIND_ROWS_MAX:
             return None, NEVER_S

@@ -11,7 +11,7 @@ import pytest
 
 from dht.domain.copy import Copy
 from dht.domain.messages import RegisterCopy
-from dht.errors import Conflict, DhtError, Indeterminate, Unavailable
+from dht.errors import Conflict, DhtError, Indeterminate, Invalid, Unavailable
 from dht.model import (
     ZERO,
     Applied,
@@ -26,6 +26,7 @@ from dht.model import (
     GroupRead,
     NodeId,
     Op,
+    Order,
     Part,
     Reading,
     Struct,
@@ -33,6 +34,7 @@ from dht.model import (
     Transaction,
 )
 from dht.register import catalog, copies
+from dht.register import following as following_module
 from dht.register.copies import CopiedRegistry
 from dht.register.following import FollowedReads
 from dht.register.seen import Seen
@@ -454,6 +456,29 @@ def test_finds_that_the_voters_answered_do_not_keep_the_next_ones_from_the_copy(
         bed.own.cover()
         await asyncio.sleep(1.0)
         assert await bed.asked_of_voters(bed.store.find(QUERY)) is False
+
+    play(story())
+
+
+def test_find_in_the_copy_gives_no_more_rows_than_one_answer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following_module, "FIND_ROWS_MAX", 3)
+
+    async def story() -> None:
+        following = Following()
+        following.put(FLAVORS, 2, {row_key(FLAVOR, (n,)): encode_row({0: n, 1: "m1"}) for n in range(5)})
+        for limit, rows in ((2, 2), (4, None), (1_000_000, None)):
+            result, _ = following.reads.find(msgspec.structs.replace(QUERY, order=Order((0,)), limit=limit))
+            assert (None if result is None else len(result.rows)) == rows
+
+    play(story())
+
+
+def test_find_that_is_not_well_formed_is_invalid_in_the_copy_as_at_the_voters() -> None:
+    async def story() -> None:
+        following = Following()
+        for wrong in (Constraint(1, Comparison.LT), Constraint(1, Comparison.NE, ("a", "b"))):
+            with pytest.raises(Invalid, match="takes 1 values"):
+                following.reads.find(msgspec.structs.replace(QUERY, constraints=(wrong,)))
 
     play(story())
 
