@@ -78,7 +78,10 @@ def encode_values(values: tuple[Value, ...] | list[Value]) -> bytes:
 
 
 def decode_values(data: bytes) -> tuple[Value, ...]:
-    """The values of `encode_values`; an integral number comes back as int. Raises Invalid on anything else."""
+    """The values of `encode_values`; an integral number that fits 64 bits comes back as int.
+
+    Raises Invalid on anything else.
+    """
     out: list[Value] = []
     at = 0
     while at < len(data):
@@ -91,7 +94,8 @@ def decode_values(data: bytes) -> tuple[Value, ...]:
             bits = bits & ~(1 << 63) if bits >> 63 else bits ^ 0xFFFFFFFFFFFFFFFF
             number: float = struct.unpack(">d", bits.to_bytes(8, "big"))[0]
             offset = int.from_bytes(data[at + 8 : at + 10], "big") - _OFFSET_BIAS
-            out.append(int(number) + offset if abs(number) <= 2.0**63 and number.is_integer() else number)
+            whole = int(number) + offset if abs(number) <= 2.0**63 and number.is_integer() else None
+            out.append(number if whole is None or whole > _INT_MAX else whole)
             at += 10
         elif tag in (_TEXT, _BLOB):
             end = at

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from dht.errors import Conflict, DhtError, Duplicate, Indeterminate
+from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Invalid
 from dht.limits import FIND_ROWS_MAX
 from dht.model import (
     Applied,
@@ -75,7 +75,9 @@ class MemoryStore:
         check_query(query)
         with self._lock:
             self._check_catalog(query.database, query.catalog_version)
-            matches, _ = self._file.find_local(query, None, FIND_ROWS_MAX)
+            matches, truncated = self._file.find_local(query, None, FIND_ROWS_MAX)
+            if truncated and (query.order is None or query.limit is None or query.limit > FIND_ROWS_MAX):
+                raise Invalid(f"more than {FIND_ROWS_MAX} rows match; ask with narrower conditions or in pieces")
             rows = tuple(FoundRow(key, self._state(key).ballot, rowkey, row) for key, rowkey, row in matches)
             groups: tuple[GroupRead, ...] = ()
             if query.whole_groups:

@@ -7,7 +7,7 @@ import threading
 import msgspec
 import pytest
 
-from dht.errors import Conflict, Duplicate, NotFound, SchemaChanged
+from dht.errors import Conflict, Duplicate, Invalid, NotFound, SchemaChanged
 from dht.model import (
     Change,
     Comparison,
@@ -22,6 +22,7 @@ from dht.model import (
     TableSpec,
     Transaction,
 )
+from dht.register import memory
 from dht.register.memory import MemoryStore
 from dht.rows import decode_row, group_key, row_key
 
@@ -101,6 +102,17 @@ def test_find_uses_index_order_and_limit(store):
     found = store.find(query)
     assert [decode_row(row.row)[0] for row in found.rows] == [4, 2]
     assert [read.key for read in found.groups] == [key("g4"), key("g2")]
+
+
+def test_find_of_more_rows_than_an_answer_holds_is_invalid_unless_cut_by_its_own_limit(store, monkeypatch):
+    """Told as in a cluster: who asks goes on in pieces. The first so many would pass for all that there are."""
+    monkeypatch.setattr(memory, "FIND_ROWS_MAX", 3)
+    set_catalog(store, 3)
+    store.commit(transaction(*(insert(f"g{n}", (n,), {0: n, 1: n % 2}) for n in range(4)), version=3))
+    with pytest.raises(Invalid, match="more than 3 rows"):
+        store.find(FindQuery("db", 1, 3))
+    assert len(store.find(FindQuery("db", 1, 3, order=Order((0,)), limit=2)).rows) == 2
+    assert len(store.find(FindQuery("db", 1, 3, (Constraint(0, Comparison.LT, (3,)),))).rows) == 3
 
 
 def test_older_catalog_version_is_told_to_reload(store):

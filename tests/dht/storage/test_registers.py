@@ -22,7 +22,17 @@ from dht.model import (
     TableSpec,
     Value,
 )
-from dht.rows import decode_row, encode_row, encode_value, group_key, row_key, table_prefix, tablet_of
+from dht.rows import (
+    decode_row,
+    decode_values,
+    encode_row,
+    encode_value,
+    encode_values,
+    group_key,
+    row_key,
+    table_prefix,
+    tablet_of,
+)
 from dht.storage.memory import MemoryDisk
 from dht.storage.registers import ABSENT, Header, RegisterFile
 from dht.world import Batch, Space
@@ -400,6 +410,16 @@ def test_find_by_key_column_that_the_row_does_not_carry_uses_the_key() -> None:
     assert rows_found(file, Constraint(0, Comparison.EQ, (7,))) == [{1: "a"}]
     assert rows_found(file, Constraint(0, Comparison.GT, (7,))) == []
     assert rows_found(file, order=Order((0,))) == [{1: "a"}]
+
+
+@pytest.mark.parametrize("number", [2.0**63, -(2.0**63), 2.0**62, 2**63 - 1, 2**63 - 512, 1e300, 0.5, float("inf")])
+def test_find_by_key_that_is_a_number_at_the_end_of_64_bits_and_that_the_row_does_not_carry(number: float) -> None:
+    disk, file = make()
+    assert encode_values(decode_values(encode_value(number))) == encode_value(number)
+    put(file, disk, group(1), {row_key(1, (number,)): encode_row({1: "a"})})
+    put(file, disk, group(2), {row_key(1, (-1,)): encode_row({1: "a"})})
+    assert rows_found(file, Constraint(0, Comparison.EQ, (number,)), order=Order((1, 0))) == [{1: "a"}]
+    assert len(rows_found(file, order=Order((1, 0)))) == 2
 
 
 def test_find_with_order_and_limit_reads_few_entries() -> None:
