@@ -59,7 +59,7 @@ def search(
     if plan.ordered or plan.merged:
         rows = list(itertools.islice(found, limit + 1))
     else:
-        rows = _sorted_rows(list(found), known.primary.columns, query)
+        rows = _first_rows(found, limit + 1, known.primary.columns, query)
     return rows[:limit], len(rows) > limit
 
 
@@ -216,7 +216,8 @@ def with_key(row: Row, columns: tuple[int, ...], pk: bytes) -> Row:
     return dict(zip(columns, decode_values(pk), strict=False)) | row
 
 
-def _sorted_rows(rows: list[Match], pk: tuple[int, ...], query: FindQuery) -> list[Match]:
+def _first_rows(rows: Iterator[Match], count: int, pk: tuple[int, ...], query: FindQuery) -> list[Match]:
+    """The first so many in query order; of all others, a table's worth perhaps, none is kept."""
     order = query.order.columns if query.order is not None else ()
     cut = len(table_prefix(query.table))
 
@@ -227,7 +228,8 @@ def _sorted_rows(rows: list[Match], pk: tuple[int, ...], query: FindQuery) -> li
         row = with_key(decode_row(data), pk, rowkey[cut:])
         return b"".join([encode_value(row.get(column)) for column in order]), rowkey, group
 
-    return sorted(rows, key=place, reverse=query.order is not None and query.order.descending)
+    first = heapq.nlargest if query.order is not None and query.order.descending else heapq.nsmallest
+    return first(count, rows, key=place)
 
 
 def _rank(value: Value) -> int:

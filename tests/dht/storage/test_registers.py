@@ -438,6 +438,30 @@ def test_find_with_order_and_limit_reads_few_entries() -> None:
     assert reads == 4
 
 
+@pytest.mark.parametrize("descending", [False, True])
+def test_find_in_an_order_that_no_index_has_keeps_no_more_rows_than_it_gives(descending: bool) -> None:
+    disk, file = make()
+    for number in range(300):
+        put(file, disk, group(number), {row_key(1, (number,)): encode_row({0: number, 4: number * 7 % 300})})
+    alive, most = 0, 0
+
+    class Counted(bytes):
+        def __init__(self, _: bytes) -> None:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    row_of_entry = file._indexes.row_of_entry
+    file._indexes.row_of_entry = lambda *place: Counted(row_of_entry(*place))  # type: ignore[method-assign]
+    found = rows_found(file, order=Order((4,), descending), limit=5)
+    assert [row[4] for row in found] == ([299, 298, 297, 296, 295] if descending else [0, 1, 2, 3, 4])
+    assert most < 12
+
+
 def test_find_in_database_name_with_zero_byte_stays_in_its_database() -> None:
     disk = MemoryDisk()
     file = RegisterFile(disk)
