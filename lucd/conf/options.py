@@ -39,6 +39,12 @@ def endpoint(value: object) -> Endpoint:
         raise ValueError("an IPv6 address stands in brackets: [::1]:7650")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("HOST:PORT is expected, with a port from 1 to 65535, for example 192.0.2.10:7650")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(
+            "HOST:PORT is expected; no host has that name, for a part of it is empty or too long"
+        ) from None
     return Endpoint(host, int(port))
 
 

@@ -47,6 +47,8 @@ def test_load_full_file_fills_in_dependent_defaults(tmp_path: Path) -> None:
         ("[DEFAULT]\nlog_level = loud\n", ["log_level = loud", "debug, info, warning, error"]),
         ("[DEFAULT]\npop = New York\n", ["pop = New York", "letters, digits"]),
         ("[DEFAULT]\nbootstrap = a:1, b\n", ["bootstrap = b", "HOST:PORT"]),
+        ("[DEFAULT]\nbootstrap = a:1, b..c:1\n", ["bootstrap = b..c:1", "no host has that name"]),
+        (f"[DEFAULT]\nadvertise = {'x' * 64}:1\n", ["[DEFAULT] advertise = xxx", "no host has that name"]),
         ("[DEFAULT]\nsocket_mode = 999\n", ["socket_mode = 999", "[0-7]"]),
         ("[DEFAULT]\nsocket = /" + "x" * 120 + "\n", ["at most 100 bytes"]),
         ("[limits]\nremove_after_s = 0\n", ["[limits] remove_after_s = 0", "10"]),
