@@ -12,14 +12,15 @@ it, after a sleep of a second.
 Both decorators that open a transaction (enginefacade's, and pick_context_manager_writer of nova.db.main.api) make
 functions of one code object each. That code is replaced, in the functions that exist and in the decorator, so that
 whatever holds one of these functions, under whatever other decorators, runs the new code. Errors of other databases in
-the same process pass through. `with manager.writer.using(context):` has no function to run again: there DBDeadlock
-remains, as it does for a function that cannot be run again from where it began: one that was given an iterator, or
-during which this thread committed another transaction (an independent one, another database's, the first piece of a
-long DELETE).
+the same process pass through. `with manager.writer.using(context):` is no function to run again: those of Nova's whose
+body it is, and that run nothing else, are known by name. Elsewhere DBDeadlock remains, as it does for a function that
+cannot be run again from where it began: one that was given an iterator, or during which this thread committed another
+transaction (an independent one, another database's, the first piece of a long DELETE).
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import random
@@ -48,6 +49,9 @@ ARGUMENT_DEPTH_MAX = 7
 LIVE = ("sqlalchemy", "oslo_", "threading", "_thread", "logging", "concurrent", "queue", "weakref", "contextlib")
 """Modules whose objects live on beside a function: engines, sessions, locks. It was not given them to change."""
 
+BODIES = {"nova.objects.aggregate": ("_host_add_to_db", "_host_delete_from_db", "_metadata_add_to_db")}
+"""Functions that open their transaction in their body, by module."""
+
 counters = {"rerun": 0, "given_up": 0}
 _codes: dict[str, types.CodeType] = {}
 _lock = threading.Lock()
@@ -60,6 +64,24 @@ def install() -> None:
         nova = sys.modules.get("nova.db.main.api")
         if nova is not None:
             _replace("nova", nova.pick_context_manager_writer)
+        for module, names in BODIES.items():
+            for name in names:
+                _wrap(sys.modules.get(module), name)
+
+
+def _wrap(module: types.ModuleType | None, name: str) -> None:
+    """Have the module's function run again; what is wrapped already, also by the RPC door's client, is left alone."""
+    function = getattr(module, name, None)
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+        return
+
+    @functools.wraps(function)
+    def wrapped(context: Any, *args: Any, **kwargs: Any) -> Any:
+        if _inside(context):
+            return function(context, *args, **kwargs)
+        return again(lambda: function(context, *args, **kwargs), Before([args, kwargs]))
+
+    setattr(module, name, wrapped)
 
 
 def _replace(name: str, decorator: Any) -> None:
