@@ -108,7 +108,12 @@ class Rounds:
     # Prepare.
 
     async def prepare(self, standing: Standing, replicas: TabletReplicas) -> bool:
-        """Get a quorum's promise and the newest state among it. False: refused or out of reach; back off."""
+        """Get a quorum's promise and the newest state among it. False: refused or out of reach; back off.
+
+        Of two replicas both are asked for it, though one could tell the newest state: nothing is accepted without the
+        other, and what is proposed has left a promise at whichever of them a third one takes the tablet over from
+        (`dht.register.fence`).
+        """
         context = self._context
         context.count("prepares")
         key = standing.key
@@ -118,6 +123,8 @@ class Rounds:
         ballot = context.ballot(replicas.epoch, round)
         known = held.accepted if context.node in replicas.nodes else None
         accept_quorum, quorum = quorums(len(replicas.nodes))
+        if context.rules.prepare_at_both:
+            quorum = max(accept_quorum, quorum)
         tally = Tally(replicas.nodes, quorum, self._watch)
         replies: dict[NodeId, Prepared] = {}
         for node in replicas.nodes:

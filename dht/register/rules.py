@@ -18,6 +18,7 @@ class Rules(Struct, frozen=True):
     drop_after_failed_accept: after an accept without quorum the state is fetched anew by a prepare.
     promise_not_across_epochs: a cached promise ends with its tablet epoch. confirm_refusal: a refusal out of cached
     state is confirmed by a quorum.
+    prepare_at_both: of two replicas, both promise what is proposed.
     window, window_floor, applied_floor, refusal_recorded_at_retry: once only (dht.register.group). seen_was_chosen: the
     ballot that a write says it saw is one that a majority agreed on.
     inherited_marked: a majority proves a ballot chosen only in the tablet epoch of the ballot; what new replicas were
@@ -50,6 +51,7 @@ class Rules(Struct, frozen=True):
     drop_after_failed_accept: bool = True
     promise_not_across_epochs: bool = True
     confirm_refusal: bool = True
+    prepare_at_both: bool = True
     window: bool = True
     window_floor: bool = True
     applied_floor: bool = True

@@ -128,6 +128,7 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _REGISTER,
         "test_abort_before_touching_intent_transaction_is_applied_by_half",
     ),
+    "prepare_at_both": (_FENCE, "test_prepare_at_both_value_of_one_of_two_comes_to_light_after_a_third_has_come"),
     "serving_only": (_DOMAIN, "test_serving_only_sealed_replica_answers_a_read_and_a_find"),
     "epoch_checked": (_DOMAIN, "test_epoch_checked_proposer_with_a_stale_roster_is_enough_for_itself"),
     "op_in_ballot": (_REGISTER, "test_op_in_ballot_two_operations_of_one_start_share_a_ballot"),

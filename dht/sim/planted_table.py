@@ -20,6 +20,7 @@ BUGS: Final = {
     "drop_after_failed_accept": "a coordinator writes on after an accept without quorum",
     "promise_not_across_epochs": "a one-round-trip promise is carried into the next tablet epoch",
     "confirm_refusal": "an overtaken coordinator refuses out of its cache",
+    "prepare_at_both": "of two replicas one is enough for a promise",
     "window": "no window: a retry is applied twice",
     "window_floor": "a retry after its id left the window is applied",
     "applied_floor": "a retry that its group has forgotten is told that it was not applied",

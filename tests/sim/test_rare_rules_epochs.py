@@ -54,6 +54,9 @@ class Stores:
             boot.network.serve(store.answer)
             self._stores.append(store)
 
+    def __getitem__(self, number: int) -> StoreNode:
+        return self._stores[number]
+
     async def row(self, number: int, key: GroupKey) -> object:
         (read,) = await self._stores[number].read([key], timeout_s=20.0)
         return decode_row((read.rows or {})[ROW])

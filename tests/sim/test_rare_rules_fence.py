@@ -10,11 +10,25 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
+from dht.domain.roster import successor
 from dht.domain.rules import DomainRules
-from dht.errors import SchemaChanged, Unavailable
-from dht.model import Ballot, Change, Comparison, Constraint, FindQuery, GroupKey, Op, Part, Struct
+from dht.errors import Indeterminate, SchemaChanged, Unavailable
+from dht.model import (
+    Ballot,
+    Change,
+    Comparison,
+    Constraint,
+    FindQuery,
+    GroupKey,
+    Op,
+    Part,
+    Struct,
+    TableSpec,
+    Transaction,
+)
 from dht.register.messages import Accept, AskFence, FindReplica, Kind, Learn, Operation, ReadReplica
 from dht.register.rules import Rules
 from dht.rows import decode_row, encode_value, group_key
@@ -24,6 +38,7 @@ from dht.world import Batch
 from tests.dht.domain.test_transfer import Stage, staged
 from tests.sim.bench import Bench, Gate, failed, insert, play, update
 from tests.sim.test_rare_rules_domain import three_replicas
+from tests.sim.test_rare_rules_epochs import NEVER_SEEN, Stores
 
 BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
 CATALOG = group_key("db", "catalog", ())
@@ -254,6 +269,93 @@ def test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replic
         assert stage.world.node(3).registers.keys_with(stage.tablet, k) == ([k] if on else [])
 
     staged(story, 4, DomainRules(promises_carried=on))
+
+
+def all_on(stage: Stage, *numbers: int) -> None:
+    """A link that gives every tablet to these machines. Nobody hears of it yet."""
+    link = stage.move(*numbers)
+    nodes = link.tablets[stage.tablet]
+    stage.links[-1] = successor(stage.links[-2], link.members, link.voters, [nodes] * len(link.tablets))
+
+
+async def take_over(stage: Stage, *numbers: int) -> None:
+    """These machines hear of the last link, and begin all its tablets."""
+    await stage.tell(*numbers)
+    for number in numbers:
+        for tablet in range(len(stage.links[-1].tablets)):
+            stage.tablet = tablet
+            assert await stage.initialise(number, 60.0)
+
+
+async def third_comes(stage: Stage, rules: Rules, *, promised: bool) -> list[object]:
+    """Epoch 2 is {0, 1}. A write of the old catalog, whose accept reaches 0 alone: 0 and 1 hear each other no more,
+    from before its prepare on or after both have `promised`.
+
+    Epoch 3 is {0, 1, 2}. 1 and 2 go on without 0, and raise the fence. 0 comes with what it has, and a prepare asks it.
+    What became of the write, what a find told behind the fence, and what the prepare found.
+    """
+    cluster = stage.world.cluster
+    all_on(stage, 0, 1)
+    await take_over(stage, 0, 1)
+    stores = Stores(stage, rules)
+    await stores[0].create_database("db")
+    specs = (
+        Change(Op.INSERT, 0, (0,), {0: 1}),
+        Change(Op.INSERT, 0, (1,), {0: msgspec.msgpack.encode(TableSpec(1, (0,)))}),
+    )
+    await stores[0].commit(Transaction(b"1" * 16, "db", 1, (Part(CATALOG, changes=specs),)))
+    late = group_key("db", "f", ("late",))
+    rounds = stores[0]._coordinator._rounds
+    accept = rounds.accept
+
+    async def cut_off(*args: Any) -> bool:
+        rounds.accept = accept  # type: ignore[method-assign]
+        cluster.partition([0], [1, 2])
+        return await accept(*args)
+
+    if promised:
+        rounds.accept = cut_off  # type: ignore[method-assign]
+    else:
+        cluster.partition([0], [1, 2])
+    operation = Operation(Kind.COMMIT, b"2" * 16, insert(late, {1: "late"}), version=1)
+    deadline = stage.world.node(0).boot.clock.monotonic() + 0.5
+    refusal = await failed(stores[0]._coordinator.run(operation, 0, True, deadline))
+    all_on(stage, 0, 1, 2)
+    await take_over(stage, 1, 2)
+    newer = Part(CATALOG, changes=(Change(Op.UPDATE, 0, (0,), {0: 2}),))
+    await stores[1].commit(Transaction(b"3" * 16, "db", 1, (newer,)))
+    assert await stores[1].fence("db", 2, FENCED) == -1
+    found = await stores.find(1, late)
+    await take_over(stage, 0)
+    cluster.heal()
+    for a, b in ((0, 2), (2, 0)):  # they hear each other again
+        await stores[a]._context.network.call(cluster.machines[b].node_id, ReadReplica(()), 5.0)
+    cluster.partition([1], [0, 2])
+    read = await stores.read(0, late)
+    await stores.stop()
+    return [type(refusal), found, read]
+
+
+@BOTH
+def test_prepare_at_both_value_of_one_of_two_comes_to_light_after_a_third_has_come(on: bool) -> None:
+    """Had 0 been enough for the promise, 1 and 2 would know nothing of the group, and the fence would miss it."""
+    told: list[object] = []
+
+    async def story(stage: Stage) -> None:
+        told.extend(await third_comes(stage, Rules(prepare_at_both=on), promised=False))
+
+    staged(story, 3)
+    assert told == ([Unavailable, NEVER_SEEN, NEVER_SEEN] if on else [Indeterminate, NEVER_SEEN, "late"])
+
+
+def test_value_of_one_of_two_that_both_promised_is_settled_by_a_fence_after_a_third_has_come() -> None:
+    told: list[object] = []
+
+    async def story(stage: Stage) -> None:
+        told.extend(await third_comes(stage, Rules(), promised=True))
+
+    staged(story, 3)
+    assert told == [Indeterminate, NEVER_SEEN, NEVER_SEEN]
 
 
 def away(number: int) -> Gate:
