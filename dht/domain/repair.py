@@ -1,7 +1,8 @@
 """Anti-entropy: a replica that missed writes catches up in the background (DESIGN section 5: one that is behind).
 
 What a tablet's epoch before left unfinished is finished soon after this node has taken the tablet over: until then a
-majority that holds it proves nothing (`roster.proven`), so who reads it would have to, and a follower would wait.
+majority that holds it proves nothing (`roster.proven`), so who reads it would have to, and a follower would wait. What
+could not be finished then, or was forgotten by a restart, is found by the next sweep.
 
 What is installed is exactly what an accept of that ballot would have brought, under an acceptor's own condition (the
 ballot is not below the promise), so safety is that of CASPaxos: a late accept. Only values marked chosen, and only of
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 import msgspec
@@ -43,6 +44,7 @@ sent us yet may come behind the first look: there is always a second one, and mo
 TABLETS_AT_ONCE: Final = 8
 """After a cut or an absence many writes were missed, so it is not the time to be slow."""
 SETTLED_AT_ONCE: Final = 16
+LOOKED_AT_ONCE: Final = 500
 BEHIND_MAX: Final = 20_000
 """So many of a tablet are noted at a time; the rest is found by the next look."""
 
@@ -130,8 +132,9 @@ class Repair:
     async def _look_at_returned(self) -> None:
         """The looks that are due, and what they lead to."""
         while taken := [t for t, due_s in self._inherited.items() if due_s <= self._clock.monotonic()]:
-            del self._inherited[taken[0]]
-            await self._settle(self._unfinished(taken[0]))
+            for tablet in taken:
+                del self._inherited[tablet]
+            await self._finish(taken)
         while due := [node for node, look in self._returned.items() if look.due_s <= self._clock.monotonic()]:
             look = self._returned.pop(due[0])
             differed = await self._compare_with(due[0], look.tablets)
@@ -190,16 +193,23 @@ class Repair:
         self._inherited[tablet] = self._clock.monotonic() + self._chance.uniform(*TAKEN_OVER_PAUSE_S)
         self._wake.set()
 
-    def _unfinished(self, tablet: int) -> list[GroupKey]:
-        """Registers of the tablet, if it is served here, that an earlier epoch left, and that may not be chosen."""
-        epoch = self._tablets.serves(tablet)
-        keys = [key for key in self._registers.all_unsettled() if self._registers.tablet(key) == tablet]
-        headers = [(key, self._registers.header(key)) for key in keys]
-        return [key for key, h in headers if 0 < h.accepted.epoch < epoch and h.chosen != h.accepted]
+    async def _finish(self, tablets: Collection[int]) -> None:
+        """Finish what earlier epochs left of the tablets; in pieces, for there may be many, and callers wait."""
+        keys = [key for key in self._registers.all_unsettled() if self._registers.tablet(key) in tablets]
+        for at in range(0, len(keys), LOOKED_AT_ONCE):
+            await self._settle([key for key in keys[at : at + LOOKED_AT_ONCE] if self._unfinished(key)])
+            await self._clock.sleep(RETURN_PAUSE_S)
+
+    def _unfinished(self, key: GroupKey) -> bool:
+        """Whether the register, of a tablet served here, was left by an earlier epoch, and may not be chosen."""
+        header = self._registers.header(key)
+        epoch = self._tablets.serves(self._registers.tablet(key))
+        return 0 < header.accepted.epoch < epoch and header.chosen != header.accepted
 
     async def sweep(self) -> bool:
         """Once over all tablets, against one other replica each; False if some could not be compared."""
         complete = True
+        await self._finish(frozenset(t for t in self._tablets.known() if self._tablets.serves(t)))
         for tablet in self._tablets.known():
             if self._tablets.serves(tablet):
                 complete &= await self._tablet(tablet)

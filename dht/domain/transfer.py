@@ -485,7 +485,7 @@ class Transfer:
             if not self._rules.replace_content and own.accepted > mark.accepted:
                 continue
             if own.accepted == mark.accepted:
-                marked = msgspec.structs.replace(own, promise=mark.promise, chosen=mark.chosen)
+                marked = msgspec.structs.replace(own, promise=mark.promise, chosen=max(own.chosen, mark.chosen))
                 if marked != own:
                     self._registers.write(batch, key, marked, {})
             elif mark.accepted == ZERO:

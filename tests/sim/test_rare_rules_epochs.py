@@ -259,3 +259,23 @@ def test_unfinished_register_of_the_epoch_before_is_finished_after_the_take_over
         assert not repair._inherited
 
     staged(story, 4, DOMAIN_RULES)
+
+
+def test_unfinished_register_of_the_epoch_before_is_finished_after_a_restart_right_behind_the_take_over() -> None:
+    """The node does not know any more that it has just taken the tablet over."""
+
+    async def story(stage: Stage) -> None:
+        key = await handed_over(stage)
+        cluster, finished = stage.world.cluster, list[GroupKey]()
+        cluster.crash(1)
+        await cluster.start(1)
+
+        async def settle(group: GroupKey) -> None:
+            finished.append(group)
+
+        stage.world.domain(1).repair.settle = settle
+        await cluster.machines[0].clock.sleep(5.0)
+        assert finished == [key]
+        await stage.world.domain(1).stop()
+
+    staged(story, 4, DOMAIN_RULES)

@@ -158,6 +158,34 @@ def test_initialise_highest_accepted_ballot_wins_with_its_mark_and_leftovers_go(
     staged(story, 4)
 
 
+def test_initialise_replica_that_stays_keeps_the_mark_that_only_it_had() -> None:
+    """It begins out of the two others, which hold the value too, and do not know yet that it is chosen."""
+
+    async def story(stage: Stage) -> None:
+        k = stage.keys[0]
+        stage.move(0, 1, 2)
+        await stage.tell(0, 1, 2)
+        for number in (0, 1, 2):
+            assert await stage.initialise(number)
+            stage.write(number, k, 1, "v", epoch=2, chosen=number == 2)
+        stage.move(1, 2, 3)
+        await stage.tell(0, 1, 2)
+        transfer = stage.world.domain(2).transfer
+        ask = transfer._ask
+
+        async def slow_to_itself(to: NodeId, message: Any) -> Any:
+            if to == stage.member(2).node_id:
+                await asyncio.sleep(1.0)
+            return await ask(to, message)
+
+        transfer._ask = slow_to_itself
+        assert await stage.initialise(2)
+        header = stage.world.node(2).registers.header(k)
+        assert header.chosen == header.accepted
+
+    staged(story, 4)
+
+
 def test_initialise_returning_replica_stages_and_its_old_content_counts_for_others_until_then() -> None:
     async def story(stage: Stage) -> None:
         k = stage.keys[0]
