@@ -223,9 +223,13 @@ class Acceptor:
             tablets += 1
         headers = [self._file.header(key) for key in keys]
         ballots = tuple(header.accepted for header in headers)
-        gone = tuple(header.deleted and header.settled for header in headers)
+        gone = tuple(map(self._gone, headers))
         last = keys[-1] if len(keys) == request.limit else b""
         return ListGroupsReply(tuple(keys), last, tablets, ballots, gone)
+
+    def _gone(self, header: Header) -> bool:
+        promised = header.promise > header.accepted and self._context.rules.drop_accepts_anew
+        return header.deleted and header.settled and not promised
 
     def _list(self, tablet: int, epoch: int, prefix: bytes, after: GroupKey, limit: int) -> list[GroupKey]:
         domain = self._context.domain

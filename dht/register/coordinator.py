@@ -188,7 +188,12 @@ class Coordinator:
         decided = [waiting for waiting in batch if waiting.answer is not None or waiting.error is not None]
         if not decided:
             return True
-        if not delta and standing.settled:
+        anew = any(
+            operations.accepts_anew(waiting.operation, waiting.answer.outcome, context.rules)
+            for waiting in decided
+            if waiting.answer is not None
+        )
+        if not delta and standing.settled and not anew:
             if not fresh and context.rules.confirm_refusal and not await self._rounds.confirm(standing, replicas):
                 standing.drop()
                 _reopen(decided)
@@ -198,7 +203,7 @@ class Coordinator:
                 # What finishes a group without rows is its first accept too: its floor must outlive it.
                 group.pin_floor(state, delta)
                 state.apply(delta)
-            if not await self._accept(standing, replicas, base, delta, decided):
+            if not await self._accept(standing, replicas, base, delta, decided, promise=not anew):
                 return False
         _answer(decided)
         return True
@@ -270,12 +275,20 @@ class Coordinator:
         return delta
 
     async def _accept(
-        self, standing: Standing, replicas: TabletReplicas, base: Ballot, delta: Delta, decided: list[_Waiting]
+        self,
+        standing: Standing,
+        replicas: TabletReplicas,
+        base: Ballot,
+        delta: Delta,
+        decided: list[_Waiting],
+        *,
+        promise: bool,
     ) -> bool:
+        """`promise`: the accept brings the promise of the next ballot along."""
         state, ballot = standing.state, standing.promised
         assert state is not None
         assert ballot is not None
-        following = self._context.ballot(ballot.epoch, ballot.round + 1)
+        following = self._context.ballot(ballot.epoch, ballot.round + 1) if promise else None
         state.ballot = ballot
         standing.promised = None
         for waiting in decided:

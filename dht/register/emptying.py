@@ -15,8 +15,16 @@ drop and a third creates the database again and writes to it. That does no harm:
   order comes, it takes nothing that was written after the listing. A write that lies between, by a
   node that did not know of the drop yet, is in the next listing.
 
+What was accepted by a minority before the drop, and told as unknown, must not come to light in a later database. It is
+of a ballot that a majority had promised, so one of those who list the group's tablet knows of the group, and of a
+promise as high. So every group of which anything is known is accepted anew by its order, were it empty or only
+promised: no proposal of before is above that. Only a tombstone that is chosen, above which none of them has promised
+anything, is left alone. The accept of an order brings no promise along, so the next drop leaves alone what this one has
+emptied.
+
 The passes come to an end: what an order finds above its ballot is chosen by then, or is chosen by the accept that this
-order leads to, and so is seen by the next listing; a group that is found empty is not changed.
+order leads to, and so is seen by the next listing; a group that was found empty is not ordered again while it stands
+where it was left.
 """
 
 from __future__ import annotations
@@ -47,7 +55,7 @@ ANSWERS_KEPT_MAX: Final = 20_000
 
 
 class _Listed(Struct, frozen=True):
-    """Where a group stands. `gone`: as a tombstone, and that is chosen."""
+    """Where a group stands at most. `gone`: to all who know of it as a chosen tombstone, with no promise above it."""
 
     ballot: Ballot
     gone: bool
@@ -100,11 +108,12 @@ class Emptying:
 
     def _not_empty(self, listed: Mapping[GroupKey, _Listed]) -> dict[GroupKey, Ballot]:
         self.had_catalog = self.had_catalog or catalog.catalog_group(self._database) in listed
-        return {
-            key: one.ballot
-            for key, one in listed.items()
-            if not one.gone and one.ballot > self._empty.get(key, ZERO)  # ZERO: nobody has accepted anything
-        }
+        return {key: one.ballot for key, one in listed.items() if not self._is_empty(key, one)}
+
+    def _is_empty(self, key: GroupKey, one: _Listed) -> bool:
+        if not self._context.rules.drop_accepts_anew:
+            return one.gone or one.ballot <= self._empty.get(key, ZERO)
+        return one.gone or (key in self._empty and one.ballot <= self._empty[key])
 
     async def _empty_one(self, key: GroupKey, ballot: Ballot, deadline: float) -> None:
         operation = Operation(Kind.EMPTY, self._context.chance.randbytes(16), Part(key, ballot))
@@ -158,9 +167,8 @@ class Emptying:
                 tablets, after = tablets[1:], b""
                 continue
             for key, ballot, gone in zip(reply.keys, reply.ballots, reply.gone, strict=True):
-                before = found.get(key)
-                if before is None or ballot > before.ballot or (ballot == before.ballot and gone):
-                    found[key] = _Listed(ballot, gone)
+                before = found.get(key, _Listed(ballot, gone))
+                found[key] = _Listed(max(ballot, before.ballot), gone and before.gone)
             told, after = reply.tablets - bool(reply.last), reply.last
             for tablet in tablets[:told]:
                 heard[tablet] += 1

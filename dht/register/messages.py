@@ -240,7 +240,7 @@ class ListGroupsReply(Message, frozen=True, tag=14):
     """`tablets`: how many of those asked for this is about, in order; the one behind them may not be served.
 
     `last`: where to go on in the last of them; empty when its end was reached. Of each key, `ballots`: what is accepted
-    here; `gone`: that is chosen, and a tombstone.
+    here; `gone`: that is a tombstone and chosen, and nothing above it is promised here.
     """
 
     keys: tuple[GroupKey, ...]

@@ -114,6 +114,14 @@ def perform(
             return _empty(state, operation, ballot, rules, chosen)
 
 
+def accepts_anew(operation: Operation, outcome: int, rules: Rules) -> bool:
+    """Whether the operation's answer takes an accept, even of what stands there already, which promises nothing.
+
+    Behind an order to empty a group nothing that was proposed before it comes to light (`dht.register.emptying`).
+    """
+    return operation.kind == Kind.EMPTY and outcome == APPLIED and rules.drop_accepts_anew
+
+
 def must_record(operation: Operation, attempt: int, rules: Rules) -> bool:
     """Whether a refusal of the operation goes into the window before it is answered (dht.register.group).
 
@@ -265,7 +273,8 @@ def _empty(
     """Delete the rows, if the group stands no higher than when it was listed (`dht.register.emptying`).
 
     Else REFUSED, unless nothing is left anyway. What is not chosen yet counts as higher, whatever its ballot: it may be
-    of an older promise than a ballot that was listed, and begun after it.
+    of an older promise than a ballot that was listed, and begun after it. What is applied is accepted at the ballot,
+    were the group empty before (`accepts_anew`).
     """
     seen = operation.part.seen
     delta: Delta = catalog.emptied(operation.part.key, state.data())
@@ -274,9 +283,10 @@ def _empty(
         if seen is None:
             raise Invalid("a group is emptied up to a ballot, and this order names none; its sender is another version")
         if not chosen or stands > seen:
-            return {}, stands, REFUSED if delta or state.intents else APPLIED
+            refused = delta or state.intents
+            return {}, stands if refused or not rules.drop_accepts_anew else ballot, REFUSED if refused else APPLIED
     _check_free(state, operation.id)
-    return delta, ballot if delta else stands, APPLIED
+    return delta, ballot if delta or rules.drop_accepts_anew else stands, APPLIED
 
 
 def outcome(rows: dict[RowKey, bytes], id: TransactionId) -> int | None:

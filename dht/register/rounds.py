@@ -195,7 +195,7 @@ class Rounds:
         replicas: TabletReplicas,
         base: Ballot,
         delta: Mapping[RowKey, bytes | None],
-        next: Ballot,
+        next: Ballot | None,
     ) -> bool:
         """Have a quorum accept `standing.state` at its ballot; `delta` leads to it from `base`. False: unknown."""
         context = self._context

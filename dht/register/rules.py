@@ -39,6 +39,7 @@ class Rules(Struct, frozen=True):
     empty_bound: of a database that is dropped nothing goes that was written after its groups were listed.
     listed_at_one_epoch: replicas that list a tablet's groups serve it at one epoch.
     drop_looks_again: after the listing the dropper sees that the database is still the one that it means.
+    drop_accepts_anew: an order to empty a group leads to an accept, and so does one of what was only promised.
     """
 
     promise_durable: bool = True
@@ -80,6 +81,7 @@ class Rules(Struct, frozen=True):
     empty_bound: bool = True
     listed_at_one_epoch: bool = True
     drop_looks_again: bool = True
+    drop_accepts_anew: bool = True
 
 
 RULES = Rules()

@@ -193,6 +193,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _DROP,
         "test_drop_looks_again_groups_of_the_new_database_are_listed_by_the_dropper_of_the_old_one",
     ),
+    "drop_accepts_anew": (
+        _DROP,
+        "test_drop_accepts_anew_write_that_only_a_replica_that_is_away_has_comes_to_light_in_the_next_database",
+    ),
     "versions_carried": (_FENCE, "test_versions_carried_new_replica_tells_what_the_old_ones_told"),
     "promises_carried": (_FENCE, "test_promises_carried_group_that_was_only_promised_is_listed_by_a_new_replica"),
     "followed_served_only": (_FOLLOWER, "test_followed_served_only_sealed_replica_covers_nothing"),

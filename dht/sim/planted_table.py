@@ -41,6 +41,7 @@ BUGS: Final = {
     "empty_bound": "a late order to empty a group takes what a new database of the name wrote there",
     "listed_at_one_epoch": "the groups of a database that is dropped are listed by replicas of two tablet epochs",
     "drop_looks_again": "a dropper empties what it listed, whoever has the name by now",
+    "drop_accepts_anew": "a drop leaves groups alone of which it sees nothing but a promise, or a tombstone",
     "read_majority": "a read from one replica",
     "read_exact_data": "a read returns data of another ballot than the quorum's",
     "serving_only": "a sealed or uninitialised replica answers reads and counts in a find",

@@ -10,8 +10,8 @@ import asyncio
 import pytest
 
 from dht.domain.roster import TabletReplicas
-from dht.errors import NotServing
-from dht.model import GroupKey, NodeId, Part, Struct, Value
+from dht.errors import Indeterminate, NotServing
+from dht.model import Change, GroupKey, NodeId, Op, Part, Struct, Value
 from dht.register import catalog
 from dht.register.group import APPLIED, REFUSED
 from dht.register.messages import Accept, Coordinate, Kind, ListGroups, Operation, Prepare
@@ -256,3 +256,48 @@ def test_empty_bound_order_leaves_a_write_that_is_below_an_unchosen_ballot_of_th
         return (await emptied).outcome, await bench.row(0, key)
 
     assert play(story, Rules(empty_bound=on)) == ((REFUSED, NEW) if on else (APPLIED, None))
+
+
+@BOTH
+@pytest.mark.parametrize("deleted", [False, True], ids=["never written", "deleted"])
+def test_drop_accepts_anew_write_that_only_a_replica_that_is_away_has_comes_to_light_in_the_next_database(
+    on: bool, deleted: bool
+) -> None:
+    """2 alone accepts a row, which its client is told is unknown, of a group that is absent, and is away.
+
+    The others know that they promised it something. They drop the database and make it again. Then 2 is back and 0 is
+    away, so that 1 has to go on from what 2 has.
+    """
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(2)
+        if deleted:
+            await bench.propose(2, insert(key, OLD))
+            await bench.propose(2, Part(key, changes=(Change(Op.DELETE, 1, (1,), {}),)))
+            await asyncio.sleep(1.0)
+            assert all(file.header(key).settled and file.header(key).deleted for file in bench.files.values())
+
+        async def lonely(sender: int, to: int, message: Struct) -> bool:
+            return not (sender == 2 and to != 2 and isinstance(message, Accept))
+
+        bench.gate = lonely
+        told = await failed(bench.propose(2, insert(key, {0: "late"}), 0.2))
+        bench.gate = away(2)
+        await asyncio.sleep(5.0)
+        assert await bench[0].drop_database("db", 60.0)
+        assert await bench[0].create_database("db")
+        assert await bench.row(1, key) is None
+        bench.gate = away(0)
+        return type(told), await bench.row(1, key)
+
+    assert play(story, Rules(drop_accepts_anew=on)) == (Indeterminate, None if on else {0: "late"})
+
+
+def away(number: int) -> Gate:
+    """Nothing goes to the node or comes from it."""
+
+    async def gate(sender: int, to: int, message: Struct) -> bool:
+        return number not in (sender, to)
+
+    return gate
