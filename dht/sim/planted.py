@@ -87,7 +87,6 @@ CAUGHT: Final[dict[str, tuple[str, int]]] = {
     "find_intents": ("finds", 60),
     "reads_resolve_intents": ("swarm", 100),
     "prepare_before_commit": ("swarm", 40),
-    "seal": ("grow", 60),
     "serve_only_initialised": ("swarm", 120),
     "highest_ballot_wins": ("drain", 60),
     "boots_checked": ("rolled-back", 20),
@@ -142,6 +141,7 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
     ),
     "floor_raised": (_FLOORS, "test_floor_raised_transaction_from_before_the_collection_is_applied_again"),
     "decision_kept": (_REGISTER, "test_decision_kept_committed_transaction_loses_a_group"),
+    "seal": (_DOMAIN, "test_seal_late_accept_of_the_old_epoch_is_acknowledged_and_lost"),
     "seal_on_accept": (_DOMAIN, "test_seal_on_accept_late_accept_of_the_old_epoch_is_acknowledged_and_lost"),
     "seal_before_init": (_DOMAIN, "test_seal_before_init_write_between_survey_and_seal_is_lost"),
     "only_initialised_contribute": (
