@@ -31,7 +31,7 @@ from dht.model import Ballot, GroupKey
 from dht.register import group, operations
 from dht.register.context import Context
 from dht.register.group import REFUSED, WRITE_OPERATIONS_MAX, Delta, GroupState
-from dht.register.messages import Coordinated, Operation
+from dht.register.messages import Coordinated, Kind, Operation
 from dht.register.operations import Blocked
 from dht.register.reach import Reach
 from dht.register.rounds import Rounds, Standing
@@ -140,7 +140,8 @@ class Coordinator:
         batch: list[_Waiting] = []
         try:
             while waiting := [one for one in batch + held.queue if not one.future.done()]:
-                batch, held.queue = waiting[:WRITE_OPERATIONS_MAX], waiting[WRITE_OPERATIONS_MAX:]
+                count = _together(waiting) if self._context.rules.empty_bound else WRITE_OPERATIONS_MAX
+                batch, held.queue = waiting[:count], waiting[count:]
                 self._groups.move_to_end(held.standing.key)
                 if not await self._round(held.standing, batch):
                     await self._context.back_off()
@@ -328,6 +329,15 @@ class Coordinator:
 def _certain(error: DhtError) -> bool:
     """Whether the error says that the operation is not applied (an Indeterminate from the window does not)."""
     return not isinstance(error, Indeterminate)
+
+
+def _together(waiting: list[_Waiting]) -> int:
+    """How many of the first go into one accept: nothing behind an order to empty the group.
+
+    The order's answer is the accept's ballot, up to which its sender takes the group for empty.
+    """
+    orders = [one.operation.kind == Kind.EMPTY for one in waiting[:WRITE_OPERATIONS_MAX]]
+    return next((at for at in range(1, len(orders)) if orders[at - 1] and not orders[at]), len(orders))
 
 
 def _reopen(decided: list[_Waiting]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dht.domain.roster import TabletReplicas
 from dht.errors import Indeterminate, NotServing
-from dht.model import Change, GroupKey, NodeId, Op, Part, Struct, Value
+from dht.model import ZERO, Change, GroupKey, NodeId, Op, Part, Struct, Value
 from dht.register import catalog
 from dht.register.group import APPLIED, REFUSED
 from dht.register.messages import Accept, Coordinate, Kind, ListGroups, Operation, Prepare
@@ -213,6 +213,25 @@ def test_empty_bound_order_behind_a_write_of_the_same_batch_leaves_it(on: bool) 
         return answer.outcome, await bench.row(0, key)
 
     assert play(story, Rules(empty_bound=on)) == ((REFUSED, NEW) if on else (APPLIED, None))
+
+
+@BOTH
+def test_empty_bound_write_behind_an_order_in_one_batch_stands_above_what_the_order_says_is_empty(on: bool) -> None:
+    """A node that has not heard of the drop writes when the order waits for the group already."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(1)
+        order = Operation(Kind.EMPTY, b"e" * 16, Part(key, ZERO))
+        write = Operation(Kind.COMMIT, b"w" * 16, insert(key, NEW))
+        until = SimClock().monotonic() + 5.0
+        emptied, written = await asyncio.gather(
+            bench[1]._coordinator.run(order, 0, True, until), bench[1]._coordinator.run(write, 0, True, until)
+        )
+        outcomes = emptied.outcome, written.outcome
+        return outcomes, emptied.ballot < bench.files[1].header(key).accepted, await bench.row(0, key)
+
+    assert play(story, Rules(empty_bound=on)) == ((APPLIED, APPLIED), on, NEW)
 
 
 @BOTH
