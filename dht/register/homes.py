@@ -17,8 +17,8 @@ found": absence is answered by the home alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final, Protocol, TypeVar
 
 from dht import requests
 from dht.codec import Message
@@ -41,6 +41,7 @@ from dht.model import (
 )
 from dht.register import catalog
 from dht.register.noted_homes import NotedHomes
+from dht.register.reach import GRACE_S
 from dht.register.rounds import expect
 from dht.rows import split_group_key
 from dht.storage.indexes import database_prefix
@@ -72,12 +73,13 @@ class FarStore:
     async def ask(self, message: Message, kind: type[R], timeout_s: float | None, *, repeatable: bool = True) -> R:
         """One node's reply. `repeatable`: another is asked when one is lost after it may have served the request.
 
-        Some answers take long: a node that is heard has half of the time that is left, the last one all of it.
+        Some answers take long: a node that is heard has half of the time that is left, the last such one all of it.
         """
         deadline = self._clock.monotonic() + (REQUEST_TIMEOUT_S if timeout_s is None else timeout_s)
         why = "none of its nodes is known here"
         nodes = await self._nodes(deadline)
-        for node in nodes:
+        for at, node in enumerate(nodes):
+            others = any(map(self._network.alive, nodes[at + 1 :]))
             left_s = deadline - self._clock.monotonic()
             if left_s <= 0:
                 break
@@ -85,11 +87,13 @@ class FarStore:
             if not self._network.alive(node):
                 # The time of a link to come up.
                 limit_s = PEER_TIMEOUT_S
-            elif repeatable and node != nodes[-1]:
+            elif repeatable and others:
                 limit_s = max(left_s / 2, PEER_TIMEOUT_S)
-            ask = self._while_heard if repeatable else self._network.call
+            limit_s = min(left_s, limit_s)
+            call = self._network.call(node, message, limit_s)
             try:
-                return expect(await ask(node, message, min(left_s, limit_s)), kind)
+                reply = await (self._while_heard(node, call, limit_s, patient=not others) if repeatable else call)
+                return expect(reply, kind)
             except Unavailable as error:
                 why = error.message
             except (Indeterminate, StorageError, ProtocolError) as error:
@@ -99,19 +103,27 @@ class FarStore:
                 why = error.message
         raise Unavailable(f"{self._name} cannot be asked: {why}", pop=self.pop)
 
-    async def _while_heard(self, node: NodeId, message: Message, timeout_s: float) -> Struct:
-        """The node's reply. Raises Indeterminate when the node falls silent, long before a long timeout."""
+    async def _while_heard(
+        self, node: NodeId, asked: Coroutine[Any, Any, Struct], timeout_s: float, *, patient: bool
+    ) -> Struct:
+        """The node's reply. Raises Indeterminate when the node falls silent, long before a long timeout.
+
+        `patient`: a moment's silence, as of a busy node, is forgiven, for there is no other one to ask.
+        """
         if timeout_s <= PEER_TIMEOUT_S:
             # Short requests end by themselves when a link falls silent.
-            return await self._network.call(node, message, timeout_s)
-        call = asyncio.ensure_future(self._network.call(node, message, timeout_s))
+            return await asked
+        call = asyncio.ensure_future(asked)
         try:
             while not (await asyncio.wait((call,), timeout=HEARD_CHECK_S))[0]:
-                if not self._network.alive(node):
+                if not self._network.alive(node) and not (patient and self._forgiven(node)):
                     raise Indeterminate(f"node {node.hex()} fell silent before it answered")
             return call.result()
         finally:
             call.cancel()
+
+    def _forgiven(self, node: NodeId) -> bool:
+        return not self._network.parted(node) and self._network.silent_s(node) <= GRACE_S
 
     async def _nodes(self, deadline: float) -> Sequence[NodeId]:
         try:

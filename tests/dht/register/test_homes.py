@@ -35,6 +35,7 @@ class World:
     def __init__(self):
         self.now_s = 0.0
         self.heard = {A, B}
+        self.gone = set()
         self.says = {}
         self.asked = []
 
@@ -43,6 +44,12 @@ class World:
 
     def alive(self, node):
         return node in self.heard
+
+    def parted(self, node):
+        return node in self.gone
+
+    def silent_s(self, node):
+        return 0.3 if node not in self.heard else 0.0
 
     async def call(self, node, message, timeout_s):
         self.asked.append((node, type(message), timeout_s))
@@ -107,6 +114,30 @@ async def test_far_node_that_falls_silent_is_given_up_before_its_time(world, mon
     world.heard = {B}
     assert await asyncio.wait_for(asking, 2.0) == ()
     assert [node for node, _, _ in world.asked] == [A, B]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_far_node_beside_which_none_is_heard_is_forgiven_a_moment_of_silence_unless_its_link_broke(
+    world, monkeypatch, gone
+):
+    monkeypatch.setattr(homes_module, "HEARD_CHECK_S", 0.01)
+    world.says = {A: Slow(requests.ReadGroupsReply(()), 0.2), B: Unavailable("no link", sent=False)}
+    world.heard = {A}
+    asking = asyncio.ensure_future(world.far().read([KEY], None, 10.0))
+    await asyncio.sleep(0)
+    world.heard, world.gone = set(), {A} if gone else set()
+    if gone:
+        with pytest.raises(Unavailable):
+            await asking
+    else:
+        assert await asking == ()
+
+
+async def test_far_node_has_all_of_the_time_where_none_behind_it_is_heard(world):
+    world.heard = {A}
+    world.says = {A: Slow(requests.ReadGroupsReply(()), 0.0), B: Unavailable("no link", sent=False)}
+    assert await world.far().read([KEY], None, 10.0) == ()
+    assert [timeout_s for _, _, timeout_s in world.asked] == [10.0]
 
 
 async def test_far_commit_that_may_have_been_served_is_never_sent_again(world):
