@@ -129,12 +129,17 @@ class PopRecoverer:
         return claim
 
     async def free_seats(self) -> list[str]:
-        """Take the PoP's members before out of `global`, where nobody of the PoP was left to do it; says what was."""
-        domain, newest = self._own.domain, self._wide.chain.newest
+        """Take the PoP's members before out of `global`, where nobody of the PoP was left to do it; says what was.
+
+        Those of the PoP as it is now keep theirs: an order that comes again may find some that joined meanwhile.
+        """
+        domain, newest, own = self._own.domain, self._wide.chain.newest, self._own.domain.chain.newest
         lines = []
         for member in newest.members if newest is not None else ():
             node = member.node_id
             if member.pop != domain.name or node == domain.local.node_id:
+                continue
+            if own is not None and own.member(node) is not None:
                 continue
             try:
                 await self._wide.leave(node, drain=False)

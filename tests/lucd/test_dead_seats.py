@@ -54,6 +54,14 @@ async def test_recovery_frees_the_seats_of_its_own_pop_alone_and_says_how_to_fre
     assert wide.left == [(DEAD, False)]
 
 
+async def test_recovery_that_is_ordered_again_leaves_the_seats_of_nodes_that_joined_the_pop_meanwhile() -> None:
+    own, wide = domains()
+    own.chain.newest.member = {NEW: member(NEW, "lyon"), DEAD: member(DEAD, "lyon")}.get
+    recoverer = PopRecoverer(SimpleNamespace(domain=own), wide, b"i" * 16, *[None] * 4)  # type: ignore[arg-type]
+    assert len(await recoverer.free_seats()) == 1
+    assert wide.left == []
+
+
 async def test_node_of_the_pop_before_its_recovery_is_removed_from_global_on_a_new_node_of_the_pop() -> None:
     own, wide = domains()
     parts: Any = SimpleNamespace(own=SimpleNamespace(domain=own), wide=SimpleNamespace(domain=wide))
