@@ -62,29 +62,29 @@ class IdBlocks:
                 end = following + size * table.id_step
             return following, (following + table.id_step, end, size)
 
-        return self._change(table, draw)
+        own, turns = self._turns(table)
+
+        def drawn() -> int:
+            result, own.blocks[table.sequence] = draw(own.blocks.get(table.sequence, (0, 0, 0)))
+            return result
+
+        return turns.take(drawn)
 
     def skip(self, table: Table, number: int) -> None:
         """An explicit id was inserted: do not give it out."""
 
-        def skip(block: _Block) -> tuple[int, _Block]:
-            following, end, size = block
-            return number, (_above(following, number, table.id_step), end, size)
+        own, turns = self._turns(table)
+        # Nobody is asked, so a question that failed meanwhile is no reason to leave the block as it is.
+        with turns.lock:
+            following, end, size = own.blocks.get(table.sequence, (0, 0, 0))
+            own.blocks[table.sequence] = _above(following, number, table.id_step), end, size
 
-        self._change(table, skip)
-
-    def _change(self, table: Table, change: Callable[[_Block], tuple[int, _Block]]) -> int:
+    def _turns(self, table: Table) -> tuple[_Own, Turns]:
         own = self._own
         if own.pid != os.getpid():
             # After a fork the parent goes on drawing from the blocks that both hold, and its threads hold the turns.
             own = self._own = _Own(os.getpid(), {}, {})
-        turns = own.turns.get(table.sequence) or own.turns.setdefault(table.sequence, Turns())
-
-        def changed() -> int:
-            result, own.blocks[table.sequence] = change(own.blocks.get(table.sequence, (0, 0, 0)))
-            return result
-
-        return turns.take(changed)
+        return own, own.turns.get(table.sequence) or own.turns.setdefault(table.sequence, Turns())
 
     def clear(self) -> None:
         """Drop all blocks."""

@@ -33,7 +33,9 @@ class Turns:
                 raise type(error)(error.message, **error.detail)
             self._begun += 1
             try:
-                return ask()
+                result = ask()
             except Unavailable as error:
                 self._failed = self._begun, error
                 raise
+            self._failed = None
+            return result
