@@ -57,6 +57,7 @@ class Strangers:
 
         How many, without those within a handshake, which ends by that, and counts itself.
         """
+        accepted = dict.fromkeys(accepted)
         self._proven = {c: carries for c, carries in self._proven.items() if c in accepted}
         strangers = [c for c in accepted if not self._proven.get(c)]
         self._since_s = {c: self._since_s.get(c, now_s) for c in strangers}
