@@ -157,6 +157,9 @@ class Rounds:
                 or not context.rules.inherited_marked
             )
         )
+        if standing.settled and own.chosen != best.accepted and context.rules.inherited_marked:
+            # Who finishes what an earlier epoch left finds that all stand there: without a mark he would come again.
+            self.mark(replicas, key, best.accepted)
         return True
 
     def _own_rows(self, key: GroupKey, accepted: Ballot) -> dict[RowKey, bytes] | None:

@@ -240,6 +240,29 @@ def test_inherited_ballot_that_all_replicas_hold_is_read_without_a_write() -> No
     staged(story, 4, DOMAIN_RULES)
 
 
+def test_inherited_ballot_at_which_both_of_two_stand_unmarked_is_marked_by_who_finishes_it() -> None:
+    """Else the register would count as unfinished in each sweep, and a tombstone would never be collected."""
+
+    async def story(stage: Stage) -> None:
+        key = stage.keys[0]
+        await three_replicas(stage)
+        for number in (0, 1, 2):
+            assert await accepts(stage, number, key, 2, 1, "same")
+        stage.move(1, 2)
+        await stage.tell(0, 1, 2)
+        for number in (1, 2):
+            assert await stage.initialise(number)
+        files = [stage.world.node(number).registers for number in (1, 2)]
+        assert not any(file.header(key).settled for file in files)
+        stores = Stores(stage, RULES)
+        await stores[1].settle(key)
+        await stage.world.cluster.machines[0].clock.sleep(1.0)
+        assert all(file.header(key).settled for file in files)
+        await stores.stop()
+
+    staged(story, 4, DOMAIN_RULES)
+
+
 def test_unfinished_register_of_the_epoch_before_is_finished_after_the_take_over() -> None:
     """What repair finishes by itself, so that neither readers nor followers wait for it."""
 
