@@ -253,7 +253,7 @@ class Repair:
             if not isinstance(page, Headers):
                 raise RemoteProtocolError(f"a peer answered with {type(page).__name__} where headers were asked for")
             last = page.marks[-1].key if page.marks else after
-            held = dict(self._registers.headers(tablet, after, last)) if page.marks else {}
+            held = self._held(tablet, after, [mark.key for mark in page.marks])
             both = [(mark, held.get(mark.key, ABSENT)) for mark in page.marks]
             behind += [mark for mark, own in both if self._behind(mark, own, epoch)]
             self._note(tablet, behind)
@@ -264,6 +264,21 @@ class Repair:
             after = last
         self._compared[tablet] = None
         return behind, any_stuck
+
+    def _held(self, tablet: int, after: GroupKey, keys: list[GroupKey]) -> dict[GroupKey, Header]:
+        """This node's headers of the keys, which ascend from behind `after`; none of what is not here.
+
+        One look at the disk gives them all, unless the peer has few where this node has many: those are not looked
+        through, which would take as long as there are many.
+        """
+        if not keys:
+            return {}
+        limit = 2 * len(keys)
+        near = self._registers.headers(tablet, after, keys[-1], limit)
+        held = dict(near)
+        if len(near) == limit:
+            held.update((key, self._registers.header(key)) for key in keys if key > near[-1][0])
+        return held
 
     async def _try_fetch(self, tablet: int, epoch: int, node: NodeId, marks: list[RegisterMark]) -> None:
         try:
