@@ -1,7 +1,7 @@
 """The hot calls of nova.db.main.api during a VM's boot (FACTS: what one boot calls), as repeatable operations.
 
-`World` holds what the calls work on; `CALLS` maps a name to (how often it happens in one boot, operation). Every
-operation must leave the world fit for the next repetition.
+`World` holds what the calls work on; `CALLS` maps a name to (how often it happens in one boot, operation), `LISTS` a
+name to what the API asks for a page of servers. Every operation must leave the world fit for the next repetition.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HOST = "host-0"
+HOST_INSTANCES_MAX = 50
+"""Of a cell that grows: a full compute host, and then the next."""
+LIST_INSTANCES_MAX = 1000
+"""Nova's max_limit: the largest page that its API gives."""
 PROJECT = "p" * 32
 USER = "u" * 32
 FLAVOR = json.dumps(
@@ -99,7 +103,16 @@ def fill(db: Any, context: Any, instances: int, host: str = HOST) -> World:
     node |= {"local_gb": 1 << 12, "vcpus_used": 0, "memory_mb_used": 0, "local_gb_used": 0, "hypervisor_type": "fake"}
     node |= {"hypervisor_version": 1, "cpu_info": "{}", "mapped": 0}
     world.compute_id = db.compute_node_create(context, node)["id"]
-    for number in range(instances):
+    grow(world, instances)
+    return world
+
+
+def grow(world: World, instances: int) -> None:
+    """More instances, until there are so many: on the world's host until it is full, then on others."""
+    db, context = world.db, world.context
+    for number in range(len(world.instances), instances):
+        full = number // HOST_INSTANCES_MAX
+        host = f"{world.host}-{full}" if full else world.host
         world.instances.append(db.instance_create(context, instance_values(number, host))["uuid"])
         bdm = {
             "instance_uuid": world.instances[-1],
@@ -109,7 +122,6 @@ def fill(db: Any, context: Any, instances: int, host: str = HOST) -> World:
         }
         world.bdms.append(db.block_device_mapping_create(context, bdm, legacy=False)["id"])
         db.action_start(context, action(world.instances[-1]))
-    return world
 
 
 def action(instance: str) -> dict[str, Any]:
@@ -181,6 +193,22 @@ CALLS: dict[str, tuple[int, Callable[[World], object]]] = {
     "instance_get_all_by_host": (1, lambda w: w.db.instance_get_all_by_host(w.context, w.host)),
     "service_get_all": (1, lambda w: w.db.service_get_all(w.context)),
 }
+
+
+def _list(world: World) -> None:
+    """`GET /servers/detail` of one project, as nova-api asks each cell for it."""
+    found = world.db.instance_get_all_by_filters_sort(
+        world.context,
+        {"deleted": False, "project_id": PROJECT},
+        limit=LIST_INSTANCES_MAX,
+        columns_to_join=["extra", "extra.flavor", "extra.numa_topology", "info_cache", "metadata"],
+        sort_keys=["created_at", "id", "uuid"],
+        sort_dirs=["desc", "desc", "desc"],
+    )
+    assert len(found) >= min(LIST_INSTANCES_MAX, len(world.instances)), len(found)
+
+
+LISTS: dict[str, Callable[[World], object]] = {"list of at most 1,000 servers": _list}
 
 
 def prepare(name: str, world: World) -> None:

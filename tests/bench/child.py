@@ -49,7 +49,7 @@ def sync_other(db: Any, url: str) -> None:
 
 
 def main() -> None:
-    """Serve `{"sync": url}`, `{"fill": n}` and `{"call": name, "times": n}` until stdin ends."""
+    """Serve `{"sync": url}`, `{"fill": instances}` (in all) and `{"call": name, "times": n}` until stdin ends."""
     from tests.bench import calls
 
     kind, url = sys.argv[1:3]
@@ -63,11 +63,13 @@ def main() -> None:
             print(json.dumps({"synced": True}), flush=True)
             continue
         if "fill" in order:
-            world = calls.fill(db, context, order["fill"])
+            if world is None:
+                world = calls.fill(db, context, order["fill"])
+            calls.grow(world, order["fill"])
             print(json.dumps({"filled": len(world.instances)}), flush=True)
             continue
         assert world is not None
-        operation = calls.CALLS[order["call"]][1]
+        operation = calls.LISTS.get(order["call"]) or calls.CALLS[order["call"]][1]
         calls.prepare(order["call"], world)
         walls = []
         cpu = time.process_time()

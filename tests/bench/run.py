@@ -1,4 +1,7 @@
-"""`make bench`: the hot calls of a VM's boot on lucd's two doors beside MariaDB, on this machine, in this run.
+"""`make bench`: a boot's hot calls and the API's list of servers on lucd's two doors beside MariaDB, in one run.
+
+    python -m tests.bench.run                       # with 20, with 1,000 and with 10,000 instances
+    python -m tests.bench.run --instances 1000
 
 Every call is repeated in rounds; in each round the peers take turns, so a machine that slows down slows all of them.
 The table gives the median wall and the mean CPU milliseconds of one call (CPU: client and all servers), and the
@@ -14,13 +17,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.calls import CALLS
+from tests.bench.calls import CALLS, LISTS
 from tests.bench.mariadb import MariaDB
 from tests.bench.peers import Lucd, Peer
 
+SIZES = (20, 1000, 10_000)
+"""Instances in the cell: hardly any, one full list of the API, a large cell."""
+LIST_TIMES = 3
+"""Repetitions of a list in a round: one takes as long as a hundred of the other calls."""
 _TICK_MS = 1000 / os.sysconf("SC_CLK_TCK")
 
 
@@ -77,7 +85,7 @@ def table(clients: list[Client]) -> list[str]:
     head = "| call |" + "".join(f" {c.peer.name} wall ms | cpu ms |" for c in clients)
     head += "".join(f" {c.peer.name} / {base.peer.name} wall | cpu |" for c in clients[1:])
     rows = [head, "|" + " --- |" * (head.count("|") - 1)]
-    for call in CALLS:
+    for call in (*CALLS, *LISTS):
         wall = {c.peer.name: statistics.median(c.walls[call]) for c in clients}
         cpu = {c.peer.name: statistics.mean(c.cpus[call]) for c in clients}
         row = f"| {call} |" + "".join(f" {wall[c.peer.name]:.2f} | {cpu[c.peer.name]:.2f} |" for c in clients)
@@ -87,12 +95,32 @@ def table(clients: list[Client]) -> list[str]:
     return rows
 
 
+def fill(clients: list[Client], instances: int) -> None:
+    """As many instances in each store; the stores are filled at the same time, which is not measured."""
+    print(f"filling up to {instances} instances", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(len(clients)) as pool:
+        list(pool.map(lambda client: client.order(fill=instances), clients))
+
+
+def measure(clients: list[Client], rounds: int, times: int) -> None:
+    """All calls in turns; what was measured of another number of instances is forgotten, and so is a first round."""
+    for number in range(rounds + 1):
+        print(f"round {number} of {rounds}{' (not counted)' * (number == 0)}", file=sys.stderr, flush=True)
+        if number <= 1:
+            for client in clients:
+                client.walls.clear()
+                client.cpus.clear()
+        for call in (*CALLS, *LISTS):
+            for client in clients:
+                client.measure(call, 3 if not number else LIST_TIMES if call in LISTS else times)
+
+
 def main() -> None:
     """Measure and print; `--out` also writes the table with the run's conditions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--times", type=int, default=20, help="repetitions of a call in a round")
-    parser.add_argument("--instances", type=int, default=20, help="instances on the host before measuring")
+    parser.add_argument("--instances", type=int, action="append", help="in the cell when measuring (20, 1000, 10000)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     MariaDB.install()
@@ -101,34 +129,28 @@ def main() -> None:
         mariadb = MariaDB(directory)
         mariadb.start()
         lucd = Lucd(directory / "lucd")
+        lines: list[str] = []
         try:
             lucd.start()
             peers = [Peer("MariaDB", "sql", mariadb.create("nova_cell1"), lambda: [mariadb.process.pid])]  # type: ignore[union-attr]
             peers += lucd.peers()
             clients = [Client.start(peer) for peer in peers]
             clients[1].order(sync=lucd.rpc_database_url())
-            for client in clients:
-                print(f"filling {client.peer.name}", file=sys.stderr)
-                client.order(fill=options.instances)
-            for number in range(options.rounds + 1):
-                print(f"round {number} of {options.rounds}{' (not counted)' * (number == 0)}", file=sys.stderr)
-                for call in CALLS:
-                    for client in clients:
-                        client.measure(call, options.times if number else 3)
-                if number == 0:
-                    for client in clients:
-                        client.walls.clear()
-                        client.cpus.clear()
-            lines = [f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", "", *table(clients)]
+            for instances in sorted(options.instances or SIZES):
+                fill(clients, instances)
+                measure(clients, options.rounds, options.times)
+                load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+                section = [f"### {instances:,} instances", "", load, "", *table(clients), ""]
+                print("\n".join(section), flush=True)
+                lines += section
             for client in clients:
                 client.process.stdin.close()  # type: ignore[union-attr]
                 client.process.wait(30)
         finally:
             lucd.stop()
             mariadb.stop()
-    print("\n".join(lines))
     if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+        options.out.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

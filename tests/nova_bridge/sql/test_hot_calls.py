@@ -28,7 +28,8 @@ told = logging.StreamHandler(sys.stdout)
 told.setFormatter(logging.Formatter("%(message)s"))
 log.addHandler(told)
 log.setLevel(logging.DEBUG)
-for name, (_, call) in calls.CALLS.items():
+every = {name: call for name, (_, call) in calls.CALLS.items()} | calls.LISTS
+for name, call in every.items():
     print("call", name, flush=True)
     calls.prepare(name, world)
     call(world)
