@@ -2,7 +2,8 @@
 
 What a tablet's epoch before left unfinished is finished soon after this node has taken the tablet over: until then a
 majority that holds it proves nothing (`roster.proven`), so who reads it would have to, and a follower would wait. What
-could not be finished then, or was forgotten by a restart, is found by the next sweep.
+could not be finished then, or was forgotten by a restart, is found by the next sweep. Finishing goes on beside the
+comparing: neither waits for the other, each of which may take minutes.
 
 What is installed is exactly what an accept of that ballot would have brought, under an acceptor's own condition (the
 ballot is not below the promise), so safety is that of CASPaxos: a late accept. Only values marked chosen, and only of
@@ -15,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection
+import math
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Final
 
 import msgspec
@@ -88,8 +90,10 @@ class Repair:
         self.settle: Callable[[GroupKey], Awaitable[None]] | None = None
         self._returned: dict[NodeId, _Look] = {}
         self._inherited: dict[int, float] = {}
-        """Tablets that were taken over, and when to finish what is unfinished of them."""
-        self._wake = asyncio.Event()
+        """Tablets that were taken over, or are swept, and when to finish what is unfinished of them."""
+        self._sweep_due_s = math.inf
+        self._look_again = asyncio.Event()
+        self._finish_again = asyncio.Event()
         self._pace = Pace(clock, bytes_per_s)
         self._compared: dict[int, None] = {}
         self.remaining: dict[int, tuple[int, int]] = {}
@@ -98,43 +102,49 @@ class Repair:
         """Registers brought up to date since the start."""
 
     async def run(self) -> None:
-        """Until cancelled. The first sweep comes soon after the start: this node may have been away."""
-        due_s = self._clock.monotonic() + 3.0 * self._chance.uniform(0.8, 1.2)
+        """Until cancelled, or the disk fails."""
+        # The first sweep comes soon: this node may have been away.
+        self._sweep_due_s = self._clock.monotonic() + 3.0 * self._chance.uniform(0.8, 1.2)
         # First this node serves; all its peers "return" to it at its start.
         await self._clock.sleep(START_PAUSE_S)
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._keep_comparing())
+            both.create_task(self._keep_finishing())
+
+    async def _keep_comparing(self) -> None:
+        """With peers that returned, and with all at intervals."""
         while self._disk.failed is None:
-            if not await self._woken(due_s):
+            await self._first_of(lambda: (self._sweep_due_s, *self._looks_due_s()), self._look_again)
+            if min(self._looks_due_s(), default=math.inf) > self._clock.monotonic():
                 pause_s = SWEEP_INTERVAL_S if await self.sweep() else 5.0
-                due_s = self._clock.monotonic() + pause_s * self._chance.uniform(0.8, 1.2)
+                self._sweep_due_s = self._clock.monotonic() + pause_s * self._chance.uniform(0.8, 1.2)
                 continue
             await self._look_at_returned()
+
+    async def _keep_finishing(self) -> None:
+        """What earlier epochs left of tablets that were taken over, when it is time to."""
+        while self._disk.failed is None:
+            await self._first_of(self._inherited.values, self._finish_again)
+            await self._finish_inherited()
 
     def returned(self, node: NodeId) -> None:
         """A peer is heard again: it or this node has missed writes, so compare with it soon."""
         self._returned[node] = _Look(self._clock.monotonic(), 0, None)
-        self._wake.set()
+        self._look_again.set()
 
-    async def _woken(self, due_s: float) -> bool:
-        """Wait until a look at a peer that returned is due, or that time is reached; whether it is a look."""
-        while True:
-            now_s = self._clock.monotonic()
-            looks_s = [*(look.due_s for look in self._returned.values()), *self._inherited.values()]
-            look_s = min(looks_s, default=due_s)
-            if look_s <= now_s:
-                return bool(looks_s)
-            if due_s <= now_s:
-                return False
-            self._wake.clear()
+    def _looks_due_s(self) -> list[float]:
+        return [look.due_s for look in self._returned.values()]
+
+    async def _first_of(self, times_s: Callable[[], Iterable[float]], again: asyncio.Event) -> None:
+        """Wait until the first of these times is reached; `again`: they have changed."""
+        while (left_s := min(times_s(), default=math.inf) - self._clock.monotonic()) > 0:
+            again.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(look_s, due_s) - now_s):
-                    await self._wake.wait()
+                async with asyncio.timeout(left_s if left_s < math.inf else None):
+                    await again.wait()
 
     async def _look_at_returned(self) -> None:
         """The looks that are due, and what they lead to."""
-        while taken := [t for t, due_s in self._inherited.items() if due_s <= self._clock.monotonic()]:
-            for tablet in taken:
-                del self._inherited[tablet]
-            await self._finish(taken)
         while due := [node for node, look in self._returned.items() if look.due_s <= self._clock.monotonic()]:
             look = self._returned.pop(due[0])
             differed = await self._compare_with(due[0], look.tablets)
@@ -191,7 +201,14 @@ class Repair:
         self._compared[tablet] = None
         # The others take it over in these moments too, and whoever comes first finishes for all.
         self._inherited[tablet] = self._clock.monotonic() + self._chance.uniform(*TAKEN_OVER_PAUSE_S)
-        self._wake.set()
+        self._finish_again.set()
+
+    async def _finish_inherited(self) -> None:
+        """Of the tablets that are due."""
+        while taken := [t for t, due_s in self._inherited.items() if due_s <= self._clock.monotonic()]:
+            for tablet in taken:
+                del self._inherited[tablet]
+            await self._finish(frozenset(taken))
 
     async def _finish(self, tablets: Collection[int]) -> None:
         """Finish what earlier epochs left of the tablets; in pieces, for there may be many, and callers wait."""
@@ -209,7 +226,10 @@ class Repair:
     async def sweep(self) -> bool:
         """Once over all tablets, against one other replica each; False if some could not be compared."""
         complete = True
-        await self._finish(frozenset(t for t in self._tablets.known() if self._tablets.serves(t)))
+        now_s = self._clock.monotonic()
+        for tablet in filter(self._tablets.serves, self._tablets.known()):
+            self._inherited.setdefault(tablet, now_s)
+        self._finish_again.set()
         for tablet in self._tablets.known():
             if self._tablets.serves(tablet):
                 complete &= await self._tablet(tablet)

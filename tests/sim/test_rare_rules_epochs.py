@@ -277,7 +277,7 @@ def test_unfinished_register_of_the_epoch_before_is_finished_after_the_take_over
         repair.settle = settle
         assert stage.tablet in repair._inherited
         await stage.world.cluster.machines[0].clock.sleep(1.0)
-        await repair._look_at_returned()
+        await repair._finish_inherited()
         assert finished == [key]
         assert not repair._inherited
 
