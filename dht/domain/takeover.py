@@ -150,7 +150,8 @@ class Takeover:
     async def _let_go(self) -> None:
         """Erase tablets whose every present replica is initialised: nobody can need this node's copy any more.
 
-        And what was copied ahead for a set of replicas that another one followed before it was sealed.
+        And what was copied ahead for a set of replicas that another one followed before it was sealed. Gives way to
+        what there is to take over, as soon as something changed; the rest is erased when that is begun.
         """
         newest = self._chain.newest
         if newest is None:
@@ -169,6 +170,8 @@ class Takeover:
                 self._tablets.drop(batch, tablet)
                 self._tablets.submit(batch)
             await self._erase(tablet)
+            if self._wake.is_set():
+                return
 
     async def _erase(self, tablet: int) -> None:
         """In pages; a crash in between leaves registers that nobody reads, and the next start goes on."""
@@ -178,6 +181,8 @@ class Takeover:
                 if newest is None or self._node in newest.replicas(tablet).nodes:
                     return  # a replica again: what is here may be of use, and the transfer erases the rest
                 await self._disk.durable(self._erase_some(tablet))
+                if self._wake.is_set():
+                    return
         except DhtError as error:
             log.error("tablet %d is not erased: %s", tablet, error)
 

@@ -239,6 +239,44 @@ def test_let_go_copy_of_a_transfer_that_was_overtaken_before_the_seal_is_erased(
     staged(story, 3)
 
 
+def test_let_go_of_a_large_tablet_gives_way_to_one_that_is_to_be_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose callers wait, while nobody waits for what is erased."""
+    monkeypatch.setattr("dht.domain.takeover.ERASE_KEYS", 1)
+
+    async def story(stage: Stage) -> None:
+        stage.move(1)
+        await stage.tell(0, 1, 2)
+        for i, k in enumerate(stage.keys):
+            stage.write(1, k, i + 1, "copied ahead")
+        stage.move(2)
+        await stage.tell(0, 1, 2)
+        takeover, other = stage.world.domain(1)._takeover, stage.tablet ^ 1
+        erase_some, events = takeover._erase_some, list[str]()
+
+        def erase_page(tablet: int) -> int:
+            events.append("erased")
+            if len(events) == 2:
+                monkeypatch.setattr(takeover, "pending", lambda: (other,))
+                takeover.wake()
+            return erase_some(tablet)
+
+        async def initialise(tablet: int) -> None:
+            events.append("begun")
+            monkeypatch.setattr(takeover, "pending", lambda: ())
+
+        monkeypatch.setattr(takeover, "_erase_some", erase_page)
+        monkeypatch.setattr(takeover._transfer, "initialise", initialise)
+        running = asyncio.create_task(takeover.run(interval_s=1000.0))
+        await stage.world.cluster.machines[0].clock.sleep(5.0)
+        assert events.index("begun") <= 3
+        assert events.count("erased") == len(stage.keys) > 10
+        assert stage.world.node(1).registers.keys(stage.tablet) == []
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    staged(story, 3)
+
+
 def test_sealed_replica_admits_nothing_at_or_below_and_says_where_to_look() -> None:
     async def story(stage: Stage) -> None:
         domain = stage.world.domain(0)
