@@ -68,6 +68,7 @@ def configure(settings: argparse.Namespace) -> Any:
 
     from nova_bridge.rpc import options
     from nova_bridge.rpc.plugin import without_plugin
+    from nova_bridge.sql import rerun
 
     conf = nova.conf.CONF
     config.parse_args(["lucd-nova-db-worker"], default_config_files=settings.config_file, configure_db=False)
@@ -79,6 +80,8 @@ def configure(settings: argparse.Namespace) -> Any:
     if settings.api_connection is not None:
         conf.set_override("connection", _text(without_plugin(settings.api_connection)), "api_database")
         api_db.configure(conf)
+    # With the first engine would be too late: what is served is catalogued before, as it is then.
+    rerun.install()
     return conf
 
 

@@ -139,3 +139,18 @@ def test_door_opened_by_url_alone_works_from_the_first_call_on(socket, template,
     with sqlite3.connect(here / "main.sqlite") as database:
         assert database.execute("SELECT count(*) FROM services").fetchone() == (0,)
     database.close()
+
+
+def test_worker_whose_first_call_loses_many_races_runs_it_until_it_wins_one():
+    """Of a function that opens its transaction in its body, and that was catalogued before any engine was made."""
+    urls = ["--connection", "lucd+memory:///racing_main", "--api-connection", "lucd+memory:///racing_api"]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "racing_worker.py"), "--transport-url", "none", *urls],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["done", "mine"]
