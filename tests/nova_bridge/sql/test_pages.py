@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from dht.errors import Invalid
+from dht.model import Comparison
+from dht.rows import decode_row
 from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.pages import PAGE_ROWS
 from tests.nova_bridge.sql.conftest import CountingStore
 
 Connect = Callable[..., Connection]
@@ -75,3 +78,56 @@ def test_row_that_does_not_fit_a_frame_by_itself_is_a_data_error(
     monkeypatch.setattr(store, "find", no_find)
     with pytest.raises(sqlite3.DataError, match="larger than a frame"):
         filled.execute("SELECT id FROM servers")
+
+
+def test_pages_grow_again_behind_few_large_rows(
+    connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4,000 rows one is so large that it fits by itself only."""
+    connection = connect(isolation_level=None)
+    connection.execute("CREATE TABLE servers (id INTEGER PRIMARY KEY, host TEXT)")
+    connection.execute("BEGIN")
+    connection.executemany("INSERT INTO servers VALUES (?, 'h')", [(number,) for number in range(1, 4001)])
+    connection.execute("COMMIT")
+    find, sizes = store.find, list[int]()
+
+    def with_a_large_row(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        sizes.append(len(result.rows))
+        if len(result.rows) > 1 and any(decode_row(row.row)[1] == 7 for row in result.rows):
+            raise Invalid("larger than a frame may be")
+        return result
+
+    monkeypatch.setattr(store, "find", with_a_large_row)
+    found = connection.execute("SELECT id FROM servers WHERE host = 'h'").fetchall()
+    assert found == [(number,) for number in range(1, 4001)]
+    assert len(sizes) < 80
+    assert sum(size > PAGE_ROWS / 4 for size in sizes) > 5
+
+
+def test_descending_pages_ask_for_no_primary_key_without_a_value(filled: Connection, store: CountingStore) -> None:
+    assert len(filled.execute("SELECT a, b FROM links ORDER BY a DESC, b DESC LIMIT 100").fetchall()) == 40
+    asked = [constraint.comparison for query in store.questions for constraint in query.constraints]
+    assert Comparison.LT in asked
+    assert Comparison.IS_NULL not in asked
+
+
+def test_row_that_moves_on_between_two_pages_is_there_once(
+    filled: Connection, connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = connect(isolation_level=None)
+    find, moved = store.find, list[int]()
+
+    def moving(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        if not moved and len(result.rows) == ROWS_MAX and query.limit == ROWS_MAX:
+            moved.append(decode_row(result.rows[0].row)[1])
+            other.execute("UPDATE servers SET launched = '2027' WHERE id = ?", moved)
+        return result
+
+    monkeypatch.setattr(store, "find", moving)
+    filled.execute("BEGIN")
+    ids = [row[0] for row in filled.execute("SELECT id FROM servers ORDER BY launched, id LIMIT 100")]
+    assert moved
+    assert sorted(ids) == list(range(1, 41))
+    assert ids[-1] == moved[0]
