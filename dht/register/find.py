@@ -46,7 +46,8 @@ FIND_AGAIN_MAX_S = 0.020
 MAJORITY_WAIT_S = 0.05
 """How long the replicas asked first have, before the others are asked too; how often it is looked who is silent."""
 LIMIT_SLACK_ROWS = 16
-"""Asked for beyond the limit, so that rows that turn out not to match rarely cost another round."""
+"""Asked for beyond the limit, so that rows that turn out not to match rarely cost another round; not more than are
+wanted, or a page of one large row would not fit a frame for the sake of those behind it."""
 WHOLE_GROUPS_BYTES_MAX = 12 * 1024 * 1024
 
 Learn = Callable[[str, int], Awaitable[int]]
@@ -209,7 +210,7 @@ class Finder:
         context.count("finds")
         limit = FIND_ROWS_MAX
         if query.order is not None and query.limit is not None:
-            limit = min(query.limit + LIMIT_SLACK_ROWS, FIND_ROWS_MAX)
+            limit = min(query.limit + max(1, min(query.limit, LIMIT_SLACK_ROWS)), FIND_ROWS_MAX)
         while True:
             collected = await self._covering(query, limit, deadline)
             result = await self._merge(query, collected, limit, deadline)

@@ -258,23 +258,40 @@ async def test_asker_that_keeps_no_tablet_and_missed_the_catalog_still_knows_the
     await cluster.stop()
 
 
+def framed(answer):
+    """As the link does it: a reply that is too large becomes the failure that says so."""
+
+    async def serve(sender, message):
+        reply = await answer(sender, message)
+        encode_frame(1, REPLY, reply)
+        return reply
+
+    return serve
+
+
+async def test_one_large_row_of_many_is_found_where_a_few_fit_a_frame(monkeypatch):
+    cluster = Cluster(4, 3, tablets=1)
+    await cluster[0].create_database("db")
+    await cluster[0].commit(transaction(catalog(1)))
+    for n in range(20):
+        await cluster[0].commit(transaction(insert(n, {1: "x" * 1000})))
+    for node in cluster.ids[:3]:
+        cluster.wire.nodes[node].answer = framed(cluster.wire.nodes[node].answer)
+    monkeypatch.setattr("dht.wire.frames.FRAME_BYTES_MAX", 5000)
+    query = FindQuery("db", 1, 1, (), Order((0,)), 1)
+    for limit in (0, 1, 2):
+        rows = (await cluster[3].find(msgspec.structs.replace(query, limit=limit))).rows
+        assert [row.group for row in rows] == [key(n) for n in range(limit)]
+    await cluster.stop()
+
+
 @pytest.mark.parametrize("away", [False, True], ids=["all there", "one away"])
 async def test_rows_that_do_not_fit_a_replicas_frame_are_invalid_at_once_as_for_a_client(away, monkeypatch):
-    """As the link does it: a reply that is too large becomes the failure that says so."""
     cluster = Cluster(4, 3, tablets=1)
     await cluster[0].create_database("db")
     await cluster[0].commit(transaction(catalog(1)))
     for n in range(10):
         await cluster[0].commit(transaction(insert(n, {1: "x" * 1000})))
-
-    def framed(answer):
-        async def serve(sender, message):
-            reply = await answer(sender, message)
-            encode_frame(1, REPLY, reply)
-            return reply
-
-        return serve
-
     for node in cluster.ids[:3]:
         cluster.wire.nodes[node].answer = framed(cluster.wire.nodes[node].answer)
     assert len((await cluster[3].find(FindQuery("db", 1, 1))).rows) == 10
