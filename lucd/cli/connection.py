@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from dht.codec import Message
-from dht.errors import RemoteProtocolError
+from dht.errors import Invalid, RemoteProtocolError
 from dht.wire.blocking import BlockingClient, SocketStore
 from lucd.conf.settings import Settings, load
 
@@ -63,9 +63,12 @@ def socket_option(command: F) -> F:
 
 def settings(config: Path | None) -> Settings:
     """The settings of the named file, else of the usual one, else the defaults."""
-    if config is None and CONFIG_FILE.exists():
-        config = CONFIG_FILE
-    return load(config)
+    try:
+        if config is None and CONFIG_FILE.exists():
+            config = CONFIG_FILE
+        return load(config)
+    except PermissionError as error:
+        raise Invalid(f"{error.filename} cannot be read by this user; change its owner or mode") from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from dht.errors import DhtError, Invalid, Unavailable
+from dht.errors import DhtError, StorageError, Unavailable
 from lucd import version
 from lucd.cli import cluster, database, pop, show
 from lucd.cli.output import fail
@@ -103,6 +103,14 @@ for command in (
     lucd.add_command(command)
 
 
+def _forbidden(error: PermissionError) -> StorageError:
+    """What this host refused to a command. Where more is known of it, it is told where it happens."""
+    what = f"{error.filename} cannot be used" if error.filename else "this host refused what the command needs"
+    return StorageError(
+        f"{what}: this user may not ({error.strerror}); run the command as the user that lucd runs as, or as root"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: every error is one line on stderr and an exit code of its own (`dht.errors`)."""
     try:
@@ -118,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(fail(Unavailable("whoever reads the output went away")))
     except PermissionError as error:
-        sys.exit(fail(Invalid(f"{error.filename} cannot be read by this user; change its owner or mode")))
+        sys.exit(fail(_forbidden(error)))
     except DhtError as error:
         sys.exit(fail(error))
 

@@ -291,6 +291,31 @@ def test_configuration_that_may_not_be_read_is_one_line_with_64(lucd: Run, monke
     assert err == "lucd: /etc/lucd/lucd.conf cannot be read by this user; change its owner or mode\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/var/lib/lucd/store.sqlite-wal"),
+            "/var/lib/lucd/store.sqlite-wal cannot be used: this user may not (Permission denied); run the command as "
+            "the user that lucd runs as, or as root",
+        ),
+        (
+            PermissionError(1, "Operation not permitted"),
+            "this host refused what the command needs: this user may not (Operation not permitted); run the command as "
+            "the user that lucd runs as, or as root",
+        ),
+    ],
+)
+def test_file_that_this_user_may_not_use_is_one_line_with_74(
+    lucd: Run, monkeypatch: pytest.MonkeyPatch, error: PermissionError, message: str
+) -> None:
+    def refused(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(directory, "cluster_key", refused)
+    assert lucd("key", "show", "--data-dir", "/var/lib/lucd") == (74, "", f"lucd: {message}\n")
+
+
 def test_domain_show_lists_tablets(lucd: Run, socket: str) -> None:
     code, out, _ = lucd("domain", "show", "--socket", socket)
     assert code == 0
