@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 COPIES: Final = "copies"
 COPY_RESERVE_BYTES: Final = 4 * 1024 * 1024
 LOOK_EVERY_S: Final = 1.0
+OPEN_AGAIN_S_MAX: Final = 300.0
+"""Between two attempts to open a damaged file, at most: each looks the whole file through."""
 UNWANTED_AFTER_S: Final = 600.0
 SILENT_AFTER_S: Final = 60.0
 """A copy that is not covered any further for so long is of a domain that nobody else can copy now either."""
@@ -70,6 +72,15 @@ class Kept:
     follower: Follower
     reads: FollowedReads
     nodes: dict[NodeId, str]
+
+
+@dataclass(slots=True)
+class Failed:
+    """Why a copy is not kept, since when, and when that was last tried (seconds of the monotonic clock)."""
+
+    why: str
+    since_s: float
+    tried_s: float
 
 
 class Followers:
@@ -99,12 +110,13 @@ class Followers:
         self._contacts = contacts
         self._needed = needed
         self._kept: dict[str, Kept] = {}
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, Failed] = {}
         self._unwanted_s: dict[str, float] = {}
         self._looking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         self._looking = asyncio.get_running_loop().create_task(self._run())
+        self._looking.add_done_callback(_report_end)
 
     async def stop(self) -> None:
         if self._looking is not None:
@@ -165,7 +177,7 @@ class Followers:
 
     def warnings(self) -> list[str]:
         """Sentences for humans."""
-        return [f"the copy of domain {name} is not kept: {why}" for name, why in sorted(self._failed.items())]
+        return [f"the copy of domain {name} is not kept: {f.why}" for name, f in sorted(self._failed.items())]
 
     @property
     def counters(self) -> Counters:
@@ -194,7 +206,7 @@ class Followers:
         while True:
             wanted = self.wanted()
             for name in dict.fromkeys((*wanted, *self._on_disk())) if wanted else ():
-                if name not in self._kept:
+                if name not in self._kept and self._may_begin(name):
                     await self._begin(name)
             try:
                 await self._drop_unwanted()
@@ -227,6 +239,14 @@ class Followers:
     def _path(self, name: str) -> Path:
         return self._directory / f"{quote(name, safe='')}{_SUFFIX}"
 
+    def _may_begin(self, name: str) -> bool:
+        """A file that could not be opened is tried again after as long as that was so; one that is gone, at once."""
+        failed = self._failed.get(name)
+        if failed is None or not self._path(name).exists():
+            return True
+        pause_s = min(failed.tried_s - failed.since_s, OPEN_AGAIN_S_MAX)
+        return self._clock.monotonic() - failed.tried_s >= pause_s
+
     async def _begin(self, name: str) -> None:
         """Follow the domain; a copy that cannot be is told, and the others are kept all the same."""
         try:
@@ -242,7 +262,9 @@ class Followers:
         except (DhtError, OSError) as error:
             if name not in self._failed:
                 log.error("the copy of domain %s cannot be opened: %s", name, error)
-            self._failed[name] = str(error)
+            now_s = self._clock.monotonic()
+            since_s = self._failed[name].since_s if name in self._failed else now_s
+            self._failed[name] = Failed(str(error), since_s, now_s)
             return
         self._failed.pop(name, None)
         self._kept[name] = kept
@@ -287,3 +309,9 @@ class Followers:
         with contextlib.suppress(DhtError):
             await kept.follower.stop()
         kept.disk.close()
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    """What breaks off is a bug that must not pass in silence."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("copies of other domains are begun and ended no more, restart this node: %r", error, exc_info=error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from dht.domain.backups import backups_of
 from dht.errors import StorageError
 from dht.model import GLOBAL
 from lucd import followers as followers_module
-from lucd.followers import SILENT_AFTER_S, UNWANTED_AFTER_S, Followers
+from lucd.followers import OPEN_AGAIN_S_MAX, SILENT_AFTER_S, UNWANTED_AFTER_S, Followers
 
 OWN, LOST = "pop0", "lyon"
 NEWER = next(name for name in map("pop{}".format, range(1, 100)) if backups_of(LOST, [OWN, name], 1) == (name,))
@@ -134,6 +135,48 @@ async def test_copy_whose_file_cannot_be_read_is_told_and_keeps_no_other_one_fro
     await kept.run(10.0)
     assert kept.followers.names() == (GLOBAL, LOST)
     assert kept.followers.warnings() == []
+
+
+async def test_copy_that_cannot_be_opened_is_tried_less_and_less_often_and_at_once_when_it_was_wiped(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt looks a whole file through, which may be large."""
+    tried: list[float] = []
+
+    def damaged(path: Path) -> Any:
+        path.touch()
+        if followers_module.unquote(path.stem) == GLOBAL:
+            tried.append(kept.now_s)
+            raise StorageError("the file is damaged")
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(kept, "_opened", damaged)
+    await kept.run(10.0)
+    assert 3 <= len(tried) <= 6
+    await kept.run(3600.0)
+    assert len(tried) <= 25
+    assert max(after - before for before, after in itertools.pairwise(tried)) < OPEN_AGAIN_S_MAX + 2.0
+    before = len(tried)
+    await kept.run(5.0)
+    assert len(tried) == before
+    kept.followers._path(GLOBAL).unlink()
+    await kept.run(2.0)
+    assert len(tried) == before + 1
+
+
+async def test_looking_for_copies_that_breaks_off_is_logged(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(kept.followers, "wanted", broken)
+    await kept.followers.start()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await kept.followers.stop()
+    assert "copies of other domains are begun and ended no more" in caplog.text
+    assert "a bug" in caplog.text
 
 
 async def test_copy_that_cannot_be_deleted_ends_no_other_one(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
