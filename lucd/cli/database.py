@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from dht.errors import Conflict, Invalid, NotFound
+from dht import requests
+from dht.errors import Conflict, Indeterminate, Invalid, NotFound, RemoteProtocolError
 from dht.model import SPANNING
-from lucd.cli.connection import socket_option, store
+from lucd.cli.connection import client, socket_option, store
 from lucd.cli.output import format_option, show_json, show_table
 
 _POP = "pop:"
@@ -25,6 +26,29 @@ def _shown(home: str) -> str:
 
 def _names_pop(home: str) -> bool:
     return home.startswith(_POP) and home.removeprefix(_POP) not in ("", *SPANNING)
+
+
+def _order(
+    config: Path | None,
+    socket: Path | None,
+    order: requests.CreateDatabase | requests.DropDatabase,
+    timeout_s: float = 10.0,
+) -> bool:
+    """Whether the order changed anything. It is sent once: the answer to a second one would be about that one alone.
+
+    Raises Indeterminate where no answer came.
+    """
+    with client(config, socket, timeout_s) as daemon:
+        try:
+            reply = daemon.call(order)
+        except Indeterminate as error:
+            raise Indeterminate(
+                f"{error.message}; nobody knows whether it was done: `lucd database list` tells whether there is a "
+                f"database {order.name} now, and if need be give the command again"
+            ) from None
+    if not isinstance(reply, requests.Done):
+        raise RemoteProtocolError(f"the daemon replied {type(reply).__name__} where Done was due")
+    return reply.changed
 
 
 @database.command("list")
@@ -59,9 +83,7 @@ def database_create(name: str, home: str, config: Path | None, socket: Path | No
         raise Invalid(
             f"{home!r} is not a home; write --home {_POP}NAME with the name of a PoP, --home global or --home local"
         )
-    with store(config, socket) as opened:
-        created = opened.create_database(name, home=home.removeprefix(_POP))
-    if not created:
+    if not _order(config, socket, requests.CreateDatabase(name, home.removeprefix(_POP))):
         raise Conflict(f"database {name} already exists; nothing was changed")
     where = f" with home {home}" if home in SPANNING else f" in PoP {home.removeprefix(_POP)}" if home else ""
     click.echo(f"Created database {name}{where}.")
@@ -78,9 +100,7 @@ def database_drop(name: str, yes: bool, config: Path | None, socket: Path | None
     """
     if not yes:
         raise Invalid(f"database {name} was not dropped: everything in it would be lost; add --yes if that is meant")
-    with store(config, socket, timeout_s=120.0) as opened:
-        dropped = opened.drop_database(name)
-    if not dropped:
+    if not _order(config, socket, requests.DropDatabase(name), timeout_s=120.0):
         raise NotFound(f"there is no database {name}; `lucd database list` names them")
     click.echo(f"Dropped database {name}.")
 

@@ -77,10 +77,18 @@ class Answers:
             case requests.CreateDatabase(name=name, home=home):
                 created = name not in self.databases
                 self.databases[name] = home or "paris"
+                self._lose_reply(connection, name)
                 return requests.Done(created)
             case requests.DropDatabase(name=name):
-                return requests.Done(self.databases.pop(name, None) is not None)
+                dropped = self.databases.pop(name, None) is not None
+                self._lose_reply(connection, name)
+                return requests.Done(dropped)
         raise AssertionError(message)
+
+    @staticmethod
+    def _lose_reply(connection: Connection, name: str) -> None:
+        if name == "lost":
+            connection.close()
 
 
 @pytest.fixture
@@ -314,6 +322,20 @@ def test_file_that_this_user_may_not_use_is_one_line_with_74(
 
     monkeypatch.setattr(directory, "cluster_key", refused)
     assert lucd("key", "show", "--data-dir", "/var/lib/lucd") == (74, "", f"lucd: {message}\n")
+
+
+def test_database_order_whose_reply_is_lost_is_indeterminate_and_not_told_as_if_it_changed_nothing(
+    lucd: Run, socket: str
+) -> None:
+    code, out, err = lucd("database", "create", "lost", "--socket", socket)
+    assert (code, out) == (75, "")
+    assert "the daemon went away before it replied" in err
+    assert "`lucd database list` tells whether there is a database lost now" in err
+    assert "lost" in lucd("database", "list", "--socket", socket)[1]
+    code, out, err = lucd("database", "drop", "lost", "--yes", "--socket", socket)
+    assert (code, out) == (75, "")
+    assert "nobody knows whether it was done" in err
+    assert "lost" not in lucd("database", "list", "--socket", socket)[1]
 
 
 def test_domain_show_lists_tablets(lucd: Run, socket: str) -> None:
