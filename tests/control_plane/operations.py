@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,11 @@ from lucd.demo.plane.rest import PROJECT, USER, ComputeApi
 
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl demo"
 WAIT_S = 90.0
-DELETED_POLL_S = 0.2
+POLL_S = 0.2
 
 ONE_OF_A_KIND = re.compile(
-    r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|instance-[0-9a-f]{8}|[0-9a-f]{32}"
+    r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|instance-[0-9a-f]{8}"
+    r"|(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"
 )
 VARIABLE = re.compile(
     # Times, hosts (by name, by address, by hostId) and reservations.
@@ -120,6 +122,11 @@ class Life:
         do(name, "POST", f"/servers/{server}/action", {action: argument})
         self._api.wait(server, status, WAIT_S)
         do(f"show after {name}", "GET", f"/servers/{server}")
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not done() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def _flavors(self) -> None:
         do = self._record.do
@@ -241,7 +248,11 @@ class Life:
         self._act(server, "createImage", {"name": "snapshot"}, "ACTIVE")
         self._act(server, "createBackup", {"name": "b", "backup_type": "daily", "rotation": 1}, "ACTIVE")
         self._act(server, "os-resetState", {"state": "active"}, "ACTIVE")
-        self._act(server, "shelve", None, "SHELVED_OFFLOADED")
+        do("shelve", "POST", f"/servers/{server}/action", {"shelve": None})
+        self._api.wait(server, "SHELVED_OFFLOADED", WAIT_S)
+        # Nova says so before it takes the server from its host.
+        self._until(lambda: not self._api.ask("GET", f"/servers/{server}")[1]["server"]["OS-EXT-SRV-ATTR:host"])
+        do("show after shelve", "GET", f"/servers/{server}")
         self._act(server, "unshelve", None, "ACTIVE")
 
     def _moves(self, server: str) -> None:
@@ -285,9 +296,7 @@ class Life:
     def _ends(self, server: str) -> None:
         do = self._record.do
         do("server delete", "DELETE", f"/servers/{server}")
-        deadline = time.monotonic() + WAIT_S
-        while self._api.ask("GET", f"/servers/{server}")[0] != 404 and time.monotonic() < deadline:
-            time.sleep(DELETED_POLL_S)
+        self._until(lambda: self._api.ask("GET", f"/servers/{server}")[0] == 404)
         do("server show, deleted", "GET", f"/servers/{server}")
         do("server list with deleted", "GET", "/servers/detail?deleted=true&all_tenants=1")
         do("keypair delete", "DELETE", "/os-keypairs/key")
@@ -296,9 +305,23 @@ class Life:
 
 
 def differences(mine: list[Answer], other: list[Answer]) -> list[str]:
-    """What is not the same in two records, one line an operation."""
+    """What is not the same in two records, one line for each part of an answer."""
     lines = [] if len(mine) == len(other) else [f"{len(mine)} answers here, {len(other)} there"]
     for left, right in zip(mine, other, strict=False):
-        if left != right:
-            lines.append(f"{left.operation}: {left.status} {left.body}\n    but  {right.status} {right.body}")
+        if left.operation != right.operation:
+            return [*lines, f"{left.operation} here stands beside {right.operation} there"]
+        parts = _parts({"status": left.status, "body": left.body}, {"status": right.status, "body": right.body})
+        lines += [f"{left.operation}: {part}" for part in parts]
     return lines
+
+
+def _parts(left: object, right: object, path: str = "") -> list[str]:
+    match left, right:
+        case dict(), dict():
+            keys = sorted(left.keys() | right.keys(), key=str)
+            return [line for key in keys for line in _parts(left.get(key), right.get(key), f"{path}/{key}")]
+        case list(), list() if len(left) == len(right):
+            pairs = enumerate(zip(left, right, strict=True))
+            return [line for number, pair in pairs for line in _parts(*pair, f"{path}/{number}")]
+        case _:
+            return [] if left == right else [f"{path} is {left!r} here, {right!r} there"]
