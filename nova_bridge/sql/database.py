@@ -16,12 +16,13 @@ from dht.requests import BlockingStore
 from dht.rows import group_key
 from nova_bridge.sql import shadow as shadows
 from nova_bridge.sql.catalog import Catalog
+from nova_bridge.sql.descent import Descent
 from nova_bridge.sql.groups import Follows, GroupCache, GroupView, Hints
 from nova_bridge.sql.schema import Schema, Table, TableDef
 from nova_bridge.sql.turns import Turns
 
 Steps = list[Callable[[apsw.Connection], None]]
-Renames = dict[str, dict[str, str]]
+"""Statements on the shadow schema, one in each."""
 
 ID_BLOCK_MAX = 50
 """Two of them are what a daemon takes for itself at once."""
@@ -170,14 +171,12 @@ class Database:
         with self._lock:
             run(self.shadow())
 
-    def preview(self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames) -> dict[str, TableDef]:
+    def preview(self, before: Schema, ddl: Steps) -> dict[str, TableDef]:
         """What DDL would make of the schema `before`."""
         with self._lock:
-            return self._run_ddl(before, ddl, renamed, columns)[0]
+            return self._run_ddl(before, ddl)[0]
 
-    def change(
-        self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames, cleared: Collection[int] = ()
-    ) -> tuple[Schema, Schema]:
+    def change(self, before: Schema, ddl: Steps, cleared: Collection[int] = ()) -> tuple[Schema, Schema]:
         """Run DDL on a copy of the shadow of `before`, the newest known, and commit what it made of the schema.
 
         Returns the schema that it was run on and the one that it made. Tables that go are kept as dropped ones; those
@@ -187,23 +186,23 @@ class Database:
             self._ensure_created()
             for attempt in range(SCHEMA_ATTEMPTS):
                 before = self.reload() if attempt else before
-                after, next_table, shadow = self._run_ddl(before, ddl, renamed, columns)
+                after, next_table, shadow = self._run_ddl(before, ddl)
                 try:
                     return before, self._publish(before, after, next_table, shadow, cleared)
                 except SchemaChanged:
                     continue
             raise SchemaChanged(f"the schema of {self.name} kept changing; run the statement again")
 
-    def _run_ddl(
-        self, before: Schema, ddl: Steps, renamed: dict[str, str], columns: Renames
-    ) -> tuple[dict[str, TableDef], int, apsw.Connection]:
+    def _run_ddl(self, before: Schema, ddl: Steps) -> tuple[dict[str, TableDef], int, apsw.Connection]:
         if self._preview is not None and self._preview[:2] == (before, ddl):
             return self._preview[2]
         shadow = shadows.clone(self.shadow())
+        descent = Descent(shadow, before.definitions)
         for step in ddl:
             step(shadow)
+            descent.follow()
         reader = shadows.Introspection(shadow, before.definitions, before.next_table, self._home_now)
-        result = reader.definitions(renamed, columns), reader.next_table, shadow
+        result = reader.definitions(descent), reader.next_table, shadow
         self._preview = (before, ddl, result)
         return result
 

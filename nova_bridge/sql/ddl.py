@@ -23,8 +23,6 @@ from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import IndexDef, Schema, Table, Unique
 
 _NAME = r'(?:(?:"main"|main)\s*\.\s*)?(?:"((?:[^"]|"")+)"|`([^`]+)`|\[([^\]]+)\]|(\w+))'
-_RENAME_TABLE = re.compile(rf"\s*ALTER\s+TABLE\s+{_NAME}\s+RENAME\s+TO\s+{_NAME}\s*;?\s*$", re.I)
-_RENAME_COLUMN = re.compile(rf"\s*ALTER\s+TABLE\s+{_NAME}\s+RENAME\s+(?:COLUMN\s+)?{_NAME}\s+TO\s+{_NAME}", re.I)
 _CREATE_UNIQUE = re.compile(rf"\s*CREATE\s+UNIQUE\s+INDEX\s+(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}", re.I)
 _REFUSED = re.compile(
     r"\s*CREATE\s+(?:(TEMP|TEMPORARY|VIRTUAL|TRIGGER|VIEW)\b|TABLE\s+.*?\bAS\s+(?:SELECT|WITH|VALUES)\b)", re.I | re.S
@@ -37,8 +35,6 @@ class Ddl:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._steps: list[Callable[[apsw.Connection], None]] = []
-        self._renamed: dict[str, str] = {}
-        self._columns: dict[str, dict[str, str]] = {}
         # By step: the name of the index that it creates, and all behind its name.
         self._creates: dict[int, tuple[str, str]] = {}
 
@@ -48,15 +44,8 @@ class Ddl:
             raise sqlite3.NotSupportedError(
                 f"not supported by this database: {' '.join(sql.split())[:80]}; only tables and indexes can be created"
             )
-        if match := _RENAME_TABLE.match(sql):
-            old, new = _names(match, 2)
-            self._renamed[new] = self._renamed.pop(old, old)
-        elif match := _RENAME_COLUMN.match(sql):
-            table, old, new = _names(match, 3)
-            columns = self._columns.setdefault(table, {})
-            columns[new] = columns.pop(old, old)
-        elif match := _CREATE_UNIQUE.match(sql):
-            self._creates[len(self._steps)] = (_names(match, 1)[0], sql[match.end() :])
+        if match := _CREATE_UNIQUE.match(sql):
+            self._creates[len(self._steps)] = (_name(match), sql[match.end() :])
         self._steps.append(lambda shadow: _execute(shadow, sql))
 
     def __bool__(self) -> bool:
@@ -68,15 +57,15 @@ class Ddl:
         before = database.reload()
         cleared = [number for number, old in before.dropped.items() if rows_left.clear(database, old)]
         begun = [self._unfinished(before, *created) for created in self._creates.values()]
-        steps = [step for i, step in enumerate(self._steps) if i not in self._creates or not self._resumed(before, i)]
-        after = database.preview(before, steps, self._renamed, self._columns)
+        steps = [self._going_on(before, i) for i in range(len(self._steps))]
+        after = database.preview(before, steps)
         for definition in after.values():
             known = before.by_number.get(definition.number)
             if known is not None and known.definition is not definition:
                 table = Table(database.name, definition)
                 for unique in _to_build(before, table):
                     unique_rows.check(database, table, unique)
-        before, schema = database.change(before, steps, self._renamed, self._columns, cleared)
+        before, schema = database.change(before, steps, cleared)
         for number, table in before.by_number.items():
             if number not in schema.by_number:
                 rows_left.clear(database, table.definition)
@@ -112,12 +101,16 @@ class Ddl:
         columns = {i.columns for i in table.definition.indexes if i.id in ids and i.kind != "plain"}
         names = [name for name, of in _unique_indexes(database, table) if of in columns]
         if names:
-            database.change(before, [functools.partial(_drop_indexes, names=names)], {}, {})
+            database.change(before, [functools.partial(_drop_indexes, names=names)])
         for unique in uniques:
             unique_rows.forget(database, table, unique)
 
-    def _resumed(self, before: Schema, step: int) -> bool:
-        return self._unfinished(before, *self._creates[step]) is not None
+    def _going_on(self, before: Schema, number: int) -> Callable[[apsw.Connection], None]:
+        """The step; one that creates an index which was never finished leaves it alone, if it still is there then."""
+        step, created = self._steps[number], self._creates.get(number)
+        if created is None or self._unfinished(before, *created) is None:
+            return step
+        return functools.partial(_unless_there, index=created[0], step=step)
 
     def _unfinished(self, before: Schema, index: str, rest: str) -> tuple[int, Unique] | None:
         """(table number, rule) of an index that the catalog has by the same statement, and that was never finished."""
@@ -131,6 +124,12 @@ class Ddl:
                     if definition.columns == columns and not definition.used:
                         return table.number, unique
         return None
+
+
+def _unless_there(shadow: apsw.Connection, index: str, step: Callable[[apsw.Connection], None]) -> None:
+    listed = shadow.execute("SELECT name FROM sqlite_master WHERE type = 'index'").fetchall()
+    if index not in [name.lower() for (name,) in listed]:
+        step(shadow)
 
 
 def _drop_indexes(shadow: apsw.Connection, names: list[str]) -> None:
@@ -164,10 +163,8 @@ def _words(sql: str) -> str:
     return " ".join(sql.split()).rstrip("; ").lower()
 
 
-def _names(match: re.Match[str], count: int) -> list[str]:
-    groups = match.groups()
-    names = [next(g for g in groups[i * 4 : i * 4 + 4] if g is not None) for i in range(count)]
-    return [n.replace('""', '"').lower() for n in names]
+def _name(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None).replace('""', '"').lower()
 
 
 def _execute(shadow: apsw.Connection, sql: str) -> None:

@@ -14,13 +14,11 @@ from typing import Any
 import apsw
 
 from dht.model import LOCAL
+from nova_bridge.sql.descent import TABLES_SQL, Descent
 from nova_bridge.sql.families import Rule, rule_of
 from nova_bridge.sql.schema import ColumnDef, ForeignDef, IndexDef, TableDef
 from nova_bridge.sql.values import affinity_of
 
-TABLES_SQL = (
-    "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY rowid"
-)
 INDEXES_SQL = "SELECT tbl_name, name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY rowid"
 
 BINARY = "BINARY"
@@ -67,28 +65,35 @@ class Introspection:
         for table, name, sql in rows(shadow, INDEXES_SQL):
             self._index_sql.setdefault(table.lower(), []).append((name, sql))
 
-    def definitions(self, renamed: dict[str, str], columns_renamed: dict[str, dict[str, str]]) -> dict[str, TableDef]:
-        """All tables now. `renamed`: new name -> old; `columns_renamed`: new table name -> new column -> old column."""
+    def definitions(self, descent: Descent) -> dict[str, TableDef]:
+        """All tables now."""
         result: dict[str, TableDef] = {}
         for name, sql in rows(self.shadow, TABLES_SQL):
             lower = name.lower()
-            old = self.before.get(renamed.get(lower, lower))
+            origin, columns = descent.tables[lower], descent.columns(lower)
+            old = None if origin is None else self.before[origin]
             index_sql = tuple(self._index_sql.get(lower, ()))
-            if old is not None and old.name == name and old.sql == sql and old.index_sql == index_sql:
+            same = columns is None and old is not None and (old.name, old.sql, old.index_sql) == (name, sql, index_sql)
+            if old is not None and same:
                 result[lower] = old
             else:
-                result[lower] = self._read(name, sql, index_sql, old, columns_renamed.get(lower, {}))
+                result[lower] = self._read(name, sql, index_sql, old, columns or {})
         return result
 
     def _read(
-        self, name: str, sql: str, index_sql: tuple[tuple[str, str], ...], old: TableDef | None, renames: dict[str, str]
+        self,
+        name: str,
+        sql: str,
+        index_sql: tuple[tuple[str, str], ...],
+        old: TableDef | None,
+        origins: dict[str, str | None],
     ) -> TableDef:
         if refused := _REFUSED.search(_QUOTED.sub("", sql)):
             raise sqlite3.NotSupportedError(
                 f"table {name}: {' '.join(refused.group().split()).upper()} is not supported by this database"
             )
         info = rows(self.shadow, 'SELECT cid, name, type, "notnull", dflt_value, pk FROM pragma_table_info(?)', name)
-        columns, next_column = self._columns(name, info, old, renames)
+        columns, next_column = self._columns(name, info, old, origins)
         number_of = {c.name.lower(): c.number for c in columns}
         primary = tuple(number_of[r[1].lower()] for r in sorted((r for r in info if r[5]), key=lambda r: r[5]))
         integer = len(primary) == 1 and any(r[5] and r[2].upper() == "INTEGER" for r in info)
@@ -98,6 +103,12 @@ class Introspection:
         else:
             number = old.number
             by_number = {c.number: c.name.lower() for c in columns}
+            for column in old.columns:
+                if column.number in old.family_columns and column.number not in by_number:
+                    raise sqlite3.NotSupportedError(
+                        f"table {name}: column {column.name} says in which group a row is, and cannot be dropped; copy "
+                        "the rows to a table without it, and rename that"
+                    )
             rule = Rule(
                 old.family,
                 tuple(by_number[n] for n in old.family_columns),
@@ -134,7 +145,7 @@ class Introspection:
         )
 
     def _columns(
-        self, table: str, info: list[Any], old: TableDef | None, renames: dict[str, str]
+        self, table: str, info: list[Any], old: TableDef | None, origins: dict[str, str | None]
     ) -> tuple[tuple[ColumnDef, ...], int]:
         known = {c.name.lower(): c for c in old.columns} if old else {}
         following = old.next_column if old else 1
@@ -143,7 +154,8 @@ class Introspection:
             collation = self.shadow.column_metadata(None, table, name)[1]
             if collation.upper() != BINARY:
                 raise _collation(f"column {name} of table {table}", collation)
-            before = known.get(renames.get(name.lower(), name.lower()))
+            origin = origins.get(name.lower(), name.lower())
+            before = None if origin is None else known.get(origin)
             default, expression = self._default(default_sql)
             number, following = (before.number, following) if before else (following, following + 1)
             added = before.added_default if before else old is not None and default is not None

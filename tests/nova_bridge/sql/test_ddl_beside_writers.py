@@ -107,6 +107,22 @@ def test_unique_index_whose_process_died_is_finished_by_the_same_statement(
         other.execute("CREATE UNIQUE INDEX ua ON t (a)")
 
 
+def test_unfinished_unique_index_that_a_script_drops_and_makes_again_is_there(
+    door: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*args: object) -> None:
+        raise Died
+
+    monkeypatch.setattr(unique_rows, "_reserve", die)
+    with pytest.raises(Died):
+        door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    monkeypatch.undo()
+    door.executescript("DROP INDEX ua; CREATE UNIQUE INDEX ua ON t (a)")
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
+        door.execute("INSERT INTO t (a) VALUES ('x')")
+    assert [name for table in door.database.schema.tables.values() for name, _ in table.definition.index_sql] == ["ua"]
+
+
 def test_index_on_a_column_that_was_added_with_a_default_is_built(door: Connection, connect: Connect) -> None:
     door.execute("DELETE FROM t WHERE a != 'x'")
     door.execute("ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'd'")
