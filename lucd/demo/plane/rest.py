@@ -58,7 +58,8 @@ class ComputeApi:
             connection.request(method, f"/v2.1{path}", None if body is None else json.dumps(body), headers)
             reply = connection.getresponse()
             text = reply.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            # The latter where nova-api ended in the midst of an answer.
             raise Unavailable(f"nova-api does not answer {method} {path}: {error}") from None
         finally:
             connection.close()

@@ -111,7 +111,12 @@ class ControlPlane:
         """Make the schema of Placement, and at the same time what this command of nova-manage makes."""
         placement = self._manage("placement.cmd.manage", "db", "sync", config=self.path / "placement.conf")
         placement.start()
-        self.manage(*nova)
+        try:
+            self.manage(*nova)
+        except BaseException:
+            # As `finish` does it: nothing is left behind that goes on changing the databases.
+            placement.stop()
+            raise
         placement.finish(COMMAND_WAIT_S)
 
     def migrate(self) -> None:
