@@ -201,12 +201,12 @@ class Database:
         for step in ddl:
             step(shadow)
             descent.follow()
-        reader = shadows.Introspection(shadow, before.definitions, before.next_table, self._home_now)
+        reader = shadows.Introspection(shadow, before.definitions, before.next_table, self.home)
         result = reader.definitions(descent), reader.next_table, shadow
         self._preview = (before, ddl, result)
         return result
 
-    def _home_now(self) -> str:
+    def home(self) -> str:
         """Where the database lives, or will be created by the next statement: in the PoP of whoever asks."""
         return self.store.home(self.name, self.timeout_s)
 

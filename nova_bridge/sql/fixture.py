@@ -27,8 +27,11 @@ class _Clone(NamedTuple):
 
 
 class _Content(NamedTuple):
+    """`home`: of the database; where groups live, and how they may be read, depends on it."""
+
     schema: Schema
     rows: list[tuple[int, tuple[Any, ...]]]
+    home: str
 
 
 _kept: dict[bytes, _Clone | _Content] = {}
@@ -40,7 +43,10 @@ def restore(database: Database, digest: bytes) -> bool:
         case _Clone(store, catalog) if isinstance(database.store, MemoryStore) and not database.schema.definitions:
             database.replace_store(store.clone(), catalog)
             return True
-        case _Content(schema, rows) if not isinstance(database.store, MemoryStore) and not database.schema.definitions:
+        case _Content(schema, rows, home) if not isinstance(database.store, MemoryStore):
+            # While rows of dropped tables may be left, their numbers are taken.
+            if database.schema.definitions or database.schema.dropped or database.home() != home:
+                return False
             database.publish(schema)
             _insert(database, rows)
             return True
@@ -66,4 +72,4 @@ def keep(database: Database, digest: bytes) -> None:
     tx = Transaction(database)
     rows = [(t.number, r.values[: t.width]) for t in tx.schema.tables.values() for r in tx.find(t, ())]
     if len(rows) <= ROWS_MAX:
-        _kept[digest] = _Content(database.schema, rows)
+        _kept[digest] = _Content(database.schema, rows, database.home())

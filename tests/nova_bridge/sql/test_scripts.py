@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from dht.model import GLOBAL
+from dht.register.memory import MemoryStore
 from nova_bridge.sql.connection import Connection
+from nova_bridge.sql.database import Database
 
 Connect = Callable[..., Connection]
 MADE = (
@@ -73,3 +77,50 @@ def test_column_that_says_in_which_group_a_row_is_may_be_renamed_and_not_dropped
         run("ALTER TABLE instance_faults DROP COLUMN instance_uuid")
     run("ALTER TABLE instance_faults RENAME COLUMN instance_uuid TO server")
     assert door.execute("SELECT code FROM instance_faults WHERE server = 'u'").fetchall() == [(500,)]
+
+
+class Remote:
+    """A store that is not in this process, as far as the door can tell."""
+
+    def __init__(self, home: str) -> None:
+        self._store = MemoryStore()
+        self._home = home
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def home(self, database: str, timeout_s: float | None = None) -> str:
+        return self._home
+
+
+def opened(store: Any) -> Connection:
+    return Connection(Database(store, "cell"), None, True)
+
+
+FLAVORS = "CREATE TABLE flavors (id INTEGER PRIMARY KEY, name TEXT); INSERT INTO flavors VALUES (1, 'small');"
+
+
+def test_script_that_ran_on_a_database_elsewhere_makes_tables_of_this_ones_home() -> None:
+    near, wide = opened(Remote("paris")), opened(Remote(GLOBAL))
+    for door in (near, wide):
+        door.executescript(FLAVORS)
+    plain = opened(Remote(GLOBAL))
+    for statement in FLAVORS.rstrip(";").split(";"):
+        plain.execute(statement)
+    reads = [door.database.schema.definitions["flavors"].read for door in (near, wide, plain)]
+    assert reads[0] == 0
+    assert reads[1] == reads[2] > 0
+
+
+def test_script_whose_tables_were_dropped_since_makes_them_again_for_all() -> None:
+    store = Remote("paris")
+    door = opened(store)
+    door.executescript(FLAVORS)
+    door.execute("DROP TABLE flavors")
+    door.executescript(FLAVORS)
+    for one in (door, opened(store)):
+        assert one.execute("SELECT * FROM flavors").fetchall() == [(1, "small")]
+    # The same in an empty database, for which it is kept.
+    again = opened(Remote("paris"))
+    again.executescript(FLAVORS)
+    assert again.execute("SELECT * FROM flavors").fetchall() == [(1, "small")]
