@@ -16,7 +16,7 @@ from dht.sim.costs import SIZES, costs
 from dht.sim.costs import page as cost_page
 from dht.sim.costs import table as cost_table
 from dht.sim.explore import CASES, explore
-from dht.sim.planted import CAUGHT, hunt, switched_off
+from dht.sim.planted import CAUGHT, CAUGHT_TOO, hunt, switched_off
 from dht.sim.planted_table import page, table
 from dht.sim.scenario import Scenario, Verdict, run
 from dht.sim.scenarios import NAMES, scenario
@@ -125,7 +125,9 @@ def planted_command(seeds: int, catches: int, first: int, jobs: int, write: str 
     """Search for each planted bug that random runs are to catch; print what it took as a table."""
     with ProcessPoolExecutor(jobs) as pool:
         searched = range(first, first + seeds)
-        waiting = [pool.submit(hunt, rule, name, searched, catches) for rule, (name, _) in CAUGHT.items()]
+        waiting = [
+            pool.submit(hunt, rule, name, searched, catches) for rule, (name, _) in (CAUGHT | CAUGHT_TOO).items()
+        ]
         hunts = []
         for future in waiting:
             found = future.result()

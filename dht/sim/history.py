@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,10 @@ class Read:
 
 @dataclass(slots=True)
 class Commit:
-    """One transaction with all its attempts. `refused_part`: whose guard failed."""
+    """One transaction with all its attempts. `refused_part`: whose guard failed.
+
+    `until_s`: when nobody works on an attempt of it any more, in virtual time.
+    """
 
     client: str
     transaction: Transaction
@@ -44,6 +48,7 @@ class Commit:
     ret: int | None = None
     outcome: str = UNKNOWN
     refused_part: int = 0
+    until_s: float = math.inf
 
 
 @dataclass(slots=True)
@@ -85,6 +90,47 @@ class Raise:
 
 
 @dataclass(slots=True)
+class Listed:
+    """What the registry said of the database: the mark of its creation, None where the name is free."""
+
+    client: str
+    call: int
+    ret: int
+    mark: Value
+    dropping: bool = False
+
+
+@dataclass(slots=True)
+class Keeping:
+    """A creation, or a drop, of the database; `changed` is what was answered, None when that failed."""
+
+    client: str
+    drops: bool
+    call: int
+    ret: int | None = None
+    changed: bool | None = None
+
+
+@dataclass(slots=True)
+class Missed:
+    """A request that was told that there is no such database."""
+
+    client: str
+    what: str
+    call: int
+    ret: int
+
+
+@dataclass(slots=True)
+class Published:
+    """A catalog with the tables, acknowledged at this version."""
+
+    version: int
+    call: int
+    ret: int
+
+
+@dataclass(slots=True)
 class History:
     """Everything that the clients of one run did."""
 
@@ -96,6 +142,10 @@ class History:
     finds: list[Find] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
     raises: list[Raise] = field(default_factory=list)
+    listed: list[Listed] = field(default_factory=list)
+    keepings: list[Keeping] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)
 
     def tick(self) -> int:
         self.moment += 1
@@ -106,6 +156,10 @@ class History:
     def moment_of(self, time_s: float) -> int:
         """The last moment before this time: what returned later has a higher one."""
         return bisect.bisect_left(self.times_s, time_s)
+
+    def time_of(self, moment: int) -> float:
+        """When the moment was, in virtual time."""
+        return self.times_s[moment - 1]
 
     def counts(self) -> dict[str, int]:
         """How much a run exercised, for its report."""
@@ -119,6 +173,8 @@ class History:
             "finds": sum(f.result is not None for f in self.finds),
             "finds_failed": sum(f.result is None for f in self.finds),
             "draws": sum(d.first is not None for d in self.draws),
+            "drops": sum(k.drops and k.changed is True for k in self.keepings),
+            "creations": sum(not k.drops and k.changed is True for k in self.keepings),
         }
 
 

@@ -95,6 +95,12 @@ CAUGHT: Final[dict[str, tuple[str, int]]] = {
 }
 """rule: (scenario, seeds within which a random run shows that it is off)."""
 
+CAUGHT_TOO: Final[dict[str, tuple[str, int]]] = {
+    "drop_looks_again": ("drops", 10),
+    "drop_accepts_anew": ("drops", 40),
+}
+"""As `CAUGHT`, of rules that are `DIRECTED` as well."""
+
 _REGISTER = "tests.sim.test_rare_rules_register"
 _DOMAIN = "tests.sim.test_rare_rules_domain"
 _FLOORS = "tests.sim.test_rare_rules_collection"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from dht.sim.explore import EXPLORED
-from dht.sim.planted import CAUGHT, DIRECTED, RULES, Hunt
+from dht.sim.planted import CAUGHT, CAUGHT_TOO, DIRECTED, RULES, Hunt
 
 BUGS: Final = {
     "promise_durable": "a promise is told before it is on the disk",
@@ -97,8 +97,8 @@ def table(hunts: Iterable[Hunt]) -> str:
     ]
     for rule in RULES:
         ways, seeds, stated = [], "", ""
-        if rule in CAUGHT:
-            name, within = CAUGHT[rule]
+        if random := (CAUGHT | CAUGHT_TOO).get(rule):
+            name, within = random
             ways.append(f"random runs of `{name}`")
             stated = f"within {within}"
             found = by_rule.get(rule)

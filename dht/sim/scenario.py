@@ -11,11 +11,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from dht.model import GroupKey
+from dht.sim import lives, oracles
 from dht.sim import loop as virtual
-from dht.sim import oracles
 from dht.sim.cluster import SETTLE_PATIENCE_S, Build, Cluster
-from dht.sim.history import Content, History
+from dht.sim.history import History
+from dht.sim.keepers import Keeper, Tenant
 from dht.sim.prepared import Prepared, prepared
 from dht.sim.workload import ENTRY, LIST, OWNER, Bench, Client, Mix, read_everything, set_up
 
@@ -59,7 +59,8 @@ class Scenario:
 
     `operations`: the run ends after so many, if that is sooner. `variant`: begin with a cluster that stands already.
     `rules`, `domain_rules`, `follow_rules`: switches to turn off (planted bugs). `follows`: each machine follows the
-    domain, too. `tablets`: of the domain; few make runs short.
+    domain, too. `tablets`: of the domain; few make runs short. `keepers`: so many drop the database and create it again
+    all the time (`dht.sim.keepers`).
     """
 
     name: str
@@ -87,6 +88,7 @@ class Scenario:
     operations: int | None = None
     variant: int | None = None
     script: Script | None = None
+    keepers: int = 0
 
     def without(self, *, rules: tuple[str, ...] = (), domain_rules: tuple[str, ...] = ()) -> Scenario:
         """The same with these rules switched off."""
@@ -212,9 +214,13 @@ async def _run(scenario: Scenario, cluster: Cluster, bench: Bench, standing: Pre
     weather.loss, weather.duplication, weather.straggler = scenario.loss, scenario.duplication, scenario.straggler
     now = Run(scenario, cluster, bench, cluster.chance("nemesis"))
     loop = asyncio.get_running_loop()
+    kind = Tenant if scenario.keepers else Client
     clients = now.clients = [
-        loop.create_task(Client(bench, f"c{i}", cluster.chance(f"client {i}")).run()) for i in range(scenario.clients)
+        loop.create_task(kind(bench, f"c{i}", cluster.chance(f"client {i}")).run()) for i in range(scenario.clients)
     ]
+    keepers = [Keeper(bench, f"k{i}", cluster.chance(f"keeper {i}"), now.start) for i in range(scenario.keepers)]
+    clients += [loop.create_task(keeper.run()) for keeper in keepers]
+    clients += [loop.create_task(keeper.watch()) for keeper in keepers[:1]]
     if scenario.script is not None:
         await scenario.script(now)
     else:
@@ -223,23 +229,33 @@ async def _run(scenario: Scenario, cluster: Cluster, bench: Bench, standing: Pre
     cluster.say("the faults end")
     await recover(now)
     await asyncio.gather(*clients)
-    history = bench.history
+    keeper = Keeper(bench, "keeper", cluster.chance("keeper"), now.start) if keepers else None
     reader = Client(bench, "final", cluster.chance("final"))
-    standing_still = _standing(history, await read_everything(bench, reader))
+    standing_still = await _standing(bench, reader, keeper)
     if standing_still:
         # A transaction whose client gave up may have been decided between the reads of two of its groups.
         await cluster.machines[0].clock.sleep(scenario.timeout_s + AFTERMATH_S)
-        standing_still = _standing(history, await read_everything(bench, reader))
-    violations = bench.errors + standing_still
-    violations += oracles.appends(history, LIST, 0)
-    violations += oracles.sequences(history)
-    violations += oracles.finds(history)
+        standing_still = await _standing(bench, reader, keeper)
+    broken, undecided = lives.judge(bench.history, LIST) if keepers else _judged(bench.history)
+    return bench.errors + standing_still + broken, undecided
+
+
+async def _standing(bench: Bench, reader: Client, keeper: Keeper | None) -> list[str]:
+    """What is wrong with everything as it is read now."""
+    if keeper is not None:
+        await keeper.settle()
+    final = await read_everything(bench, reader)
+    history = bench.history
+    if keeper is not None:
+        await keeper.look()
+        history = lives.newest(history)
+    return oracles.atomic(history, final, LIST, 0) + oracles.unique_entries(final, OWNER, 0, ENTRY)
+
+
+def _judged(history: History) -> tuple[list[str], int]:
+    violations = oracles.appends(history, LIST, 0) + oracles.sequences(history) + oracles.finds(history)
     broken, undecided = oracles.linearizable(history)
     return violations + broken, undecided
-
-
-def _standing(history: History, final: dict[GroupKey, Content]) -> list[str]:
-    return oracles.atomic(history, final, LIST, 0) + oracles.unique_entries(final, OWNER, 0, ENTRY)
 
 
 async def recover(now: Run) -> None:

@@ -11,6 +11,7 @@ from dht.sim.workload import Mix
 
 _ONE_LIST: Final = Mix(append=5, read=3, cell=0, bag=0, find=0, transact=0, owner=0, draw=0, lists=1)
 _FOLLOWED: Final = Mix(follow=12, read=1, find=0, transact=2, owner=1.5, draw=0, bag=4, owners=3, bags=2)
+_DROPPED: Final = Mix(cells=24, owner=0.5, transact=0.5, pace_s=0.02)
 
 SCENARIOS: Final[dict[str, Scenario]] = {
     s.name: s
@@ -121,6 +122,26 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             collect_every_s=0.5,
             mix=_FOLLOWED,
             faults=Faults(drain=2, join=2, wipe=1, crash=2, loss=1, joins=2, drains=1, wipes=1, every_s=0.6),
+        ),
+        Scenario(
+            "drops",
+            keepers=2,
+            duration_s=10.0,
+            tablets=4,
+            timeout_s=0.5,
+            mix=_DROPPED,
+            faults=Faults(crash=3, partition=3, one_way=1, pause=1, loss=1, stragglers=1, every_s=1.5, lasts_s=0.8),
+        ),
+        Scenario(
+            "drops-moves",
+            machines=4,
+            keepers=2,
+            duration_s=12.0,
+            tablets=4,
+            timeout_s=0.5,
+            collect_every_s=0.5,
+            mix=_DROPPED,
+            faults=Faults(drain=2, join=2, wipe=1, crash=2, loss=1, joins=2, drains=1, wipes=1, every_s=0.7),
         ),
         Scenario("sizes", machines=1, duration_s=30.0, tablets=4, mix=Mix(pace_s=0.05), script=sizes),
         Scenario("rolled-back", tablets=4, duration_s=5.0, script=rolled_back),

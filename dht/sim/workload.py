@@ -156,6 +156,10 @@ class Client:
         self.chance = chance
         self.machine = 0
         self.serial = 0
+        self.version = CATALOG_VERSION
+        self.attempts_max = 4
+        self.asks_outcome = 0.7
+        self.sequence = (DATABASE, "ids")
         self.cache: dict[GroupKey, tuple[Content, Ballot]] = {}
 
     async def run(self) -> None:
@@ -219,18 +223,18 @@ class Client:
     async def commit(self, parts: Sequence[Part]) -> str:
         """One transaction with its retries; returns the outcome."""
         history, cluster = self.bench.history, self.bench.cluster
-        transaction = Transaction(self.chance.randbytes(16), DATABASE, CATALOG_VERSION, tuple(parts))
+        transaction = Transaction(self.chance.randbytes(16), DATABASE, self.version, tuple(parts))
         record = Commit(self.name, transaction, history.tick())
         history.commits.append(record)
         outcome, attempt = UNKNOWN, 0
         while True:
             outcome = await self.attempt(record, attempt)
-            if outcome != UNKNOWN or attempt == 3 or self.chance.random() < 0.3:
+            if outcome != UNKNOWN or attempt + 1 == self.attempts_max or self.chance.random() < 0.3:
                 break
             attempt += 1
             self.choose_machine()
             await cluster.machines[0].clock.sleep(self.chance.choice((0.0, 0.01, self.bench.mix.retry_after_s)))
-        if outcome == UNKNOWN and self.chance.random() < 0.7:
+        if outcome == UNKNOWN and self.chance.random() < self.asks_outcome:
             outcome = await self.ask_outcome(transaction)
         record.outcome = outcome
         record.ret = history.tick()
@@ -393,7 +397,7 @@ class Client:
         query = FindQuery(
             DATABASE,
             table,
-            CATALOG_VERSION,
+            self.version,
             constraints,
             Order((10,), self.chance.random() < 0.5) if ordered else None,
             2 if ordered else None,
@@ -439,7 +443,7 @@ class Client:
     async def draw(self) -> None:
         """Take ids, or raise the sequence above an explicit one."""
         history, cluster = self.bench.history, self.bench.cluster
-        sequence = (DATABASE, "ids")
+        sequence = self.sequence
         timeout_s = self.bench.timeout_s
         highest = max((d.first or 0 for d in history.draws), default=0)
         if self.chance.random() < 0.2:
