@@ -274,10 +274,11 @@ async def test_one_large_row_of_many_is_found_where_a_few_fit_a_frame(monkeypatc
     await cluster[0].create_database("db")
     await cluster[0].commit(transaction(catalog(1)))
     for n in range(20):
-        await cluster[0].commit(transaction(insert(n, {1: "x" * 1000})))
+        await cluster[0].commit(transaction(insert(n, {1: "x" * 20_000})))
     for node in cluster.ids[:3]:
         cluster.wire.nodes[node].answer = framed(cluster.wire.nodes[node].answer)
-    monkeypatch.setattr("dht.wire.frames.FRAME_BYTES_MAX", 5000)
+    monkeypatch.setattr("dht.wire.frames.FRAME_BYTES_MAX", 100_000)
+    # Besides the rows a reply names what is not marked yet.
     query = FindQuery("db", 1, 1, (), Order((0,)), 1)
     for limit in (0, 1, 2):
         rows = (await cluster[3].find(msgspec.structs.replace(query, limit=limit))).rows
