@@ -21,7 +21,7 @@ from dht.register.acceptor import Acceptor
 from dht.register.catalog import Registered
 from dht.register.context import Context
 from dht.register.emptying import Emptying
-from dht.register.messages import Learn
+from dht.register.messages import Learn, ListGroups, ListGroupsReply
 from dht.register.reader import Reader
 from dht.register.routing import Router
 from dht.register.transaction import Transactions
@@ -167,7 +167,7 @@ class Databases:
             same = now is not None and now.dropping and now.mark == row.mark
             return same or not self._context.rules.drop_looks_again
 
-        work = Emptying(self._context, self._acceptor, self._router, name)
+        work = Emptying(self._context, self.list_groups, self.version, self._router, name)
         try:
             if not await work.run(still, deadline):
                 return True  # somebody else has finished it
@@ -236,6 +236,17 @@ class Databases:
             followed = await self.learn_soon(database, version)
         await self._context.disk.durable(self._following.get(database, 0))
         return followed
+
+    async def list_groups(self, request: ListGroups) -> ListGroupsReply:
+        """For a dropper. Raises Unavailable unless this node follows the catalog that it names."""
+        if request.version and await self.confirm(request.database, request.version) < request.version:
+            raise Unavailable(f"version {request.version} of the catalog of {request.database!r} cannot be learned yet")
+        return self._acceptor.list_groups(request)
+
+    async def version(self, database: str, deadline: float) -> int:
+        """The catalog's, as it stands; 0: there is none."""
+        (group,) = await self._reader.read([catalog.catalog_group(database)], None, deadline)
+        return catalog.catalog_of(group.rows or {})[0]
 
     async def learn(self, database: str, version: int | None, deadline: float) -> int:
         """Make the indexes follow the catalog, unless they follow that version (0: any); the one that they follow then.

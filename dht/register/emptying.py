@@ -5,6 +5,9 @@ creates another one of its name. Then, pass by pass, its groups are listed and e
 of them empty; then the name becomes free. A dropper may pause anywhere, for any time, while another one finishes the
 drop and a third creates the database again and writes to it. That does no harm:
 
+* A node that has not heard of the drop goes on to write. What it writes before a listing is in that, or in the next.
+  Behind the last one there is nothing: who answers it follows the catalog that the drop has emptied, so that his
+  promises refuse what was made under an older one (`dht.register.fence`), and an order leaves no promise behind.
 * A listing tells where each group stands, the highest ballot that any replica of a majority has accepted, all of whom
   serve its tablet at one epoch. After it the dropper reads the registry again. If that still has the same creation of
   the database, being dropped, no later one had begun when the groups were listed. What a later one writes is above the
@@ -37,7 +40,6 @@ from dht.errors import DhtError, NotServing, RemoteProtocolError, Unavailable
 from dht.limits import PEER_TIMEOUT_S
 from dht.model import ZERO, Ballot, GroupKey, NodeId, Part, Struct
 from dht.register import catalog
-from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.group import APPLIED
 from dht.register.messages import Kind, ListGroups, ListGroupsReply, Operation
@@ -53,6 +55,9 @@ GROUPS_HELD_MAX: Final = 10_000
 ANSWERS_KEPT_MAX: Final = 20_000
 """Groups known to be empty before their marks have come; one that is forgotten, and not marked, is asked once more."""
 
+ListHere = Callable[[ListGroups], Awaitable[ListGroupsReply]]
+Version = Callable[[str, float], Awaitable[int]]
+
 
 class _Listed(Struct, frozen=True):
     """Where a group stands at most. `gone`: to all who know of it as a chosen tombstone, with no promise above it."""
@@ -64,12 +69,14 @@ class _Listed(Struct, frozen=True):
 class Emptying:
     """One drop of one database by one node. `had_catalog`: whether it was more than a name in the registry."""
 
-    def __init__(self, context: Context, acceptor: Acceptor, router: Router, database: str) -> None:
+    def __init__(self, context: Context, list_here: ListHere, version: Version, router: Router, database: str) -> None:
         self.had_catalog = False
         self._context = context
-        self._acceptor = acceptor
+        self._list_here = list_here
+        self._version_of = version
         self._router = router
         self._database = database
+        self._version = 0
         self._empty: dict[GroupKey, Ballot] = {}
 
     async def run(self, still: Callable[[], Awaitable[bool]], deadline: float) -> bool:
@@ -78,13 +85,19 @@ class Emptying:
         Raises Unavailable or Indeterminate when that cannot be done in time; some groups are empty then.
         """
         passes = 0
-        while left := await self._pass(still, deadline):
+        while (left := await self._pass(still, deadline)) is not None:
+            # Who has told what is empty refuses from then on what was made under the dropped catalog.
+            told = self._version
+            if self._context.rules.drop_confirms_version:
+                self._version = await self._version_of(self._database, deadline)
+            if not left and told >= self._version:
+                return True
             passes += 1
             if self._context.remaining(deadline) <= 0:
                 raise Unavailable(f"{left} groups were not empty when they were listed last, and the time is over")
-            if passes > 1:
+            if left and passes > 1:
                 await self._context.back_off()
-        return left is not None
+        return False
 
     async def _pass(self, still: Callable[[], Awaitable[bool]], deadline: float) -> int | None:
         """How many groups were not known to be empty; None: it does not go on."""
@@ -156,7 +169,8 @@ class Emptying:
         refused: NotServing | None = None
         while tablets:
             of = tuple(epochs[tablet] for tablet in tablets)
-            request = ListGroups(self._database, tablets[0], after, _LIST_GROUPS_MAX, tuple(tablets[1:]), of)
+            rest = tuple(tablets[1:])
+            request = ListGroups(self._database, tablets[0], after, _LIST_GROUPS_MAX, rest, of, self._version)
             try:
                 reply = await self._ask_groups(node, request)
             except DhtError as error:
@@ -184,7 +198,7 @@ class Emptying:
 
     async def _ask_groups(self, node: NodeId, request: ListGroups) -> ListGroupsReply:
         if node == self._context.node:
-            return self._acceptor.list_groups(request)
+            return await self._list_here(request)
         reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ListGroupsReply)
         if not 1 <= reply.tablets <= 1 + len(request.others):
             raise RemoteProtocolError(f"{reply.tablets} tablets were told of, {1 + len(request.others)} were asked for")

@@ -224,7 +224,8 @@ class FindReplicaReply(Message, frozen=True, tag=12):
 class ListGroups(Message, frozen=True, tag=13):
     """Groups of a database in the tablet, those behind `after`, and in the `others`, as far as they are known here.
 
-    `epochs`: of the tablet and of the others; what is served at another one is not told of.
+    `epochs`: of the tablet and of the others; what is served at another one is not told of. `version`: of the catalog
+    that whoever tells follows durably from now on, or a newer one; 0: any.
     """
 
     database: str
@@ -233,6 +234,7 @@ class ListGroups(Message, frozen=True, tag=13):
     limit: int
     others: tuple[int, ...] = ()
     epochs: tuple[int, ...] = ()
+    version: int = 0
 
 
 @message

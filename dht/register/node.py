@@ -163,7 +163,7 @@ class StoreNode:
         return ChosenReply()
 
     async def _list_groups(self, request: ListGroups) -> Message:
-        return self._acceptor.list_groups(request)
+        return await self._databases.list_groups(request)
 
     async def _list_doubtful(self, request: ListDoubtful) -> Message:
         return self._acceptor.list_doubtful(request)

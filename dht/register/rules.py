@@ -38,6 +38,7 @@ class Rules(Struct, frozen=True):
     fence_settles_groups, fence_ends_intents: what was begun under an older catalog is chosen or dead behind a fence.
     empty_bound: of a database that is dropped nothing goes that was written after its groups were listed.
     listed_at_one_epoch: replicas that list a tablet's groups serve it at one epoch.
+    drop_confirms_version: who answers a drop's last listing refuses from then on what was made under its old catalog.
     drop_looks_again: after the listing the dropper sees that the database is still the one that it means.
     drop_accepts_anew: an order to empty a group leads to an accept, and so does one of what was only promised.
     """
@@ -80,6 +81,7 @@ class Rules(Struct, frozen=True):
     fence_ends_intents: bool = True
     empty_bound: bool = True
     listed_at_one_epoch: bool = True
+    drop_confirms_version: bool = True
     drop_looks_again: bool = True
     drop_accepts_anew: bool = True
 

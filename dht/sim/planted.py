@@ -195,6 +195,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _DROP,
         "test_listed_at_one_epoch_group_that_a_tablet_has_at_its_new_epoch_is_left_to_the_next_database",
     ),
+    "drop_confirms_version": (
+        _DROP,
+        "test_drop_confirms_version_write_behind_the_last_listing_is_left_to_the_next_database",
+    ),
     "drop_looks_again": (
         _DROP,
         "test_drop_looks_again_groups_of_the_new_database_are_listed_by_the_dropper_of_the_old_one",

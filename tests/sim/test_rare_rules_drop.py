@@ -10,7 +10,7 @@ import asyncio
 import pytest
 
 from dht.domain.roster import TabletReplicas
-from dht.errors import Indeterminate, NotServing
+from dht.errors import Indeterminate, NotServing, SchemaChanged
 from dht.model import ZERO, Change, GroupKey, NodeId, Op, Part, Struct, Value
 from dht.register import catalog
 from dht.register.group import APPLIED, REFUSED
@@ -311,6 +311,32 @@ def test_drop_accepts_anew_write_that_only_a_replica_that_is_away_has_comes_to_l
         return type(told), await bench.row(1, key)
 
     assert play(story, Rules(drop_accepts_anew=on)) == (Indeterminate, None if on else {0: "late"})
+
+
+@BOTH
+def test_drop_confirms_version_write_behind_the_last_listing_is_left_to_the_next_database(on: bool) -> None:
+    """Each listing of 0 waits for 1, which does not hear it, when 0 and 2 have told what they have.
+
+    2 read the registry before the drop, and takes a write for a client of its own while the last one waits.
+    """
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        listed, fresh = bench.key(1), bench.key(1, 1)
+        await bench[2].commit(bench.transaction(insert(listed, OLD), version=1))
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            return not (isinstance(message, ListGroups) and (sender, to) == (0, 1))
+
+        bench.gate = gate
+        work = asyncio.create_task(bench[0].drop_database("db", 60.0))
+        await asyncio.sleep(1.5)
+        told = await failed(bench[2].commit(bench.transaction(insert(fresh, OLD), version=1)))
+        assert await work
+        assert await bench[1].create_database("db")
+        return None if told is None else type(told), await bench.row(0, fresh)
+
+    assert play(story, Rules(drop_confirms_version=on)) == ((SchemaChanged, None) if on else (None, OLD))
 
 
 def away(number: int) -> Gate:
