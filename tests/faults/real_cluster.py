@@ -136,7 +136,8 @@ class Round:
     """One round: a database of its own, so that histories stay short enough to be judged exactly."""
 
     def __init__(self, cluster: RealCluster, number: int, seed: int, clients: int, mix: Mix, timeout_s: float) -> None:
-        # The simulator has one database for each run; this run has one for each round.
+        # The simulator has one database for each run; this run has one for each round, and gives the name back.
+        self._simulated = workload.DATABASE
         workload.DATABASE = f"round{number}"  # type: ignore[misc]
         self.bench = Bench(cluster, mix, timeout_s=timeout_s)  # type: ignore[arg-type]
         self._chance = random.Random(f"{seed}/{number}")
@@ -157,6 +158,12 @@ class Round:
 
     async def finish(self) -> Evidence:
         """Stop the clients and read everything at every daemon, which all have to run."""
+        try:
+            return await self._evidence()
+        finally:
+            workload.DATABASE = self._simulated  # type: ignore[misc]
+
+    async def _evidence(self) -> Evidence:
         self.bench.stopping = True
         await asyncio.gather(*self._tasks)
         final = await self._read_all()

@@ -6,24 +6,23 @@ without. `CAUGHT_TOO`: of those, some that a scenario of their own shows as well
 """
 
 import importlib
-from concurrent.futures import Executor
 
 import pytest
 
 from dht.sim.planted import CAUGHT, CAUGHT_TOO, DIRECTED, RULES, hunt, switched_off
-from dht.sim.scenarios import SCENARIOS
-from tests.sim.fresh import violations_of
+from dht.sim.scenario import run
+from dht.sim.scenarios import SCENARIOS, scenario
 
 FIRST_SEED = 1
 
 
 @pytest.mark.parametrize("rule", CAUGHT | CAUGHT_TOO)
-def test_rule_switched_off_is_noticed_and_the_same_seed_passes_with_it(rule: str, fresh: Executor) -> None:
+def test_rule_switched_off_is_noticed_and_the_same_seed_passes_with_it(rule: str) -> None:
     name, within = (CAUGHT | CAUGHT_TOO)[rule]
-    found = fresh.submit(hunt, rule, name, range(FIRST_SEED, FIRST_SEED + within), 1).result()
+    found = hunt(rule, name, range(FIRST_SEED, FIRST_SEED + within), 1)
     assert found.caught, f"no violation in {within} seeds of {name} without {rule}"
     seed = FIRST_SEED + found.caught[0]
-    assert fresh.submit(violations_of, name, seed).result() == []
+    assert run(scenario(name, seed), seed).violations == []
 
 
 def test_every_rule_is_caught_by_chance_or_by_a_schedule_of_its_own() -> None:
