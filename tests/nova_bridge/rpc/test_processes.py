@@ -47,6 +47,20 @@ def written_conf(file, socket, connection, api_connection):
     return str(file)
 
 
+def told_by(script, *arguments, timeout_s):
+    """What a script of this folder prints, if it ends well."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def conductor(socket, tmp_path):
     """A lucd-nova-conductor that knows no database."""
@@ -122,16 +136,7 @@ def test_door_opened_by_url_alone_works_from_the_first_call_on(socket, template,
         database.close()
     urls = [url_of(here, name) + "?plugin=lucd_rpc" for name in ("main", "api")]
     file = written_conf(tmp_path / "nova.conf", socket, *urls)
-    done = subprocess.run(
-        [sys.executable, str(HERE / "behind_plugin.py"), "--config-file", file],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = json.loads(told_by("behind_plugin.py", "--config-file", file, timeout_s=60).splitlines()[-1])
     assert answer["first"] == ["seen by the first call"]
     assert answer["replaced"] is True
     assert answer["second"] == ["seen by the others"]
@@ -144,13 +149,5 @@ def test_door_opened_by_url_alone_works_from_the_first_call_on(socket, template,
 def test_worker_whose_first_call_loses_many_races_runs_it_until_it_wins_one():
     """Of a function that opens its transaction in its body, and that was catalogued before any engine was made."""
     urls = ["--connection", "lucd+memory:///racing_main", "--api-connection", "lucd+memory:///racing_api"]
-    done = subprocess.run(
-        [sys.executable, str(HERE / "racing_worker.py"), "--transport-url", "none", *urls],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["done", "mine"]
+    told = told_by("racing_worker.py", "--transport-url", "none", *urls, timeout_s=300)
+    assert told.split() == ["done", "mine"]
