@@ -243,8 +243,10 @@ class Coordinator:
             if waiting.future.done():
                 # His time ran out during the prepare, and he was told that the write is certainly not applied.
                 continue
-            if waiting.seen is None and waiting.first and not waiting.sent:
-                # Nobody else has seen this operation, so what it sees first is the state as it is now.
+            ends = operation.kind == Kind.ABORT and rules.end_is_not_first
+            if waiting.seen is None and waiting.first and not waiting.sent and not ends:
+                # Nobody else has seen this operation, so what it sees first is the state as it is now. Who ends a
+                # transaction speaks of what others sent before, and may have been forgotten since.
                 waiting.seen = max(state.ballot, state.floor)
             step: Delta = {}
             try:

@@ -41,6 +41,7 @@ class Rules(Struct, frozen=True):
     drop_confirms_version: who answers a drop's last listing refuses from then on what was made under its old catalog.
     drop_looks_again: after the listing the dropper sees that the database is still the one that it means.
     drop_accepts_anew: an order to empty a group leads to an accept, and so does one of what was only promised.
+    end_is_not_first: who ends a transaction that saw no ballot does not count as the first who sends it.
     """
 
     promise_durable: bool = True
@@ -84,6 +85,7 @@ class Rules(Struct, frozen=True):
     drop_confirms_version: bool = True
     drop_looks_again: bool = True
     drop_accepts_anew: bool = True
+    end_is_not_first: bool = True
 
 
 RULES = Rules()

@@ -123,6 +123,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _REGISTER,
         "test_seen_was_chosen_write_below_an_unchosen_ballot_of_its_gateway_is_applied_again",
     ),
+    "end_is_not_first": (
+        _REGISTER,
+        "test_end_is_not_first_write_that_is_forgotten_while_its_end_waits_is_told_as_not_applied",
+    ),
     "find_majority": (_REGISTER, "test_find_majority_replica_that_missed_the_write_answers_alone"),
     "find_indexed": (_REGISTER, "test_find_indexed_row_from_before_the_index_is_missed"),
     "find_lists_unsettled": (

@@ -29,7 +29,7 @@ from dht.model import (
     TableSpec,
     Transaction,
 )
-from dht.register.messages import Accept, AskFence, FindReplica, Kind, Learn, Operation, ReadReplica
+from dht.register.messages import Accept, AskFence, Coordinate, FindReplica, Kind, Learn, Operation, ReadReplica
 from dht.register.rules import Rules
 from dht.rows import decode_row, encode_value, group_key
 from dht.sim.clock import SimClock
@@ -91,6 +91,35 @@ def test_version_with_promise_replica_that_missed_the_catalog_commits_under_the_
 
     wrong = (type(None), {0: "late", 1: 7})
     assert play(story, Rules(version_with_promise=on)) == ((SchemaChanged, None) if on else wrong)
+
+
+@BOTH
+def test_window_write_that_was_applied_before_the_fence_is_not_refused_behind_it_for_its_version(on: bool) -> None:
+    """1 applied it, and falls silent before 2, who passed it on, hears of it: 2 sends it again behind the fence."""
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(1)
+        write = bench.transaction(insert(key, {0: "first", 1: 1}), version=1)
+        serve, applied = bench[1]._router.serve, asyncio.Event()
+
+        async def mute(request: Coordinate) -> Any:
+            reply = await serve(request)
+            if request.operation.id != write.id:
+                return reply
+            applied.set()
+            await asyncio.sleep(60.0)
+            raise Unavailable("too late for anybody")
+
+        bench[1]._answers[Coordinate] = mute
+        told = asyncio.create_task(failed(bench[2].commit(write)))
+        await applied.wait()
+        await publish(bench)
+        await fence(bench)
+        return type(await told), await bench.row(0, key)
+
+    told = type(None) if on else SchemaChanged
+    assert play(story, Rules(window=on)) == (told, {0: "first", 1: 1})
 
 
 @BOTH

@@ -235,6 +235,40 @@ def test_seen_was_chosen_write_below_an_unchosen_ballot_of_its_gateway_is_applie
 
 
 @BOTH
+def test_end_is_not_first_write_that_is_forgotten_while_its_end_waits_is_told_as_not_applied(on: bool) -> None:
+    """A write waits at 1 behind an accept, and more behind it than the group remembers. Somebody who lost its reply
+    asks 1 what became of it: the window has nothing, so 1 is to end it, behind all of them.
+    """
+
+    async def story(bench: Bench) -> object:
+        key = bench.key(1)
+        await bench.define()
+        await bench[1].commit(bench.transaction(insert(key, {0: "before"})))
+        go_on = asyncio.Event()
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, Accept) and message.key == key:
+                await go_on.wait()
+            return True
+
+        bench.gate = gate
+        write = bench.transaction(update(key, {0: "applied"}))
+        rest = [bench.transaction(update(key, {2: n})) for n in range(2 * WINDOW_TRANSACTIONS)]
+        first = asyncio.create_task(bench[1].commit(bench.transaction(update(key, {1: 1}))))
+        await asyncio.sleep(0.01)
+        work = [asyncio.create_task(bench[1].commit(transaction)) for transaction in (write, *rest)]
+        await asyncio.sleep(0.01)
+        asked = asyncio.create_task(bench[1].outcome(write.id, key))
+        await asyncio.sleep(0.3)
+        go_on.set()
+        await asyncio.gather(first, *work)
+        row = await bench.row(0, key)
+        return await asked, row and row[0]
+
+    assert play(story, Rules(end_is_not_first=on)) == ("unknown" if on else "not_applied", "applied")
+
+
+@BOTH
 def test_find_majority_replica_that_missed_the_write_answers_alone(on: bool) -> None:
     """A row is inserted with the votes of 0 and 1; then 2, which missed it, is cut off from both and is asked."""
 
