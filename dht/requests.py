@@ -53,7 +53,11 @@ class FindReply(Message, frozen=True, tag=103):
 
 @message
 class Commit(Message, frozen=True, tag=104):
-    """`attempt`: 0 the first time, then counted up; the transaction's id stays."""
+    """`attempt`: 0 the first time, then counted up; the transaction's id stays.
+
+    Whoever sends it again has asked first what became of it: what the registry and the catalog refuse (NotFound,
+    SchemaChanged), and Unavailable, is said of this attempt alone, without a look at the group's window.
+    """
 
     transaction: Transaction
     attempt: int = 0

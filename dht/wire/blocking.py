@@ -17,7 +17,16 @@ from typing import TypeVar
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import DhtError, Indeterminate, ProtocolError, RemoteProtocolError, Unavailable
+from dht.errors import (
+    Conflict,
+    DhtError,
+    Indeterminate,
+    Invalid,
+    NotFound,
+    ProtocolError,
+    RemoteProtocolError,
+    Unavailable,
+)
 from dht.limits import REQUEST_TIMEOUT_S
 from dht.model import (
     ZERO,
@@ -47,6 +56,8 @@ DYING_S = 0.5
 death, not a second one."""
 RECEIVE_BYTES = 64 * 1024
 OUTCOME_PAUSE_S = 0.05
+_REFUSALS = (Conflict, Unavailable, NotFound, Invalid)
+"""Of a commit: certainly not applied. Of any other error that is to be found out."""
 
 R = TypeVar("R", bound=Message)
 
@@ -251,13 +262,15 @@ class SocketStore:
             except DhtError as error:
                 if applied:
                     return Applied((ZERO,) * len(transaction.parts))
-                if not isinstance(error, Indeterminate):
+                if isinstance(error, _REFUSALS):
                     raise
                 lost = error
             outcome = self._settled(transaction, deadline)
             if outcome == "unknown":
                 raise Indeterminate(lost.message, **{**lost.detail, "id": transaction.id}) from None
             applied = outcome == "applied"
+            if not applied and not isinstance(lost, Indeterminate):
+                raise lost
             attempt += 1
 
     def _settled(self, transaction: Transaction, deadline: float) -> str:
@@ -270,6 +283,9 @@ class SocketStore:
                 if error.detail.get("cut_off"):
                     break
                 time.sleep(min(OUTCOME_PAUSE_S, left_s))
+            except DhtError:
+                # Its database is gone, or its daemon has failed: of the commit that says nothing.
+                break
         return "unknown"
 
     def reserve_ids(self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None) -> int:

@@ -13,7 +13,7 @@ import pytest
 from wire_doors import door_in_thread
 
 from dht import requests
-from dht.errors import Conflict, Indeterminate, Invalid, Unavailable
+from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotFound, StorageError, Unavailable
 from dht.model import ZERO, Applied, Ballot, FindQuery, FindResult, GroupRead, Part, Transaction
 from dht.wire import blocking
 from dht.wire.blocking import BlockingClient, SocketStore
@@ -23,7 +23,10 @@ TRANSACTION = Transaction(b"t" * 16, "db", 1, (Part(b"k"), Part(b"l")))
 
 
 class Daemon:
-    """Answers like a store. `lose`: how many replies to lose by closing the connection; `outcomes`: see AskOutcome."""
+    """Answers like a store. `lose`: how many replies to lose by closing the connection; `outcomes`: see AskOutcome.
+
+    `fails_after`: what a commit raises when it is applied.
+    """
 
     def __init__(self):
         self.asked = []
@@ -31,6 +34,7 @@ class Daemon:
         self.lose_also_serves = True
         self.outcomes = []
         self.committed = 0
+        self.fails_after = None
         self.wait_s = 0.0
 
     async def __call__(self, connection, message):
@@ -49,10 +53,12 @@ class Daemon:
                 if transaction.database == "conflict":
                     raise Conflict("guard", part=1, what="guard", index=2)
                 self.committed += 1
+                if self.fails_after:
+                    raise self.fails_after
                 return requests.CommitReply(Applied((BALLOT, BALLOT)))
             case requests.AskOutcome():
                 outcome = self.outcomes.pop(0)
-                if isinstance(outcome, Unavailable):
+                if isinstance(outcome, DhtError):
                     raise outcome
                 return requests.AskOutcomeReply(outcome)
             case requests.ReserveIds():
@@ -157,6 +163,31 @@ def test_lost_commit_is_asked_for_again_but_not_of_a_daemon_that_is_cut_off(stor
     with pytest.raises(Indeterminate):
         store.commit(TRANSACTION)
     assert [type(m).__name__ for m in daemon.asked] == ["Commit", "AskOutcome"]
+
+
+@pytest.mark.parametrize("refusal", [NotFound("dropped meanwhile", database="db"), StorageError("the disk failed")])
+def test_lost_commit_whose_outcome_is_refused_is_indeterminate(store, daemon, refusal):
+    daemon.lose = 1
+    daemon.outcomes = [refusal]
+    with pytest.raises(Indeterminate) as caught:
+        store.commit(TRANSACTION)
+    assert caught.value.detail["id"] == TRANSACTION.id
+
+
+@pytest.mark.parametrize("failure", [StorageError("the disk failed"), RuntimeError("a bug")])
+@pytest.mark.parametrize(
+    ("outcome", "told"), [("applied", None), ("unknown", Indeterminate), ("not_applied", DhtError)]
+)
+def test_commit_that_fails_otherwise_than_by_a_refusal_is_asked_for(store, daemon, failure, outcome, told):
+    daemon.fails_after = failure
+    daemon.outcomes = [outcome]
+    if told is None:
+        assert store.commit(TRANSACTION) == Applied((ZERO, ZERO))
+    else:
+        with pytest.raises(told) as caught:
+            store.commit(TRANSACTION)
+        assert (told is Indeterminate) == isinstance(caught.value, Indeterminate)
+    assert [type(m).__name__ for m in daemon.asked][:2] == ["Commit", "AskOutcome"]
 
 
 def test_slow_reply_ends_at_the_deadline(store, daemon):
