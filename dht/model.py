@@ -117,6 +117,15 @@ class Transaction(Struct, frozen=True):
     parts: tuple[Part, ...]
     created: tuple[int, ...] = ()
 
+    @property
+    def witness(self) -> Part:
+        """The part whose group is asked what became of the transaction.
+
+        One that names a ballot if any does: where its group has forgotten the transaction, it can still tell that it
+        did, or that nothing which it forgot was applied.
+        """
+        return next((part for part in self.parts if part.seen is not None), self.parts[0])
+
 
 class Applied(Struct, frozen=True):
     """The ballots at which the parts now stand, in the order of the parts."""

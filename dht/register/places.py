@@ -440,9 +440,9 @@ class Places:
 
         What is applied was so at ballots that are not known: they are ZERO, which no cache believes.
         """
-        first = transaction.parts[0]
+        witness = transaction.witness
         try:
-            outcome = await self.outcome(transaction.id, first.key, first.seen, self._left_s(deadline))
+            outcome = await self.outcome(transaction.id, witness.key, witness.seen, self._left_s(deadline))
         except Unavailable as error:
             raise Indeterminate(f"what became of an earlier attempt cannot be asked: {error.message}") from None
         if outcome == "applied":

@@ -275,10 +275,10 @@ class SocketStore:
 
     def _settled(self, transaction: Transaction, deadline: float) -> str:
         """What became of the transaction; "unknown" too if nobody can say, at once if the daemon is cut off."""
-        first = transaction.parts[0]
+        witness = transaction.witness
         while (left_s := deadline - time.monotonic()) > 0:
             try:
-                return self.outcome(transaction.id, first.key, first.seen, left_s)
+                return self.outcome(transaction.id, witness.key, witness.seen, left_s)
             except Unavailable as error:
                 if error.detail.get("cut_off"):
                     break

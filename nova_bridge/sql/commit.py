@@ -194,9 +194,9 @@ def _created(tx: Transaction, parts: tuple[Part, ...]) -> tuple[int, ...]:
 
 def _settle(tx: Transaction, transaction: StoreTransaction, error: Indeterminate) -> None:
     """Ask for the outcome once; it stays unknown if it cannot be had."""
-    first = transaction.parts[0]
+    witness = transaction.witness
     try:
-        outcome = tx.database.store.outcome(transaction.id, first.key, first.seen, tx.database.timeout_s)
+        outcome = tx.database.store.outcome(transaction.id, witness.key, witness.seen, tx.database.timeout_s)
     except DhtError:
         outcome = "unknown"
     match outcome:

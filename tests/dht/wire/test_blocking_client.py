@@ -144,6 +144,14 @@ def test_lost_commit_that_was_not_applied_is_sent_again(store, daemon):
     assert store.commit(TRANSACTION) == Applied((BALLOT, BALLOT))
 
 
+def test_lost_commit_asks_the_group_whose_ballot_it_names(store, daemon):
+    daemon.lose = 1
+    daemon.outcomes = ["applied"]
+    store.commit(Transaction(b"t" * 16, "db", 1, (Part(b"k"), Part(b"l", seen=BALLOT))))
+    asked = next(m for m in daemon.asked if isinstance(m, requests.AskOutcome))
+    assert (asked.key, asked.seen) == (b"l", BALLOT)
+
+
 def test_lost_commit_that_nobody_remembers_is_indeterminate(store, daemon):
     daemon.lose = 1
     daemon.outcomes = ["unknown"]
