@@ -204,8 +204,8 @@ class Followers:
 
     async def _run(self) -> None:
         while True:
-            wanted = self.wanted()
-            for name in dict.fromkeys((*wanted, *self._on_disk())) if wanted else ():
+            # Members of `global` alone are asked for copies, also where their PoP is the only one that is left in it.
+            for name in dict.fromkeys((*self.wanted(), *self._on_disk())) if self._wide.joined else ():
                 if name not in self._kept and self._may_begin(name):
                     await self._begin(name)
             try:

@@ -117,6 +117,19 @@ async def test_copy_that_others_are_to_keep_now_is_there_after_a_restart(kept: K
     assert LOST in kept.followers.names()
 
 
+async def test_copy_of_the_only_other_pop_is_there_after_a_restart_though_global_knows_the_own_pop_alone(
+    kept: Kept,
+) -> None:
+    """Of two PoPs one is destroyed. `global` has no majority then, and a recovery leaves the other one alone in it."""
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    kept.alive = {GLOBAL}
+    kept.pops.remove(LOST)
+    kept.start()
+    await kept.run(3 * UNWANTED_AFTER_S)
+    assert LOST in kept.followers.names()
+
+
 async def test_copy_whose_file_cannot_be_read_is_told_and_keeps_no_other_one_from_being_followed(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:

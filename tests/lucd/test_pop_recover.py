@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dht.errors import DhtError, Invalid
-from dht.model import Change, Op, Part, Transaction
+from dht.model import GLOBAL, Change, Op, Part, Transaction
 from dht.requests import BlockingStore
 from dht.rows import decode_row, group_key
 from lucd import messages
@@ -119,6 +120,32 @@ def test_destroyed_pop_begins_anew_on_a_new_node_and_the_old_one_stops_when_it_c
     second.wait_ready()
     with pytest.raises(Invalid, match="knows domain lyon already"):
         recover(second, accept=True)
+
+
+def test_one_of_two_pops_is_destroyed_and_the_other_started_again_and_the_copy_is_there(
+    tmp_path: Path,
+) -> None:
+    """`global` has no majority then; recovered, it knows the other PoP alone, which keeps the copy all the same."""
+    with Cluster(tmp_path, nodes=1) as cluster:
+        first, old = cluster.nodes[0], add(cluster, "lyon")
+        old.wait_ready()
+        old.store().create_database("cell")
+        for i, key in enumerate(KEYS):
+            write(old.store(), key, Op.INSERT, i)
+        wait_until(lambda: covered(first), 60.0, "nobody backs lyon up")
+        old.kill()
+        reply = first.client().call(messages.RecoverDomain((), True, 60.0, GLOBAL), timeout_s=120.0)
+        assert isinstance(reply, messages.RecoverReply)
+        first.close_clients()
+        first.stop()
+        first.start()
+        new = add(cluster, "lyon")
+        wait_until(lambda: "PoP lyon was founded by node" in new.log_text(), 60.0, "it does not say what it waits for")
+        assert recover(new, accept=True).generation == 2
+        new.wait_ready()
+        for node in (new, first):
+            wait_until(lambda node=node: _reads(node), 30.0, "what was recovered cannot be read")  # type: ignore[misc]
+            assert [read(node.store(), key) for key in KEYS] == list(range(len(KEYS)))
 
 
 def _reads(node: LocalNode) -> bool:
