@@ -39,6 +39,7 @@ from lucd.recovery import Recoverer
 log = logging.getLogger(__name__)
 PAGE_TIMEOUT_S = 10.0
 OPEN_SHOWN_MAX = 20
+SILENT_SHOWN_MAX = 10
 
 
 class PopRecoverer:
@@ -82,7 +83,8 @@ class PopRecoverer:
             raise Invalid(
                 f"what PoP {domain.name} acknowledged after {_moment(min(found.covered_s))} may not be in the copies "
                 f"and is lost then; {''.join(f'{line}; ' for line in _unheeded(found))}its old members stop if they "
-                "come back. Be sure that their disks are gone, then say --accept-data-loss"
+                f"come back. {'Start those that did not answer, if they can be. ' if found.silent else ''}Be sure that "
+                "the disks of the PoP are gone, then say --accept-data-loss"
             )
         await found.fetch(self._own.registers, self._own.disk, domain.check_unknown)
         await self._refuse_unless_lost(claim)
@@ -193,13 +195,22 @@ def _findings(found: Restoration) -> tuple[str, ...]:
 
 
 def _unheeded(found: Restoration) -> list[str]:
-    """A later generation went on from somewhere else, so no moment can be told up to which it is covered."""
-    if found.heard == found.generation:
-        return []
-    return [
-        f"the copies are of generation {found.generation}, and no copy of generation {found.heard} is complete: "
-        "nothing that was acknowledged in that one is covered, whenever it was"
-    ]
+    """What may be had of later writes elsewhere, or is not to be had at all."""
+    lines = []
+    if found.heard != found.generation:
+        # That one went on from somewhere else, so no moment can be told up to which it is covered.
+        lines.append(
+            f"the copies are of generation {found.generation}, and no copy of generation {found.heard} is complete: "
+            "nothing that was acknowledged in that one is covered, whenever it was"
+        )
+    if found.silent:
+        named = ", ".join(node.hex() for node in found.silent[:SILENT_SHOWN_MAX])
+        more = len(found.silent) - SILENT_SHOWN_MAX
+        lines.append(
+            f"{len(found.silent)} members of domain {GLOBAL} did not answer, and if one of them has a copy, that may "
+            f"cover more: {named}{f' and {more} more' if more > 0 else ''}"
+        )
+    return lines
 
 
 def _flat(key: bytes) -> tuple[object, ...]:

@@ -73,11 +73,20 @@ class Restoration:
 
     `open`: registers that are covered up to an earlier moment, with that. `generation`: of the copies that are taken.
     `heard`: the highest that any copy has heard of, a complete one or not; the one that begins now has to be above.
+    `silent`: nodes that did not say whether they have a copy: if one has, it may cover more than those that are taken.
     """
 
-    def __init__(self, domain: str, ask: Ask, found: dict[NodeId, CopyCovers], heard: int = 0) -> None:
+    def __init__(
+        self,
+        domain: str,
+        ask: Ask,
+        found: dict[NodeId, CopyCovers],
+        heard: int = 0,
+        silent: Sequence[NodeId] = (),
+    ) -> None:
         self.generation = max(covers.generation for covers in found.values())
         self.heard = max(heard, self.generation)
+        self.silent = tuple(silent)
         self._domain = domain
         self._ask = ask
         self._found = {node: covers for node, covers in found.items() if covers.generation == self.generation}
@@ -150,14 +159,26 @@ class Restoration:
 
 async def find_copies(domain: str, ask: Ask, nodes: Sequence[NodeId]) -> Restoration:
     """Ask the nodes what their copies cover. Raises Invalid if none has one that was ever complete."""
-    found = await ask_each(ask, nodes, AskCopy(domain), CopyCovers)
+    silent = dict.fromkeys(nodes)
+
+    async def heard(node: NodeId, question: DomainMessage) -> Struct:
+        try:
+            reply = await ask(node, question)
+        except NotFound:
+            silent.pop(node, None)
+            raise
+        silent.pop(node, None)
+        return reply
+
+    found = await ask_each(heard, nodes, AskCopy(domain), CopyCovers)
     complete = {node: covers for node, covers in found.items() if covers.wall_s and all(covers.wall_s)}
     if not complete:
         raise Invalid(
-            f"none of the {len(found)} copies of domain {domain} that were found among {len(nodes)} nodes is complete; "
-            "start the nodes of the PoPs that back it up, and see `lucd pop list`"
+            f"none of the {len(found)} copies of domain {domain} that were found among {len(nodes)} nodes is complete, "
+            f"and {len(silent)} of these nodes do not answer; start the nodes of the PoPs that back it up, and see "
+            "`lucd pop list`"
         )
-    return Restoration(domain, ask, complete, max(covers.generation for covers in found.values()))
+    return Restoration(domain, ask, complete, max(covers.generation for covers in found.values()), tuple(silent))
 
 
 def floors_after(before: Roster) -> list[Ballot]:

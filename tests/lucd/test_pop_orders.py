@@ -11,7 +11,7 @@ import pytest
 from dht.domain.messages import AskCopyPage, CopyCovers
 from dht.domain.restore import QUESTIONS, Restoration, hand_over
 from dht.domain.roster import Member
-from dht.errors import Conflict, DhtError, Invalid, Unavailable
+from dht.errors import Conflict, DhtError, Invalid, NotFound, Unavailable
 from dht.model import NodeId, PopClaim, Struct
 from dht.register.catalog import recovering
 from lucd.messages import RecoverDomain, RecoverPop, RecoverReply
@@ -82,6 +82,8 @@ class Lost:
         self.claims = Claims(PopClaim(founder.node_id, founder.incarnation, 0))
         self.wide: object = SimpleNamespace(chain=SimpleNamespace(newest=None))
         self.heard: set[int] = set()
+        self.holders = [HOLDER]
+        self.silent: set[NodeId] = set()
         self.meanwhile: Meanwhile | None = None
 
     async def new(self) -> int:
@@ -95,7 +97,10 @@ class Lost:
 
     async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         if isinstance(message, QUESTIONS):
-            assert to == HOLDER
+            if to in self.silent:
+                raise Unavailable("not heard")
+            if to != HOLDER:
+                raise NotFound("there is no copy on this node")
             reply = hand_over(self.beside.follower, message)
             if isinstance(message, AskCopyPage) and reply.copies and self.meanwhile is not None:  # type: ignore[union-attr]
                 meanwhile, self.meanwhile = self.meanwhile, None
@@ -120,14 +125,14 @@ class Lost:
             node.boot.incarnation,
             self,  # type: ignore[arg-type]
             lambda: self.claims,  # type: ignore[arg-type,return-value]
-            lambda: [HOLDER],
+            lambda: self.holders,
             lambda: [self.node_id(i) for i in self.heard - {number}],
         )
 
-    async def order(self, number: int) -> RecoverReply | DhtError:
+    async def order(self, number: int, *, accept: bool = True) -> RecoverReply | DhtError:
         """What the human at that machine is told."""
         try:
-            return await self.recoverer(number).order(RecoverPop("one", True, 60.0))
+            return await self.recoverer(number).order(RecoverPop("one", accept, 60.0))
         except DhtError as error:
             return error
 
@@ -299,6 +304,29 @@ def test_seats_that_an_order_which_broke_off_left_taken_are_freed_by_the_one_tha
         assert seats.freed == [pop.node_id(0)]
         assert f"node {seats.freed[0].hex()} was taken out of domain global" in "; ".join(reply.recovery.findings)
         assert await world.get(number, KEYS[0]) == value("v0")
+
+    play(story)
+
+
+def test_order_says_who_may_have_a_copy_that_covers_more_and_did_not_answer() -> None:
+    """Started first, that one is asked: what only its copy covers is lost once the generation has begun."""
+    away, without = b"away" * 5, b"without copy" + b"." * 8
+
+    async def story(world: World) -> None:
+        pop = await lost(world)
+        pop.holders, pop.silent = [away, HOLDER, without], {away}
+        number = await pop.new()
+        refused = await pop.order(number, accept=False)
+        assert isinstance(refused, Invalid)
+        assert f"if one of them has a copy, that may cover more: {away.hex()}; " in refused.message
+        assert "Start those that did not answer" in refused.message
+        assert without.hex() not in refused.message
+        done = await pop.order(number)
+        assert isinstance(done, RecoverReply)
+        assert away.hex() in "; ".join(done.recovery.findings)
+        pop.silent.clear()
+        again = await pop.order(await pop.new(), accept=False)
+        assert "did not answer" not in str(again)
 
     play(story)
 
