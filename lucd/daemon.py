@@ -106,7 +106,7 @@ class Daemon:
         self.pops = Pops(
             settings.pop, clock, chance, disk, self.network, self.overlay, self._registry, self._members, self._needed
         )
-        self._far_global = FarStore(GLOBAL, clock, self._global_network, self.pops.gateways)
+        self._far_global = FarStore(GLOBAL, clock, self._global_network, self.pops.gateways, self.pops.refused)
         self.hints = HintPublisher(clock, self.overlay.publish_hint, self.own.coordinated, self._hints_are_asked)
         self.own.shard = shard = Shard(settings.pop, self.own.store, self._registry, clock, chance)
         self.places = Places(

@@ -64,7 +64,8 @@ class Lists:
         return [self._refusal, *left] if self._refusal else left
 
     async def run(self) -> None:
-        """Until cancelled: compare until it is done once; then at long intervals, databases where they are kept.
+        """Until cancelled: compare until it is done once; then at long intervals, databases where they are kept. Nodes
+        that do not keep them read the list.
 
         What is refused is an error in the log once, and a warning as long as it is so.
         """
@@ -78,6 +79,9 @@ class Lists:
                 refusal = await self.compare_index()
                 if self._keeps() or self._left or not compared:
                     await self.compare_databases()
+                else:
+                    # It is noted, for the time when it is out of reach.
+                    await self._homed.homes(REQUEST_TIMEOUT_S)
                 compared = True
             except (Unavailable, Indeterminate) as error:
                 log.debug("the lists of domain global are not compared yet: %s", error.message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from dht.domain.roster import Member
@@ -28,7 +28,9 @@ GATEWAYS_MAX: Final = 3
 """Nodes of another PoP that this node keeps links to, once it had cause to ask that PoP; and members of `global`."""
 LOOK_AGAIN_S: Final = 30.0
 LOOK_SOON_S: Final = 1.0
-"""How often a PoP's nodes are looked up at most, while one of its gateways is heard, and while none is."""
+"""How often a PoP's nodes are looked up at most, while one of its gateways is of use, and while none is."""
+REFUSED_S: Final = 30.0
+"""For how long a gateway that does not serve its domain stands back behind others."""
 _INDEX_KEY: Final = b"pop_index"
 
 
@@ -81,6 +83,7 @@ class Pops:
         self._gateways: dict[str, list[NodeId]] = {}
         self._looked_s: dict[str, float] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
+        self._refused_s: dict[tuple[str, NodeId], float] = {}
         self._doubt = ""
 
     async def stop(self) -> None:
@@ -124,7 +127,7 @@ class Pops:
         """The store of another PoP."""
         found = self._stores.get(pop)
         if found is None:
-            found = self._stores[pop] = FarStore(pop, self._clock, self._network, self.gateways)
+            found = self._stores[pop] = FarStore(pop, self._clock, self._network, self.gateways, self.refused)
         return found
 
     def others(self) -> set[str]:
@@ -133,28 +136,30 @@ class Pops:
         return (known | self._gateways.keys()) - {self.name, GLOBAL}
 
     async def gateways(self, pop: str) -> Sequence[NodeId]:
-        """Nodes of the PoP to ask, those that are heard first. Looks for some where none is."""
+        """Nodes of the PoP to ask, those that are of use first. Looks for some where none is."""
         if pop == GLOBAL:
             return self.global_gateways()
         nodes = self._gateways.get(pop, [])
-        heard = any(self._network.alive(node) for node in nodes)
-        if not heard or len(nodes) < GATEWAYS_MAX:
-            pause_s = LOOK_AGAIN_S if heard else LOOK_SOON_S
+        useful = any(self._is_of_use(pop, node) for node in nodes)
+        if not useful or len(nodes) < GATEWAYS_MAX:
+            pause_s = LOOK_AGAIN_S if useful else LOOK_SOON_S
             if self._clock.monotonic() - self._looked_s.get(pop, float("-inf")) > pause_s:
                 self._looked_s[pop] = self._clock.monotonic()
                 self._looking[pop] = asyncio.ensure_future(self._look(pop))
-            if not heard:
+            if not useful:
                 # All who ask meanwhile wait for the one that looks.
                 await asyncio.shield(self._looking[pop])
-        unparted = [node for node in self._gateways.get(pop, []) if not self._network.parted(node)]
-        return sorted(unparted, key=lambda node: not self._network.alive(node))
+        return self._best_first(pop, self._gateways.get(pop, []))
 
     async def _look(self, pop: str) -> None:
-        """Find nodes of the PoP in the overlay; those that are not heard make room for those that answered now."""
-        found = [c for c in self._overlay.contacts() if c.pop == pop] or await self._overlay.nodes_of_pop(pop)
+        """Find nodes of the PoP in the overlay; gateways that are of no use make room for those that answered now."""
+        known = [c for c in self._overlay.contacts() if c.pop == pop]
+        if all(self._has_refused(pop, contact.id) for contact in known):
+            known = await self._overlay.nodes_of_pop(pop)
+        found = sorted(known, key=lambda contact: self._has_refused(pop, contact.id))
         before = self._gateways.get(pop, [])
-        heard = [node for node in before if self._network.alive(node)]
-        nodes = list(dict.fromkeys([*heard, *(contact.id for contact in found), *before]))[:GATEWAYS_MAX]
+        useful = [node for node in before if self._is_of_use(pop, node)]
+        nodes = list(dict.fromkeys([*useful, *(contact.id for contact in found), *before]))[:GATEWAYS_MAX]
         for contact in found:
             if contact.id in nodes:
                 self._network.set_address(contact.id, contact.host, contact.port)
@@ -162,6 +167,23 @@ class Pops:
             if node not in nodes and not self._needed(node):
                 self._network.forget(node)
         self._gateways[pop] = nodes
+
+    def refused(self, domain: str, node: NodeId) -> None:
+        """It was asked and does not serve the domain: a recovery left it out, it was removed, or is yet to join."""
+        now_s = self._clock.monotonic()
+        lately = {key: since_s for key, since_s in self._refused_s.items() if now_s - since_s < REFUSED_S}
+        self._refused_s = {**lately, (domain, node): now_s}
+
+    def _has_refused(self, domain: str, node: NodeId) -> bool:
+        return self._clock.monotonic() - self._refused_s.get((domain, node), float("-inf")) < REFUSED_S
+
+    def _is_of_use(self, domain: str, node: NodeId) -> bool:
+        return self._network.alive(node) and not self._has_refused(domain, node)
+
+    def _best_first(self, domain: str, nodes: Iterable[NodeId]) -> list[NodeId]:
+        """A refusal comes sooner than the end of a silence."""
+        unparted = [node for node in nodes if not self._network.parted(node)]
+        return sorted(unparted, key=lambda node: (not self._is_of_use(domain, node), not self._network.alive(node)))
 
     def passes_on_to(self, node: NodeId) -> bool:
         """Whether it is a gateway."""
@@ -175,21 +197,20 @@ class Pops:
     # ---- asking domain `global`
 
     def global_gateways(self) -> Sequence[NodeId]:
-        """Members of `global` to ask, those of this PoP and those that are heard first; links to them are begun."""
+        """Members of `global` to ask, those of this PoP and those of use first; links to them are begun."""
         members = {m.node_id: m for m in self._members()}
         near = [n for n, m in members.items() if m.pop == self.name]
         chosen = [n for n in self._gateways.get(GLOBAL, []) if n in members and not self._network.parted(n)]
-        if not any(self._network.alive(n) for n in (*near, *chosen)):
+        if not any(self._is_of_use(GLOBAL, n) for n in (*near, *chosen)):
             rest = [n for n in members if n not in near and n not in chosen]
-            heard = [n for n in rest if self._network.alive(n)]
+            heard = [n for n in rest if self._is_of_use(GLOBAL, n)]
             others = sorted((n for n in rest if n not in heard), key=lambda n: self._chance.random())
             chosen = [*chosen[-1:], *heard, *others][:GATEWAYS_MAX]
             self._gateways[GLOBAL] = chosen
         for node in (*near, *chosen):
             if not self._network.alive(node):
                 self._network.set_address(node, *parse_address(members[node].address))
-        unparted = [n for n in (*near, *chosen) if not self._network.parted(n)]
-        return sorted(unparted, key=lambda node: not self._network.alive(node))
+        return self._best_first(GLOBAL, (*near, *chosen))
 
     # ---- founding a PoP
 

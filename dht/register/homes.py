@@ -3,9 +3,10 @@
 A database lives in one domain, its home: that of a PoP, or `global`. Domain `global` keeps the list: name -> home; a
 name is taken there first and created at its home then, so no two PoPs have a database of one name, and a creation that
 broke off is finished by the next one. A home never changes while the database exists, so it is cached, and believed on
-for as long as the list is out of reach, also by a node that starts meanwhile, which noted it
-(`dht.register.noted_homes`); what lives in the own PoP is known there without it. Where a database was dropped and
-created again in another PoP, a node may read the old one, which is empty, for some seconds more.
+for as long as the list is out of reach, as is what the list said when it was read last, also by a node that starts
+meanwhile, which noted it (`dht.register.noted_homes`); what lives in the own PoP is known there without it. Where a
+database was dropped and created again in another PoP, a node may read the old one, which is empty, for some seconds
+more.
 
 A request for a database at home is served by this node's own store of that domain. Any other is passed on, whole, to
 one member of its home, which serves it with its own rosters: one round trip between the PoPs, whatever it costs there.
@@ -18,11 +19,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
 from dht import requests
 from dht.codec import Message
-from dht.errors import Conflict, DhtError, Indeterminate, Invalid, NotFound, ProtocolError, StorageError, Unavailable
+from dht.errors import (
+    Conflict,
+    DhtError,
+    Indeterminate,
+    Invalid,
+    NotFound,
+    NotServing,
+    ProtocolError,
+    StorageError,
+    Unavailable,
+)
 from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
 from dht.model import (
     GLOBAL,
@@ -53,7 +65,9 @@ HOMES_KEPT_S: Final = 10.0
 HEARD_CHECK_S: Final = 0.1
 """How often who waits for a far node's answer looks whether that is still heard."""
 NOTED_AFTER_S: Final = 1.0
-"""How long a request waits for the list before it believes what the node noted before its start."""
+"""How long a request waits for the list before it believes what that said last, be it before the start."""
+OWN_FIRST_S: Final = 0.3
+"""How long the own PoP is waited for before the list is asked as well."""
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 Gateways = Callable[[str], Awaitable[Sequence[NodeId]]]
@@ -61,14 +75,25 @@ Gateways = Callable[[str], Awaitable[Sequence[NodeId]]]
 
 
 class FarStore:
-    """`dht.requests.Store` of another PoP, or of a domain that this node is no member of, through any of its nodes."""
+    """`dht.requests.Store` of another PoP, or of a domain that this node is no member of, through any of its nodes.
 
-    def __init__(self, pop: str, clock: Clock, network: Network, gateways: Gateways) -> None:
+    `refused`: told of a node that was asked and serves the domain no more, or not yet.
+    """
+
+    def __init__(
+        self,
+        pop: str,
+        clock: Clock,
+        network: Network,
+        gateways: Gateways,
+        refused: Callable[[str, NodeId], None] = lambda pop, node: None,
+    ) -> None:
         self.pop = pop
         self._name = "domain global" if pop == GLOBAL else f"PoP {pop}"
         self._clock = clock
         self._network = network
         self._gateways = gateways
+        self._refused = refused
 
     async def ask(self, message: Message, kind: type[R], timeout_s: float | None, *, repeatable: bool = True) -> R:
         """One node's reply. `repeatable`: another is asked when one is lost after it may have served the request.
@@ -95,6 +120,8 @@ class FarStore:
                 reply = await (self._while_heard(node, call, limit_s, patient=not others) if repeatable else call)
                 return expect(reply, kind)
             except Unavailable as error:
+                if isinstance(error, NotServing):
+                    self._refused(self.pop, node)
                 why = error.message
             except (Indeterminate, StorageError, ProtocolError) as error:
                 # The latter two are about that node: its disk has failed, or one of the two versions is too old.
@@ -236,8 +263,8 @@ class HomedStore:
         self._noted = noted
         self._spanning = spanning
         self._homes: dict[str, tuple[str, float]] = {}
-        self._before = noted.all()
-        """From before the start, and not looked up since."""
+        self._listed = noted.all()
+        """As the list was read last, at first before the start; without those that were looked up since."""
         self._names: dict[bytes, str] = {}
         self._looking: dict[asyncio.Task[None], None] = {}
 
@@ -248,8 +275,8 @@ class HomedStore:
         """
         known = self._homes.get(database)
         if known is None:
-            noted = self._before.get(database)
-            return await (self._look_up(database) if noted is None else self._look_first(database, noted))
+            listed = self._listed.get(database)
+            return await (self._look_anew(database) if listed is None else self._look_first(database, listed))
         home, until_s = known
         if self._clock.monotonic() >= until_s:
             # Beside the requests: none of them waits for what is known, least of all where the list is out of reach.
@@ -259,20 +286,30 @@ class HomedStore:
             task.add_done_callback(lambda done: self._looking.pop(done, None))
         return home
 
-    async def _look_first(self, database: str, noted: str) -> str:
-        """As listed, else as noted before the start; whoever asks next has it looked up again."""
+    async def _look_anew(self, database: str) -> str:
+        """What this node never heard of. Out of reach of the list a shard in the own PoP tells what it is one of."""
+        try:
+            return await self._look_up(database)
+        except (Unavailable, Indeterminate):
+            if not catalog.is_shard((await self._own.homes()).get(database)):
+                raise
+            self._homes[database] = GLOBAL, self._clock.monotonic()
+            return GLOBAL
+
+    async def _look_first(self, database: str, before: str) -> str:
+        """As listed now, else as it was `before`; whoever asks next has it looked up again."""
         try:
             async with asyncio.timeout(NOTED_AFTER_S):
                 return await self._look_up(database)
         except NotFound:
-            self._before.pop(database, None)
+            self._listed.pop(database, None)
             raise
         except (DhtError, TimeoutError):
-            if self._before.pop(database, None) is None:
-                # Another request has looked it up meanwhile, has found it gone, or believes the note.
+            if self._listed.pop(database, None) is None:
+                # Another request has looked it up meanwhile, has found it gone, or believes what was listed.
                 return await self.home(database)
-            self._homes[database] = noted, self._clock.monotonic()
-            return noted
+            self._homes[database] = before, self._clock.monotonic()
+            return before
 
     async def _look_again(self, database: str) -> None:
         try:
@@ -283,18 +320,34 @@ class HomedStore:
             pass  # out of reach: believed on
 
     async def _look_up(self, database: str) -> str:
+        """In the own PoP, which knows what lives there without anybody else; what is not there, in the list."""
         self.counters["homes_looked_up"] += 1
-        home = self._pop
-        if database not in await self._own.list_databases():
-            homes = await self.homes()
-            if database not in homes:
-                raise catalog.no_such_database(database)
-            home = homes[database]
+        own = asyncio.ensure_future(self._own.list_databases())
+        try:
+            await asyncio.wait((own,), timeout=OWN_FIRST_S)
+            told = own.done() and own.exception() is None
+            home = self._pop if told and database in own.result() else await self._elsewhere(database, own)
+        finally:
+            own.cancel()
+            await asyncio.gather(own, return_exceptions=True)
         if len(self._homes) >= HOMES_MAX:
             self._homes.clear()
         self._homes[database] = home, self._clock.monotonic() + HOMES_KEPT_S
-        self._before.pop(database, None)
+        self._listed.pop(database, None)
         return home
+
+    async def _elsewhere(self, database: str, own: asyncio.Future[tuple[str, ...]]) -> str:
+        """As listed. An own PoP without a majority hides nothing of that; that a database is nowhere takes its word."""
+        try:
+            home = (await self.homes()).get(database)
+            unlisted: DhtError = catalog.no_such_database(database)
+        except (Unavailable, Indeterminate) as error:
+            home, unlisted = None, error
+        if home is not None:
+            return home
+        if database in await own:
+            return self._pop
+        raise unlisted
 
     async def stop(self) -> None:
         """End the look-ups that are under way."""
@@ -306,6 +359,8 @@ class HomedStore:
         """Every database with its home, as `global` says now."""
         homes = await self._registry().homes(timeout_s)
         self._noted.follow(homes)
+        unused = ((name, home) for name, home in homes.items() if name not in self._homes)
+        self._listed = dict(islice(unused, HOMES_MAX))
         return homes
 
     async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from dht import requests
 from dht.domain.roster import Member
-from dht.errors import Invalid, Unavailable
-from dht.model import GLOBAL, PopClaim
+from dht.errors import Invalid, NotServing, Unavailable
+from dht.model import GLOBAL, PopClaim, Struct
 from dht.overlay.messages import Contact
 from dht.register.catalog import recovering
+from dht.register.homes import FarStore
 from dht.storage.memory import MemoryDisk
 from lucd import pops as pops_module
 from lucd.lists import Lists
@@ -39,8 +41,11 @@ class World:
         self.away = False
         self.keeps = False
         self.relisted = 0
+        self.listed = 0
         self.left: tuple[str, ...] = ()
         self.slept_s: list[float] = []
+        self.serving: set[bytes] = set()
+        self.asked: list[bytes] = []
         self.turn = asyncio.Event()
 
     def peers(self) -> list[Any]:
@@ -93,6 +98,10 @@ class World:
     async def left_behind(self, timeout_s: float | None = None) -> tuple[str, ...]:
         return self.left
 
+    async def homes(self, timeout_s: float | None = None) -> dict[str, str]:
+        self.listed += 1
+        return {}
+
     async def sleep(self, delay_s: float) -> None:
         self.slept_s.append(delay_s)
         await self.turn.wait()
@@ -105,6 +114,12 @@ class World:
             self.turn.set()
             for _ in range(5):
                 await asyncio.sleep(0)
+
+    async def call(self, node: bytes, message: Struct, timeout_s: float) -> Struct:
+        self.asked.append(node)
+        if node not in self.serving:
+            raise NotServing("this node is no member of domain lyon; ask one that is")
+        return requests.ListDatabasesReply(("cell",))
 
     def monotonic(self) -> float:
         return self.now_s
@@ -205,6 +220,38 @@ async def test_few_members_of_global_elsewhere_are_asked_where_the_own_pop_has_n
     assert not set(first).intersection(second)
 
 
+async def test_gateways_that_serve_nothing_any_more_stand_back_for_nodes_that_do(world: World, pops: Pops) -> None:
+    """A PoP that was cut off was recovered elsewhere meanwhile: its nodes are heard, and have stopped."""
+    stopped = [contact(1), contact(2), contact(3)]
+    world.there, world.heard = stopped, {one.id for one in stopped}
+    with pytest.raises(Unavailable, match="PoP lyon cannot be asked: this node is no member"):
+        await pops.store("lyon").list_databases()
+    world.there, world.serving = [*stopped, contact(4)], {contact(4).id}
+    world.now_s += pops_module.LOOK_SOON_S + 0.1
+    assert await pops.store("lyon").list_databases() == ("cell",)
+    world.heard.add(contact(4).id)
+    world.asked.clear()
+    assert await pops.store("lyon").list_databases() == ("cell",)
+    assert world.asked == [contact(4).id]
+    assert contact(1).id in await pops.gateways("lyon")
+    world.serving.add(contact(1).id)
+    world.heard.remove(contact(4).id)
+    assert await pops.store("lyon").list_databases() == ("cell",), "they are asked where nobody else is heard"
+
+
+async def test_members_of_global_in_the_own_pop_that_serve_it_no_more_send_nobody_away(
+    world: World, pops: Pops
+) -> None:
+    """The other PoPs went on without this one, which was cut off; this node has not heard of that yet."""
+    near, far = member(2, "nice").node_id, member(1, "lyon").node_id
+    world.members = [member(1, "lyon"), member(2, "nice")]
+    world.heard, world.serving = {near, far}, {far}
+    store = FarStore(GLOBAL, pops._clock, pops._network, pops.gateways, pops.refused)
+    with pytest.raises(Unavailable):
+        await store.list_databases()
+    assert await store.list_databases() == ("cell",)
+
+
 async def test_gateway_that_another_part_needs_keeps_its_link(world: World, pops: Pops) -> None:
     world.there = [contact(1), contact(2), contact(3)]
     await pops.gateways("lyon")
@@ -240,6 +287,7 @@ async def test_lists_are_compared_until_it_is_done_and_then_by_those_only_that_k
     world.away = False
     await world.turns(3)
     assert (world.relisted, world.slept_s[-1] > 400.0) == (1, True)
+    assert world.listed > 0, "the others read the list, for the time when it is out of reach"
     world.keeps = True
     await world.turns(1)
     assert world.relisted > 1

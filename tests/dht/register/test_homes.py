@@ -9,9 +9,9 @@ import pytest
 
 from dht import requests
 from dht.errors import Conflict, Indeterminate, Invalid, NotFound, RemoteProtocolError, StorageError, Unavailable
-from dht.model import GLOBAL, Applied, FindQuery, FindResult, GroupRead, Part, PopClaim, Transaction
+from dht.model import GLOBAL, LOCAL, Applied, FindQuery, FindResult, GroupRead, Part, PopClaim, Transaction
 from dht.register import homes as homes_module
-from dht.register.catalog import no_such_database
+from dht.register.catalog import no_such_database, shard_home
 from dht.register.homes import FarStore, HomedStore
 from dht.register.noted_homes import NotedHomes
 from dht.rows import group_key
@@ -348,6 +348,18 @@ class Silent:
     async def homes(self, timeout_s=None):
         await asyncio.Event().wait()
 
+    async def list_databases(self, timeout_s=None):
+        await asyncio.Event().wait()
+
+
+class Late:
+    async def list_databases(self, timeout_s=None):
+        await asyncio.sleep(0.05)
+        return ("d",)
+
+    async def homes(self, timeout_s=None):
+        return {"d": ""}
+
 
 async def test_home_that_was_noted_wrongly_is_not_believed_where_the_list_answers(pops, restarted):
     pops.pops[GLOBAL].away = None
@@ -360,7 +372,7 @@ async def test_home_that_was_noted_wrongly_is_not_believed_where_the_list_answer
     pops.pops[GLOBAL].away = Unavailable("cut off again")
     with pytest.raises(Unavailable):
         await restarted.home("shared")
-    assert pops.store("nice")._before == {"d": "nice"}, "the file follows the list"
+    assert pops.store("nice")._listed == {"d": "nice"}, "the file follows the list"
 
 
 async def test_home_that_was_noted_wrongly_is_looked_up_again_beside_the_second_request(pops, restarted):
@@ -370,6 +382,50 @@ async def test_home_that_was_noted_wrongly_is_looked_up_again_beside_the_second_
     assert await restarted.home("d") == "lyon"
     await settled(restarted)
     assert await restarted.home("d") == GLOBAL
+
+
+async def test_home_that_was_listed_once_is_believed_by_a_node_that_never_asked_for_it_before_the_cut(pops):
+    store = pops.store("nice")
+    await store.homes()
+    pops.pops[GLOBAL].away = Unavailable("cut off")
+    assert await store.home("shared") == GLOBAL
+    await store.commit(WRITE)
+    assert pops.pops["lyon"].asked == ["commit"]
+
+
+async def test_database_of_many_pops_is_known_by_its_shard_to_a_node_that_joins_a_pop_which_is_cut_off(pops):
+    pops.pops["nice"].listed["shared"] = shard_home(b"mark")
+    pops.pops[GLOBAL].away = Unavailable("cut off")
+    store = pops.store("nice")
+    assert await store.home("shared") == GLOBAL
+    with pytest.raises(Unavailable, match="cut off"):
+        await store.home("d")
+    pops.pops[GLOBAL].away = None
+    pops.pops[GLOBAL].listed["shared"] = LOCAL
+    await store.home("shared")
+    await settled(store)
+    assert await store.home("shared") == LOCAL
+
+
+async def test_shard_that_a_drop_left_behind_is_not_believed_by_a_node_that_knows_the_home(pops):
+    store = pops.store("nice")
+    assert await store.home("d") == "lyon"
+    pops.pops["nice"].listed["d"] = shard_home(b"an earlier one")
+    pops.pops[GLOBAL].away = Unavailable("cut off")
+    for _ in range(2):
+        pops.world.now_s += homes_module.HOMES_KEPT_S
+        assert await store.home("d") == "lyon"
+        await settled(store)
+
+
+async def test_home_that_the_list_had_no_more_when_it_was_read_last_is_not_believed(pops):
+    store = pops.store("nice")
+    await store.homes()
+    del pops.pops[GLOBAL].listed["d"]
+    await store.homes()
+    pops.pops[GLOBAL].away = Unavailable("cut off")
+    with pytest.raises(Unavailable, match="cut off"):
+        await store.home("d")
 
 
 async def test_note_that_its_home_refuted_is_no_word_for_not_found_without_the_list(pops, restarted):
@@ -464,6 +520,42 @@ async def test_own_database_is_served_while_domain_global_is_out_of_reach(pops):
     pops.pops[GLOBAL].away = Unavailable("cut off")
     await pops.store("lyon").commit(WRITE)
     assert pops.pops["lyon"].asked == ["list", "commit"]
+
+
+async def test_database_of_another_pop_is_served_while_the_own_pop_has_no_majority(pops):
+    pops.pops["nice"].away = Unavailable("no majority")
+    store = pops.store("nice")
+    await store.commit(WRITE)
+    assert await store.home("shared") == GLOBAL
+    assert pops.pops["lyon"].asked == ["commit"]
+
+
+async def test_database_of_another_pop_is_served_while_the_own_pop_does_not_answer(pops, monkeypatch):
+    monkeypatch.setattr(homes_module, "OWN_FIRST_S", 0.01)
+    store = pops.store("nice")
+    store._own = Silent()
+    await asyncio.wait_for(store.commit(WRITE), 5.0)
+    assert pops.pops["lyon"].asked == ["commit"]
+
+
+@pytest.mark.parametrize("database", ["d", "nowhere"])
+async def test_database_is_unavailable_not_missing_where_only_the_own_pop_could_say_that_it_is_nowhere(pops, database):
+    """A list that was recovered may have lost what lives there."""
+    del pops.pops[GLOBAL].listed["d"]
+    pops.pops["lyon"].away = Unavailable("no majority")
+    store = pops.store("lyon")
+    with pytest.raises(Unavailable, match="no majority"):
+        await store.home(database)
+
+
+async def test_own_database_is_found_where_the_own_pop_is_slow_and_the_list_out_of_reach(pops, monkeypatch):
+    monkeypatch.setattr(homes_module, "OWN_FIRST_S", 0.01)
+    pops.pops[GLOBAL].away = Unavailable("cut off")
+    store = pops.store("lyon")
+    store._own = Late()
+    assert await store.home("d") == "lyon"
+    with pytest.raises(Unavailable, match="cut off"):
+        await store.home("shared")
 
 
 async def test_database_that_the_list_lost_is_entered_again_by_its_home(pops):
