@@ -19,8 +19,14 @@ from dht.errors import Invalid, Unavailable
 from lucd.conf.options import Endpoint
 from lucd.messages import StatusReply, plain
 
-NOW = frozenset({"connections", "peers", "links", "contacts", "queue", "in_flight", "clients", "servers", "bytes_free"})
-"""Counters that say how many there are now, not how many there were since the start."""
+NOW = frozenset(
+    {
+        *("connections", "peers", "links", "contacts", "queue", "in_flight", "clients", "servers", "bytes_free"),
+        *("copies", "open", "held_addresses", "known_addresses", "far_calls"),
+    }
+)
+NOW_ENDS = ("_now", "_max", "_most", "_bytes", "_age_s")
+"""Counters that say how many there are now, or how much, not how many there were since the start."""
 
 
 class StatusCollector(Collector):
@@ -66,7 +72,7 @@ class StatusCollector(Collector):
         for part, counters in status.counters.items():
             for name, number in counters.items():
                 text = f"{name.replace('_', ' ')} of {part}"
-                if name in NOW or name.endswith(("_now", "_max", "_bytes")):
+                if name in NOW or name.endswith(NOW_ENDS):
                     yield GaugeMetricFamily(f"lucd_{part}_{name}", text, value=float(number))
                 else:
                     yield CounterMetricFamily(f"lucd_{part}_{name}", text, value=float(number))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,11 +148,8 @@ class Report:
         """Of domain `global`, where this node is a member; that of the PoP tells what is the matter with its nodes."""
         wide = self._parts.wide
         found = [why for why in (wide.disk.failed, wide.domain.generations.stopped) if why]
-        if shared.joined and shared.tablets.get("unavailable", 0):
-            found.append(
-                f"domain {wide.name}: {shared.tablets['unavailable']} of its tablets have no working majority within "
-                "reach: no database or PoP can be added, and what lives there can neither be read nor written"
-            )
+        if shared.joined:
+            found += shared_warnings(wide.name, wide.domain.health())
         if wide.domain.removed:
             found.append(
                 f"this node was removed from domain {wide.name} and asks its members instead; to be one again, it has "
@@ -332,6 +329,20 @@ class Report:
     def _line(self, node: NodeId, pop: str, failure_domain: str, address: str, role: str) -> NodeLine:
         own = node == self._parts.identity.node_id
         return NodeLine(node.hex(), pop, failure_domain, address, role, self._reachable(node), own)
+
+
+def shared_warnings(name: str, health: Mapping[str, Any]) -> list[str]:
+    """Why domain `global` may be of no use now. A member of many does not see all of its tablets, but its voters."""
+    voters, heard = len(health["voters"]), health["voters_reachable"]
+    if lost := health["tablets"]["unavailable"]:
+        what = f"{lost} of its tablets have no working majority within reach:"
+    elif 2 * heard <= voters:
+        what = f"{heard} of its {voters} voters are within reach; if it is this PoP that is cut off,"
+    else:
+        return []
+    return [
+        f"domain {name}: {what} no database or PoP can be added, and what lives there can neither be read nor written"
+    ]
 
 
 def _tablet_line(node: DomainNode, tablet: int, replicas: TabletReplicas) -> TabletLine:

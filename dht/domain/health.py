@@ -27,8 +27,8 @@ def health(
     "degraded". `survivable`: what may be lost, one at a time, with every tablet still served: "node",
     "failure_domain". `to_copy`, `to_copy_bytes`: groups that this node still copies; for each member, too, as it told
     last, and `to_take_over`, its tablets that it does not serve yet (of those, what is not begun is not counted in
-    groups). `unchecked`: tablets that this node has not compared with another replica since it started. `warnings`:
-    sentences for humans.
+    groups). `unchecked`: tablets that this node has not compared with another replica since it started.
+    `voters_reachable`: those are always asked. `warnings`: sentences for humans.
     """
     if roster is None:
         return {"joined": False, "epoch": 0, "warnings": ["this node has not joined yet"]}
@@ -49,6 +49,7 @@ def health(
     }
     served = sum(len(w) >= n for w, n in zip(working, need, strict=True))
     domains = {m.node_id: m.failure_domain for m in roster.members}
+    voters_heard = len(reachable.intersection(roster.voters))
     return {
         "joined": roster.lists(node, own.incarnation),
         "domain": roster.domain,
@@ -76,13 +77,14 @@ def health(
             for m in roster.members
         ],
         "voters": [v.hex() for v in roster.voters],
+        "voters_reachable": voters_heard,
         "tablets": {"whole": whole, "degraded": served - whole, "unavailable": len(working) - served},
         "state": "unavailable" if served < len(working) else "healthy" if whole == len(working) else "degraded",
         "to_copy": to_copy[node][0],
         "to_copy_bytes": to_copy[node][1],
         "unchecked": unchecked,
         "survivable": _survivable(working, need, domains),
-        "warnings": _warnings(roster, len(working) - served),
+        "warnings": _warnings(roster, len(working) - served, voters_heard),
     }
 
 
@@ -103,8 +105,13 @@ def _survivable(working: Sequence[Sequence[NodeId]], need: Sequence[int], domain
     return out
 
 
-def _warnings(roster: Roster, unavailable: int) -> list[str]:
+def _warnings(roster: Roster, unavailable: int, voters_heard: int) -> list[str]:
     out = []
+    if 2 * voters_heard <= len(roster.voters):
+        out.append(
+            f"{voters_heard} of the {len(roster.voters)} voters are within reach: no member can join, be replaced or "
+            "leave"
+        )
     if unavailable:
         out.append(f"{unavailable} tablets have no working majority: their groups can neither be read nor written")
     staying = [m for m in roster.members if not m.leaving]

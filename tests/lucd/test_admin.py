@@ -68,6 +68,20 @@ async def test_metrics_are_what_prometheus_reads(served: tuple[Now, Endpoint]) -
     assert families["lucd_disk_pending_bytes"].type == "gauge"
     assert families["lucd_links_links"].type == "gauge"
     assert families["lucd_ready"].samples[0].value == 1
+
+
+async def test_age_of_the_copy_of_global_is_a_metric_that_goes_up_and_down(served: tuple[Now, Endpoint]) -> None:
+    now, where = served
+    copies = {"copies": 2, "open": 1, "global_age_s": -1, "stale_s_most": 7.5, "stale_reads": 3}
+    now.value = msgspec.structs.replace(STATUS, counters={"copies": copies})
+    families = {family.name: family for family in text_string_to_metric_families((await get(where, "/metrics"))[1])}
+    told = {name: families[f"lucd_copies_{name}"] for name in copies}
+    assert {name: family.type for name, family in told.items()} == {
+        **dict.fromkeys(copies, "gauge"),
+        "stale_reads": "counter",
+    }
+    assert told["global_age_s"].samples[0].name == "lucd_copies_global_age_s"
+    assert told["global_age_s"].samples[0].value == -1
     assert families["lucd_node_info"].samples[0].labels["pop"] == "paris"
 
 
