@@ -6,6 +6,10 @@ somebody who waits means more than silence towards one who does not. Who hears n
 sign of life, for a link that carries one way only is of no use to either side. A peer whose process is slow, stopped or
 busy still has a kernel that acknowledges what arrives: where nothing is acknowledged, the network is cut. That can be
 told much sooner than that a process hangs, so such a peer is passed by early, and a little later given up.
+
+Between PoPs an idle link says less: what a PoP is asked from outside may wait a moment for the news that it is silent,
+and ways between PoPs may be thin, and many. Who has asked something learns that as soon as within a PoP: the peer that
+serves it tells more often, and what is not acknowledged counts the same.
 """
 
 from __future__ import annotations
@@ -57,8 +61,12 @@ SIGN_WHILE_SERVING_S = 0.04
 ALIVE_S = 0.4
 """Who was not heard for so long, and two round trips, does not count as alive: one for what was lost on the way to be
 missed, and one for its repetition."""
+FAR_SIGN_OF_LIFE_S = 0.5
+FAR_ALIVE_S = 1.0
+"""The same two of peers of another PoP."""
 SUSPECT_S = 0.2
-"""Nor does who was not heard for so long, and two round trips, while a request to him waits."""
+"""Nor does who was not heard for so long, and two round trips, while a request to him waits; four in another PoP, who
+may have said nothing since before it: the request may be lost, or the reply."""
 GIVE_UP_S = 0.6
 """Short requests to who was not heard for so long, and two round trips, or does not hear this node, fail then; to whom
 there is no way, at once."""
@@ -81,7 +89,7 @@ log = logging.getLogger(__name__)
 class Link:
     """Sends, matches replies to requests and serves the peer's requests, from `run` until it returns.
 
-    `dialed`: whether this node opened it. `counters` are the network's.
+    `dialed`: whether this node opened it. `far`: both ends say little while idle. `counters` are the network's.
     """
 
     def __init__(
@@ -89,12 +97,14 @@ class Link:
         web_socket: WebSocket,
         peer: PeerIdentity,
         dialed: bool,
+        far: bool,
         answer: Callable[[bytes, Message], Awaitable[Struct]],
         counters: dict[str, int],
         on_close: Callable[[Link], None],
     ) -> None:
         self.peer = peer
         self.dialed = dialed
+        self.far = far
         self.closed = False
         self.parted = False
         """Whether the network between is cut, or the peer's host down, as far as the kernel can tell."""
@@ -127,7 +137,10 @@ class Link:
     def alive(self) -> bool:
         """Whether the peer was heard lately, hears this node, and leaves nothing in silence."""
         unheard = self.closed or self.deaf or self._suspected or self.mute
-        return not unheard and self._loop.time() - self.heard_s < ALIVE_S + 2 * self._round_trip_s
+        return not unheard and self._heard_lately(self._loop.time() - self.heard_s)
+
+    def _heard_lately(self, silent_s: float) -> bool:
+        return silent_s < (FAR_ALIVE_S if self.far else ALIVE_S) + 2 * self._round_trip_s
 
     @property
     def busy(self) -> bool:
@@ -205,16 +218,16 @@ class Link:
             self.close()
             return
         overdue = silent_s > SIGN_WHILE_SERVING_S and self._echo_is_overdue(now_s)
-        far_s = 2 * self._round_trip_s
+        trips_s = 2 * self._round_trip_s
         waited_s = min(silent_s, now_s - self._asked_s) if self._waiting else 0.0
-        self._suspected |= waited_s > SUSPECT_S + far_s
+        self._suspected |= waited_s > SUSPECT_S + (2 * trips_s if self.far else trips_s)
         deaf_s = now_s - max(self._deaf_s, self._asked_s) if self.deaf and self._waiting else 0.0
-        if self.parted or max(waited_s, deaf_s) > GIVE_UP_S + far_s:
+        if self.parted or max(waited_s, deaf_s) > GIVE_UP_S + trips_s:
             self._give_up()
-        hears = silent_s < ALIVE_S + far_s and not self.mute
+        hears = self._heard_lately(silent_s) and not self.mute
         # A further message, should the first be lost: its acknowledgement comes at once, and tells a loss from a cut.
         often = self._serving or not hears or overdue
-        pause_s = SIGN_WHILE_SERVING_S if often else SIGN_OF_LIFE_S
+        pause_s = SIGN_WHILE_SERVING_S if often else FAR_SIGN_OF_LIFE_S if self.far else SIGN_OF_LIFE_S
         if now_s - self._sent_s > pause_s and not self._queue:
             sign = b"" if hears else DEAF
             self._queue.append(sign)

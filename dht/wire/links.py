@@ -45,6 +45,8 @@ UNNEEDED_AFTER_S = 600.0
 TICK_S = 0.05
 RETIRED_WAIT_S = 1.0
 RETIRED_ROUNDS_MAX = 30
+FAR_LEVEL_MIN = 3
+"""Feature level of a node that expects few signs of life from another PoP."""
 ANY_HOST = ("0.0.0.0", "::", "")
 
 log = logging.getLogger(__name__)
@@ -361,7 +363,7 @@ class LinkNetwork:
             raise Unavailable(f"{where} does not answer ({timeout_s:.1f} s)", sent=False) from None
         except (OSError, aiohttp.ClientError, ValueError) as error:
             raise Unavailable(f"{where} cannot be reached: {error}", sent=False) from None
-        link = Link(ws, peer, True, self._serve, self.counters, self._closed)
+        link = self._link(ws, peer, dialed=True)
         self._spawn(link.run())
         return self._register(link)
 
@@ -386,7 +388,7 @@ class LinkNetwork:
             self._strangers.end(connection)
         if self._session is None:
             return ws
-        link = Link(ws, peer, False, self._serve, self.counters, self._closed)
+        link = self._link(ws, peer, dialed=False)
         self._strangers.proven(connection)
         self._register(link)
         try:
@@ -432,6 +434,11 @@ class LinkNetwork:
         if known.start_id != met.start_id:
             text = f"boot {met.boot} of this incarnation was met as another process: a data directory was copied"
             raise RemoteProtocolError(text, reason="boot")
+
+    def _link(self, ws: WebSocket, peer: PeerIdentity, *, dialed: bool) -> Link:
+        # Both ends have to think the same of it: who expects more signs of life takes the other for silent.
+        far = peer.pop != self.identity.pop and peer.feature_level >= FAR_LEVEL_MIN
+        return Link(ws, peer, dialed, far, self._serve, self.counters, self._closed)
 
     def _register(self, link: Link) -> Link:
         """Make the link the pair's one, or retire it; returns the one to use."""

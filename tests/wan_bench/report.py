@@ -302,8 +302,8 @@ class Report:
         return [
             "### WAN packets while rows are updated at home",
             "",
-            "lucd's daemons tell each other that they live, some seven times a second and way, which is most of the "
-            "idle packets. Frames are requests and replies between daemons, without those signs of life.",
+            "lucd's daemons ask each other what is new in domain `global`, and tell each other that they live. Frames "
+            "are requests and replies between daemons, without those signs of life.",
             "",
             *table(head, rows),
         ]

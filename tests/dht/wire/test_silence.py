@@ -12,7 +12,7 @@ from wire_nodes import Ask, nodes, until
 
 from dht.errors import Indeterminate
 from dht.limits import PEER_TIMEOUT_S
-from dht.wire import frames, link, tcp
+from dht.wire import frames, handshake, link, tcp
 
 
 async def test_silent_peer_is_not_alive_within_half_a_second():
@@ -25,10 +25,49 @@ async def test_silent_peer_is_not_alive_within_half_a_second():
         await until(lambda: not a.network.alive(b.id), 0.6)
 
 
-async def test_peer_that_leaves_a_request_in_silence_is_suspected(monkeypatch):
-    monkeypatch.setattr(link, "ALIVE_S", 60.0)
-    monkeypatch.setattr(link, "SILENCE_MAX_S", 60.0)
-    async with nodes(2) as (a, b):
+async def test_silent_peer_of_another_pop_is_not_alive_within_little_more_than_a_second():
+    async with nodes(2, "oslo") as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        for _ in range(15):
+            await asyncio.sleep(0.1)
+            assert a.network.alive(b.id), "an idle link stays alive by its signs of life"
+        b.network._ticking.cancel()
+        await until(lambda: not a.network.alive(b.id), link.FAR_ALIVE_S + 0.2)
+        assert a.network._peers[b.id].link is not None, "it is passed by before its link is given up"
+
+
+@pytest.mark.parametrize(
+    ("others", "level", "pause_s", "alive_s"),
+    [("lyon", 3, 0.15, 0.4), ("oslo", 3, 0.5, 1.0), ("oslo", 2, 0.15, 0.4)],
+)
+async def test_idle_link_between_pops_says_less_and_expects_less(monkeypatch, others, level, pause_s, alive_s):
+    """Unless one end is of a version that expects more."""
+    monkeypatch.setattr(handshake, "FEATURE_LEVEL", level)
+    async with nodes(2, others) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        for one, other in ((a, b), (b, a)):
+            one.network._ticking.cancel()
+            ours = one.network._peers[other.id].link
+            monkeypatch.setattr(ours._socket, "get_extra_info", lambda name: Kernel((0, 0, 0, 0)))
+            now_s = asyncio.get_running_loop().time()
+            ours._sent_s = ours.heard_s = now_s
+            ours.tick(now_s + pause_s - 0.02)
+            assert ours._queue == []
+            ours.tick(now_s + pause_s + 0.02)
+            assert ours._queue == [b""]
+            ours.heard_s = now_s - alive_s + 0.2
+            assert ours.alive
+            ours.heard_s = now_s - alive_s
+            assert not ours.alive
+
+
+@pytest.mark.parametrize("others", ["lyon", "oslo"])
+async def test_peer_that_leaves_a_request_in_silence_is_suspected(monkeypatch, others):
+    for name in ("ALIVE_S", "FAR_ALIVE_S", "SILENCE_MAX_S"):
+        monkeypatch.setattr(link, name, 60.0)
+    async with nodes(2, others) as (a, b):
         a.knows(b)
         await a.network.call(b.id, Ask("x"), 3.0)
         b.network._ticking.cancel()
@@ -56,6 +95,20 @@ async def test_far_peer_has_two_round_trips_more(monkeypatch, limit):
             waiter.cancel()
 
 
+async def test_silent_peer_of_another_pop_has_four_round_trips_for_a_request(monkeypatch):
+    """The request may be lost, or its reply, and the peer had no cause to say anything since long before."""
+    for others, trips in (("lyon", 2), ("oslo", 4)):
+        short_s = link.SUSPECT_S
+        async with unheard(monkeypatch, (0, 0, 200_000, 0), others) as (ours, _):
+            monkeypatch.setattr(link, "SUSPECT_S", short_s)
+            ours._asked_s = now_s = asyncio.get_running_loop().time()
+            ours.heard_s = now_s - 0.4
+            ours.tick(now_s + short_s + trips * 0.2 - 0.05)
+            assert ours.alive
+            ours.tick(now_s + short_s + trips * 0.2 + 0.05)
+            assert not ours.alive
+
+
 class Kernel:
     """A link's socket as far as `dht.wire.tcp` asks it. `known`: what the kernel would say."""
 
@@ -70,14 +123,14 @@ class Kernel:
 
 
 @contextlib.asynccontextmanager
-async def silenced(monkeypatch, known):
+async def silenced(monkeypatch, known, others="lyon"):
     """Two nodes and a link of the first whose peer says nothing.
 
     The kernel says `known`: segments on their way, ms since anything came back, us of a round trip, of its deviation.
     """
-    for name in ("ALIVE_S", "SUSPECT_S", "GIVE_UP_S", "SILENCE_MAX_S"):
+    for name in ("ALIVE_S", "FAR_ALIVE_S", "SUSPECT_S", "GIVE_UP_S", "SILENCE_MAX_S"):
         monkeypatch.setattr(link, name, 60.0)
-    async with nodes(2) as (a, b):
+    async with nodes(2, others) as (a, b):
         a.knows(b)
         await a.network.call(b.id, Ask("x"), 3.0)
         b.network._ticking.cancel()
@@ -87,9 +140,9 @@ async def silenced(monkeypatch, known):
 
 
 @contextlib.asynccontextmanager
-async def unheard(monkeypatch, known):
+async def unheard(monkeypatch, known, others="lyon"):
     """The same, without ticks but those of the test: (the link, when a request was about to leave on it)."""
-    async with silenced(monkeypatch, known) as (a, b):
+    async with silenced(monkeypatch, known, others) as (a, b):
         a.network._ticking.cancel()
         ours = a.network._peers[b.id].link
         left_s = asyncio.get_running_loop().time()
@@ -101,8 +154,9 @@ async def unheard(monkeypatch, known):
             call.cancel()
 
 
-async def test_peer_whose_host_acknowledges_nothing_is_parted_and_its_short_requests_fail(monkeypatch):
-    async with silenced(monkeypatch, (1, 900, 1000, 0)) as (a, b):
+@pytest.mark.parametrize("others", ["lyon", "oslo"])
+async def test_peer_whose_host_acknowledges_nothing_is_parted_and_its_short_requests_fail(monkeypatch, others):
+    async with silenced(monkeypatch, (1, 900, 1000, 0), others) as (a, b):
         call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 2.0), PEER_TIMEOUT_S))
         await until(lambda: a.network.parted(b.id), 1.0)
         assert not a.network.alive(b.id)

@@ -61,8 +61,9 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def nodes(count):
-    made = [await Node().start() for _ in range(count)]
+async def nodes(count, others="lyon"):
+    """`others`: the PoP of all but the first, which is of lyon."""
+    made = [await Node(others if number else "lyon").start() for number in range(count)]
     try:
         yield made
     finally:
