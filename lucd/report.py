@@ -150,7 +150,7 @@ class Report:
         found = [why for why in (wide.disk.failed, wide.domain.generations.stopped) if why]
         if shared.joined:
             found += shared_warnings(wide.name, wide.domain.health())
-        if wide.domain.removed:
+        if wide.domain.removed and not wide.domain.generations.stopped:
             found.append(
                 f"this node was removed from domain {wide.name} and asks its members instead; to be one again, it has "
                 "to be drained, its data directory wiped, and joined again"

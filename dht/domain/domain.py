@@ -150,7 +150,16 @@ class Domain:
             self.chain, self.tablets, registers, disk, clock, chance, ask, self.watch, node, repair_bytes_per_s
         )
         self.generations = Generations(
-            node, local.incarnation, self.chain, disk, clock, ask, self.refresh, peers.learn, self._changed
+            node,
+            local.incarnation,
+            self.chain,
+            disk,
+            clock,
+            ask,
+            self.refresh,
+            peers.learn,
+            self._changed,
+            wide is not None,
         )
         self.collection = Collection(
             node, self.chain, self.tablets, registers, disk, clock, chance, ask, self.watch, collect_every_s, rules

@@ -42,7 +42,10 @@ LINKS_PER_PAGE = 100
 
 
 class Generations:
-    """`superseded`: the generation that was begun without what this node holds, 0 if none is known."""
+    """`superseded`: the generation that was begun without what this node holds, 0 if none is known.
+
+    `wide`: of the domain over all PoPs, beside which the node has one of its own PoP.
+    """
 
     def __init__(
         self,
@@ -55,7 +58,9 @@ class Generations:
         refresh: Callable[[], Awaitable[None]],
         learn: Callable[[Roster, NodeId], Awaitable[None]],
         on_change: Callable[[], None],
+        wide: bool = False,
     ) -> None:
+        self._wide = wide
         self._node = node
         self._incarnation = incarnation
         self._chain = chain
@@ -229,6 +234,13 @@ class Generations:
         if not self.superseded and not left_out:
             return ""
         generation = max(self.superseded, 0 if newest is None else newest.generation)
+        if self._wide:
+            # Two members of a PoP that were wiped together would take the majority of their PoP's own domain with them.
+            return (
+                f"domain {chain.domain} was recovered without this node, which serves nothing of it in generation "
+                f"{generation}, but its PoP as ever. For it to be a member again: `lucd node drain`, keep the data "
+                "directory elsewhere for comparison, join with an empty one; one node of the PoP after another"
+            )
         return (
             f"domain {chain.domain} was recovered without this node, which serves nothing in generation {generation}: "
             "keep its data directory elsewhere for comparison, then join with an empty one"

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from dht.errors import DhtError, Invalid, Unavailable
-from dht.model import GLOBAL, GroupKey, Value
+from dht.model import GLOBAL, SPANNING, GroupKey, Value
 from dht.rows import group_key
 from lucd import messages
 from lucd.cli.connection import Seconds, ask, client, socket_option, store
@@ -239,14 +239,17 @@ def domain_recover(
 
 
 def fit_unique_entries(domain: str, config: Path | None, socket: Path | None) -> None:
-    """Unique entries and sequences follow the rows that survived; indexes are built from rows anyway."""
+    """Unique entries and sequences follow the rows that survived; indexes are built from rows anyway.
+
+    Of a database over several PoPs the domain has some of them, whichever it is.
+    """
     from nova_bridge.sql.database import Database  # pulls in the SQL door, which other commands do without
     from nova_bridge.sql.repair import check
 
     recovered = domain or ask(config, socket, messages.AskStatus(), messages.StatusReply).pop
     with store(config, socket, 120.0) as opened:
         try:
-            names = [name for name, home in opened.homes().items() if home == recovered]
+            names = [name for name, home in opened.homes().items() if home == recovered or home in SPANNING]
         except DhtError as error:
             names = []
             click.echo(f"  databases: {error.message}: run `lucd database check NAME --repair` for each of {recovered}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,10 +21,12 @@ from dht.model import Struct
 from dht.rows import group_key
 from dht.wire.local import Connection, LocalDoor
 from lucd import directory, messages, version
-from lucd.cli import connection
+from lucd.cli import connection, show
 from lucd.cli.main import main
 from lucd.cli.show import parse_key
 from lucd.messages import NodeLine, TabletLine
+from nova_bridge.sql import database as sql_database
+from nova_bridge.sql import repair
 
 A, B = "aa" * 20, "bb" * 20
 NODES = (
@@ -364,6 +368,20 @@ def test_parse_key_numbers_and_quoted_text() -> None:
         assert parse_key(f"d/f/{text}") == group_key("d", "f", (text,))
     with pytest.raises(Invalid, match="does not fit 64 bits"):
         parse_key(f"d/f/{'9' * 5000}")
+
+
+@pytest.mark.parametrize(("domain", "own"), [("lyon", "in lyon"), ("global", "shared")])
+def test_after_a_recovery_databases_over_several_pops_are_made_to_fit_as_well(
+    domain: str, own: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A PoP has a sequence of its own for each of their local tables, which may be lost where rows are not."""
+    homes = {"in nice": "nice", "in lyon": "lyon", "shared": "global", "spread": "local"}
+    monkeypatch.setattr(show, "store", lambda *of: contextlib.nullcontext(SimpleNamespace(homes=lambda: homes)))
+    monkeypatch.setattr(sql_database, "Database", lambda store, name, timeout_s: name)
+    monkeypatch.setattr(repair, "check", lambda name, repair: [f"{name} fits"])
+    show.fit_unique_entries(domain, None, None)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"  database {name}: {name} fits" for name in dict.fromkeys([own, "shared", "spread"])]
 
 
 def test_database_create_list_drop(lucd: Run, socket: str) -> None:

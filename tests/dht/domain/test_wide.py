@@ -248,6 +248,27 @@ def test_pop_that_is_cut_off_keeps_its_members() -> None:
     told(story)
 
 
+def test_member_that_a_recovery_left_out_is_told_to_leave_its_pop_in_order_before_it_is_wiped() -> None:
+    """Of two PoPs one was cut off, and the other went on alone. Its nodes still keep the data of their own PoP."""
+
+    async def story(world: World) -> None:
+        await world.add(founds=True)
+        for _ in range(3):
+            await world.add()
+        await world.until(lambda: members(world) == {"a": 2, "b": 2}, 60.0, "two of each PoP joining")
+        await world.cluster.machines[0].clock.sleep(30.0)
+        a, b = ([i for i in range(4) if world.node(i).boot.pop == pop] for pop in "ab")
+        world.cluster.partition(a, b)
+        await world.domain(a[0]).generations.recover([world.node(i).boot.node_id for i in a], accept_data_loss=True)
+        world.cluster.heal()
+        for left_out in (world.domain(i).generations for i in b):
+            await world.until(lambda left_out=left_out: bool(left_out.stopped), 60.0, "stopping")  # type: ignore[misc]
+            assert "lucd node drain" in left_out.stopped
+            assert "one node of the PoP after another" in left_out.stopped
+
+    play(story, remove_after_s=REMOVE_AFTER_S, domain="global", wide=True, pops=("a", "b"))
+
+
 # ---- the same with more members than are asked each round: six PoPs of two, and a spare node
 
 
