@@ -128,7 +128,7 @@ class FarStore:
                 if not repeatable:
                     raise
                 why = error.message
-        raise Unavailable(f"{self._name} cannot be asked: {why}", pop=self.pop)
+        raise self._unavailable(why)
 
     async def _while_heard(
         self, node: NodeId, asked: Coroutine[Any, Any, Struct], timeout_s: float, *, patient: bool
@@ -157,8 +157,11 @@ class FarStore:
             async with asyncio.timeout(deadline - self._clock.monotonic()):
                 return await self._gateways(self.pop)
         except TimeoutError:
-            why = "its nodes were not found in time"
-            raise Unavailable(f"{self._name} cannot be asked: {why}", pop=self.pop) from None
+            raise self._unavailable("its nodes were not found in time") from None
+
+    def _unavailable(self, why: str) -> Unavailable:
+        again = "try again when it is up and the network to it is whole"
+        return Unavailable(f"{self._name} cannot be asked: {why}; {again}", pop=self.pop)
 
     async def read(
         self,
@@ -465,7 +468,8 @@ class HomedStore:
     async def create_database(self, name: str, timeout_s: float | None = None, home: str = "") -> bool:
         """Take the name in `global`, then create it at its home. False if it exists, wherever it lives.
 
-        Raises Conflict if another home was asked for than it has, NotFound for a home that there is not.
+        Raises Conflict if another home was asked for than it has, NotFound for a home that there is not, Unavailable
+        that says so where the name was taken and no more.
         """
         catalog.check_database_name(name)
         wanted = home or self._pop
@@ -476,8 +480,17 @@ class HomedStore:
         if lives != wanted and home:
             where = f"its home is {lives}" if lives in SPANNING else f"in PoP {lives}"
             raise Conflict(f"database {name} exists already, {where}; nothing was changed", what="database")
-        # Also where it is listed already: a creation may have broken off in between.
-        return created if lives in SPANNING else await self._at(lives).create_database(name, timeout_s)
+        if lives in SPANNING:
+            return created
+        try:
+            # Also where it is listed already: a creation may have broken off in between.
+            return await self._at(lives).create_database(name, timeout_s)
+        except Unavailable as error:
+            raise Unavailable(
+                f"database {name} has its name in the list, but is not in PoP {lives} yet: {error.message}; create it "
+                "again then, on any node, which goes on with that",
+                pop=lives,
+            ) from None
 
     async def drop_database(self, name: str, timeout_s: float | None = None, home: str | None = None) -> bool:
         """At its home first, then from the list: what broke off in between is finished by dropping it again.

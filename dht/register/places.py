@@ -255,7 +255,7 @@ class Places:
                 where = ", ".join(sorted(missing))
                 raise Unavailable(
                     f"group {group_name(key)} is in no PoP that can be asked, and it may be in {where}: "
-                    f"{next(iter(missing.values()))}; try again when the network is whole",
+                    f"{next(iter(missing.values()))}",
                     pops=sorted(missing),
                 )
             if unlisted is not None:
@@ -488,7 +488,7 @@ class Places:
         if silent and (query.scope is Scope.POPS or not results):
             raise Unavailable(
                 f"table {query.table} of {query.database} cannot be searched in {', '.join(sorted(silent))}: "
-                f"{next(iter(silent.values()))}; try again when the network is whole",
+                f"{next(iter(silent.values()))}",
                 pops=sorted(silent),
             )
         if silent:

@@ -162,7 +162,7 @@ async def test_far_refusal_is_the_answer(world, refusal):
 
 async def test_far_pop_of_which_nobody_answers_is_unavailable_and_named(world):
     world.says = {A: Unavailable("silent"), B: Indeterminate("lost")}
-    with pytest.raises(Unavailable, match="PoP lyon cannot be asked: lost"):
+    with pytest.raises(Unavailable, match="PoP lyon cannot be asked: lost; try again when it is up and the network"):
         await world.far().read([KEY])
 
 
@@ -495,6 +495,16 @@ async def test_creation_takes_the_name_first_and_what_broke_off_is_finished(pops
     pops.pops["lyon"].away = None
     assert await store.create_database("new") is True
     assert "new" in pops.pops["lyon"].databases
+
+
+async def test_creation_whose_home_is_out_of_reach_says_that_the_name_is_taken_and_how_to_go_on(pops):
+    pops.pops["lyon"].away = Unavailable("cut off")
+    store = pops.store("nice")
+    with pytest.raises(Unavailable, match="has its name in the list, but is not in PoP lyon yet: cut off; create it"):
+        await store.create_database("new", home="lyon")
+    assert (await store.homes())["new"] == "lyon"
+    pops.pops["lyon"].away = None
+    assert await store.create_database("new", home="lyon") is True
 
 
 async def test_database_of_domain_global_is_created_used_and_dropped_there_alone(pops):
