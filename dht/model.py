@@ -145,7 +145,7 @@ class GroupRead(Struct, frozen=True):
 
 
 class Comparison(enum.IntEnum):
-    """NULL never satisfies a comparison but IS_NULL (and NOT_NULL never accepts it), as in SQL."""
+    """NULL satisfies IS_NULL, IS_NOT (a value: the column's is another, or NULL) and EQ_OR_NULL, and nothing else."""
 
     EQ = 1
     NE = 2
@@ -156,6 +156,8 @@ class Comparison(enum.IntEnum):
     GE = 7
     IS_NULL = 8
     NOT_NULL = 9
+    IS_NOT = 10
+    EQ_OR_NULL = 11
 
 
 class Constraint(Struct, frozen=True):

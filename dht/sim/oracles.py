@@ -421,6 +421,10 @@ def _holds(constraint: Constraint, value: Any) -> bool:
             return value is None
         case Comparison.NOT_NULL:
             return value is not None
+        case Comparison.IS_NOT:
+            return bool(value != constraint.values[0])
+        case Comparison.EQ_OR_NULL:
+            return value is None or bool(value == constraint.values[0])
     if value is None:
         return False
     wanted: Any = constraint.values

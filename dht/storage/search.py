@@ -3,14 +3,19 @@
 A plan takes the index with the longest run of columns bound by equality (=, IN, IS NULL), then a range on the next
 column, then one whose order is the asked order. The plan's stretches of the index are scanned, each entry's row is
 fetched, and all constraints are checked on the row, with SQLite's comparison of values: numbers by value, text by code
-point, blobs; numbers below text below blobs; NULL matches nothing but IS_NULL.
+point, blobs; numbers below text below blobs; NULL matches what `Comparison` says.
+
+That index may hold far more rows than the limit, and give them in another order: a project's ten thousand servers, of
+which the newest thousand are asked for. Then an index of the asked order is read first, as long as it has given enough
+rows before a few times as many entries were looked at. So the rows looked at are at most a few times the limit more
+than by the better of both ways.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,8 +29,11 @@ Match = tuple[GroupKey, RowKey, bytes]
 Test = tuple[int, Callable[[Value], bool]]
 
 _PROBES_MAX: Final = 10_000
+_LOOKED_AT_PER_ROW: Final = 4
+"""Entries of an index in the asked order that are looked at for each row of the limit, before it is given up."""
 _ABOVE_NULL: Final = b"\x06"
 _EQUALITIES: Final = (Comparison.EQ, Comparison.IN, Comparison.IS_NULL)
+_TAKES_NULL: Final = (Comparison.IS_NULL, Comparison.IS_NOT, Comparison.EQ_OR_NULL)
 _UPPER: Final = (Comparison.LT, Comparison.LE)
 _LOWER: Final = (Comparison.GT, Comparison.GE, Comparison.NOT_NULL)
 
@@ -41,6 +49,26 @@ class Plan:
     ordered: bool
     merged: bool
 
+    @property
+    def sorted(self) -> bool:
+        """Whether the rows come in query order, one way or the other."""
+        return self.ordered or self.merged
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """An index, and what it is good for. `run`: so many of its columns are bound by equality; `ranged`: the next is."""
+
+    index: Index
+    run: int
+    ranged: bool
+    ordered: bool
+    merged: bool
+
+    def score(self) -> tuple[int, bool, bool, bool]:
+        """The higher, the fewer entries are to be expected, or the better ordered they are."""
+        return self.run, self.ranged, self.ordered, self.merged
+
 
 def search(
     disk: Disk, indexes: Indexes, query: FindQuery, tablets: frozenset[int] | None, limit: int | None
@@ -53,24 +81,40 @@ def search(
         return [], False
     table = table_prefix(query.table)
     known = indexes.of(encode_value(query.database), table)
-    plan = _best_plan(known, query)
+    pk = known.primary.columns
+    plan, sorted_plan = _best_plans(known, query)
     descending = query.order is not None and query.order.descending
-    found = _matches(disk, indexes, known, plan, query, tablets, descending)
-    if plan.ordered or plan.merged:
-        rows = list(itertools.islice(found, limit + 1))
-    else:
-        rows = _first_rows(found, limit + 1, known.primary.columns, query)
+
+    def matches(plan: Plan, entries_max: int | None = None) -> Iterator[Match]:
+        entries = itertools.islice(_entries(disk, plan, descending), entries_max)
+        return _matches(entries, indexes, known, query, tablets)
+
+    rows: list[Match] = []
+    if plan.sorted:
+        rows = list(itertools.islice(_in_order(matches(plan), query, pk), limit + 1))
+        return rows[:limit], len(rows) > limit
+    enough = _LOOKED_AT_PER_ROW * (limit + 1)
+    few = sorted_plan is not None and len(sorted_plan.stretches) <= enough
+    if sorted_plan is not None and few and _is_longer(_entries(disk, plan, descending), enough):
+        rows = list(itertools.islice(_in_order(matches(sorted_plan, enough), query, pk), limit + 1))
+    if len(rows) <= limit:
+        rows = _first_rows(matches(plan), limit + 1, pk, query)
     return rows[:limit], len(rows) > limit
+
+
+def _is_longer(entries: Iterator[tuple[bytes, bytes]], count: int) -> bool:
+    return next(itertools.islice(entries, count, None), None) is not None
 
 
 def _never(constraint: Constraint) -> bool:
     """Whether the constraint compares with NULL only, which nothing satisfies."""
-    if constraint.comparison in (Comparison.IS_NULL, Comparison.NOT_NULL):
+    if constraint.comparison in _TAKES_NULL or constraint.comparison is Comparison.NOT_NULL:
         return False
     return all(value is None for value in constraint.values)
 
 
-def _best_plan(table: TableIndexes, query: FindQuery) -> Plan:
+def _best_plans(table: TableIndexes, query: FindQuery) -> tuple[Plan, Plan | None]:
+    """The plan with the fewest entries, and the best of those that give query order, if any does."""
     bound: dict[int, list[bytes]] = {}
     for constraint in query.constraints:
         if constraint.comparison in _EQUALITIES:
@@ -81,19 +125,18 @@ def _best_plan(table: TableIndexes, query: FindQuery) -> Plan:
     for constraint in query.constraints:
         if constraint.comparison in _LOWER or constraint.comparison in _UPPER:
             ranges.setdefault(constraint.column, []).append(constraint)
-    best: Plan | None = None
-    best_score: tuple[int, int, int] | None = None
+    ways = []
     for index in (table.primary, *table.others):
         run = _equality_run(index, bound)
         ranged = run < len(index.columns) and index.columns[run] in ranges
-        ordered, merged = _order_given(index, run, bound, table.primary.columns, query)
-        score = (run, int(ranged), int(ordered) * 2 + int(merged))
-        if best_score is None or score > best_score:
-            best_score = score
-            stretches = _stretches(index, run, bound, ranges)
-            best = Plan(stretches, ordered, merged)
-    assert best is not None
-    return best
+        ways.append(_Way(index, run, ranged, *_order_given(index, run, bound, table.primary.columns, query)))
+
+    def plan(way: _Way) -> Plan:
+        return Plan(_stretches(way.index, way.run, bound, ranges), way.ordered, way.merged)
+
+    best = max(ways, key=_Way.score)
+    in_order = max((way for way in ways if way.ordered or way.merged), key=_Way.score, default=best)
+    return plan(best), None if in_order is best else plan(in_order)
 
 
 def _equal_values(constraint: Constraint) -> list[bytes]:
@@ -154,10 +197,16 @@ def _order_given(
         # Without a spec there is index 0 alone, and it gives the primary key's order by itself.
         return not wanted, not wanted
     fixed = [column for column, values in bound.items() if len(values) == 1]
-    sequence = _without((*wanted, *pk), fixed)
+    sequence = _without((*_before_key(wanted, pk), *pk), fixed)
     given = _without((*index.columns, *pk), fixed)
     inside = _without(given, index.columns[:run])
     return given[: len(sequence)] == sequence, inside[: len(sequence)] == sequence
+
+
+def _before_key(wanted: tuple[int, ...], pk: tuple[int, ...]) -> tuple[int, ...]:
+    """The order's columns up to where it has the whole primary key: what comes behind is left to `_in_order`."""
+    counts = range(len(wanted) + 1)
+    return wanted[: next((count for count in counts if set(pk) <= set(wanted[:count])), len(wanted))]
 
 
 def _without(columns: Sequence[int], removed: Sequence[int]) -> list[int]:
@@ -184,18 +233,16 @@ def _stream(disk: Disk, stretch: tuple[bytes, bytes, int], descending: bool) -> 
 
 
 def _matches(
-    disk: Disk,
+    entries: Iterable[tuple[bytes, bytes]],
     indexes: Indexes,
     known: TableIndexes,
-    plan: Plan,
     query: FindQuery,
     tablets: frozenset[int] | None,
-    descending: bool,
 ) -> Iterator[Match]:
     table = table_prefix(query.table)
     tests = [_test(constraint) for constraint in query.constraints]
     keyed = any(constraint.column in known.primary.columns for constraint in query.constraints)
-    for entry, value in _entries(disk, plan, descending):
+    for entry, value in entries:
         if tablets is not None and ENTRY.unpack(value)[0] not in tablets:
             continue
         pk, group = split_tail(entry, value)
@@ -207,6 +254,20 @@ def _matches(
             if not all(accepts(row.get(column)) for column, accepts in tests):
                 continue
         yield group, table + pk, data
+
+
+def _in_order(rows: Iterator[Match], query: FindQuery, pk: tuple[int, ...]) -> Iterator[Match]:
+    """Rows that come in the order of the columns up to the primary key, in the whole query order.
+
+    Only rows of one primary key, in several groups, may change places.
+    """
+    wanted = query.order.columns if query.order is not None else ()
+    if len(_before_key(wanted, pk)) == len(wanted):
+        yield from rows
+        return
+    place, descending = row_order(query, pk), query.order is not None and query.order.descending
+    for _, same in itertools.groupby(rows, key=lambda match: match[1]):
+        yield from sorted(same, key=place, reverse=descending)
 
 
 def with_key(row: Row, columns: tuple[int, ...], pk: bytes) -> Row:
@@ -252,6 +313,12 @@ def _test(constraint: Constraint) -> Test:
         case Comparison.NE:
             other = constraint.values[0]
             return column, lambda value: value is not None and value != other
+        case Comparison.IS_NOT:
+            other = constraint.values[0]
+            return column, lambda value: value != other
+        case Comparison.EQ_OR_NULL:
+            other = constraint.values[0]
+            return column, lambda value: value is None or value == other
         case _:
             return column, _range_test(constraint)
 

@@ -23,6 +23,7 @@ from nova_bridge.sql.ddl import Ddl
 from nova_bridge.sql.errors import from_sqlite, from_store
 from nova_bridge.sql.schema import Place, Schema
 from nova_bridge.sql.transaction import Transaction
+from nova_bridge.sql.values import EQ_OR_NULL, eq_or_null
 from nova_bridge.sql.vtab import Module, Sight
 from nova_bridge.sql.writes import Writer
 
@@ -89,6 +90,7 @@ class Connection:
                     eponymous_only=True,
                     iVersion=2,
                 )
+            engine.create_scalar_function(EQ_OR_NULL, eq_or_null, 2, deterministic=True)
             for name, count, function, deterministic in self._functions:
                 engine.create_scalar_function(name, function, count, deterministic=deterministic)
             self._schema = schema

@@ -146,7 +146,7 @@ class Cursor:
         try:
             self._with_reloads(sql, parameters)
         finally:
-            tx.reading = False
+            tx.reading, tx.rows_wanted = False, None
         self.connection.end_statement()
 
     def _write(self, shape: statements.Shape, sql: str, parameters: Any) -> None:
@@ -194,6 +194,7 @@ class Cursor:
             for run in range(RUNS_MAX):
                 # Outside a transaction a run that failed has reset all of it.
                 tx.tells_moves, tx.again, tx.reading = True, run > 0, reading
+                tx.rows_wanted = statements.rows_wanted(sql, parameters) if reading else None
                 try:
                     return self._run(sql, parameters)
                 except Moved:

@@ -12,20 +12,36 @@ from sqlalchemy import pool
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.sql import elements, operators, selectable
+from sqlalchemy.sql import elements, functions, operators, selectable
 
 from nova_bridge.sql import dbapi, filters, regexp, rerun
 from nova_bridge.sql.errors import UnavailableError
+from nova_bridge.sql.values import EQ_OR_NULL
 
 _OPTIONS = {"socket": str, "timeout": float}
 
 
 class LucdCompiler(SQLiteCompiler):
-    """Rewrites `x LEFT JOIN (a JOIN b ON ab) ON xa`, which SQLite would materialise with nothing pushed down.
+    """Rewrites what SQLite would answer by reading all rows.
 
-    `x LEFT JOIN a ON xa AND EXISTS (SELECT 1 FROM b WHERE ab) LEFT JOIN b ON ab` is equivalent, if xa does not speak
-    of b, and ab holds of no b where a is missing.
+    `x LEFT JOIN (a JOIN b ON ab) ON xa` would be materialised with nothing pushed down. `x LEFT JOIN a ON xa AND
+    EXISTS (SELECT 1 FROM b WHERE ab) LEFT JOIN b ON ab` is equivalent, if xa does not speak of b, and ab holds of no b
+    where a is missing.
+
+    Of `c != x OR c IS NULL` and `c = x OR c IS NULL` a virtual table is told nothing, nor of a LIMIT beside them; Nova
+    says both in every list of servers. `c IS NOT x` is the first, a function that the planner knows the second.
+
+    `a < x OR a = y AND b < z OR ...` is what oslo.db asks for behind a marker, x and y being the same. It implies that
+    `a <= max(x, y, ...)`, which is added: an index may begin there.
     """
+
+    def visit_expression_clauselist(self, clauselist: Any, **kwargs: Any) -> Any:
+        """See the class."""
+        rewritten = _with_null(clauselist)
+        if rewritten is not None:
+            return rewritten._compiler_dispatch(self, **kwargs)
+        implied, plain = _implied_range(clauselist), super().visit_expression_clauselist(clauselist, **kwargs)
+        return plain if implied is None else f"{implied._compiler_dispatch(self, **kwargs)} AND ({plain})"
 
     def visit_join(self, join: Any, asfrom: bool = False, from_linter: Any = None, **kwargs: Any) -> Any:
         """See the class."""
@@ -54,6 +70,66 @@ class LucdCompiler(SQLiteCompiler):
             f" AND EXISTS (SELECT 1 FROM {table(right.right)} WHERE {condition(right.onclause)})"
             f" LEFT OUTER JOIN {table(right.right)} ON {condition(right.onclause)}"
         )
+
+
+def _with_null(disjunction: Any) -> Any:
+    """`c != x OR c IS NULL` or `c = x OR c IS NULL` as one comparison; None for anything else.
+
+    x is a literal that is not NULL, and of an equation a truth value: a function's arguments get no column's affinity.
+    """
+    if disjunction.operator is not operators.or_ or len(disjunction.clauses) != 2:
+        return None
+    compared, null = sorted(disjunction.clauses, key=lambda clause: getattr(clause, "operator", None) is operators.is_)
+    if not (isinstance(compared, elements.BinaryExpression) and isinstance(null, elements.BinaryExpression)):
+        return None
+    column, value = compared.left, compared.right
+    if (
+        null.operator is not operators.is_
+        or not isinstance(null.right, elements.Null)
+        or not isinstance(column, elements.ColumnClause)
+        or not column.compare(null.left)
+    ):
+        return None
+    truth = isinstance(value, (elements.True_, elements.False_))
+    if compared.operator is operators.eq and truth:
+        return functions.Function(EQ_OR_NULL, column, value)
+    if compared.operator is operators.ne and (truth or _is_literal(value)):
+        return column.is_distinct_from(value)
+    return None
+
+
+def _is_literal(value: Any) -> bool:
+    return isinstance(value, elements.BindParameter) and value.unique and value.value is not None
+
+
+def _implied_range(disjunction: Any) -> Any:
+    """See the compiler's last rewriting; None for any other condition. The values differ from one run to the next."""
+    if disjunction.operator is not operators.or_ or len(disjunction.clauses) < 2:
+        return None
+    bounds = [_first_of_conjunction(clause) for clause in disjunction.clauses]
+    outer = bounds[0]
+    if not all(
+        isinstance(bound, elements.BinaryExpression)
+        and isinstance(bound.left, elements.ColumnClause)
+        and _is_literal(bound.right)
+        and (bound is outer or bound.operator is operators.eq)
+        and bound.left.compare(outer.left)
+        for bound in bounds
+    ):
+        return None
+    values = [bound.right for bound in bounds]
+    if outer.operator is operators.lt:
+        return outer.left <= functions.Function("max", *values, type_=outer.left.type)
+    if outer.operator is operators.gt:
+        return outer.left >= functions.Function("min", *values, type_=outer.left.type)
+    return None
+
+
+def _first_of_conjunction(clause: Any) -> Any:
+    """What must hold for the clause to hold; the clause itself if it is no conjunction."""
+    inner = clause.element if isinstance(clause, elements.Grouping) else clause
+    conjunction = isinstance(inner, elements.BooleanClauseList) and inner.operator is operators.and_
+    return next(iter(inner.clauses)) if conjunction else inner
 
 
 def _needs_both(condition: Any, left: Any, right: Any) -> bool:

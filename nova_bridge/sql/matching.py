@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dht.model import Comparison, Constraint, Order
 from nova_bridge.sql.schema import Record, Table
 from nova_bridge.sql.values import sort_key
@@ -18,6 +20,10 @@ def _fits(value: object, constraint: Constraint) -> bool:
             return value is None
         case Comparison.NOT_NULL:
             return value is not None
+        case Comparison.IS_NOT:
+            return sort_key(value) != sort_key(constraint.values[0])  # type: ignore[arg-type]
+        case Comparison.EQ_OR_NULL if value is None:
+            return True
     if value is None:
         return False
     left = sort_key(value)  # type: ignore[arg-type]
@@ -25,9 +31,12 @@ def _fits(value: object, constraint: Constraint) -> bool:
         return any(v is not None and sort_key(v) == left for v in constraint.values)
     if constraint.values[0] is None:
         return False
-    right = sort_key(constraint.values[0])
-    match constraint.comparison:
-        case Comparison.EQ:
+    return _compares(left, constraint.comparison, sort_key(constraint.values[0]))
+
+
+def _compares(left: Any, comparison: Comparison, right: Any) -> bool:
+    match comparison:
+        case Comparison.EQ | Comparison.EQ_OR_NULL:
             return left == right
         case Comparison.NE:
             return left != right

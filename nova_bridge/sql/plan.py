@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apsw
 
-from dht.model import Comparison, Constraint, Order
+from dht.model import Comparison, Constraint, Order, Scope
 from nova_bridge.sql import access
 from nova_bridge.sql.schema import Record, Table, Unique
 from nova_bridge.sql.transaction import Transaction
@@ -34,6 +34,8 @@ COMPARISONS = {
     apsw.SQLITE_INDEX_CONSTRAINT_GE: Comparison.GE,
     apsw.SQLITE_INDEX_CONSTRAINT_ISNULL: Comparison.IS_NULL,
     apsw.SQLITE_INDEX_CONSTRAINT_ISNOTNULL: Comparison.NOT_NULL,
+    apsw.SQLITE_INDEX_CONSTRAINT_ISNOT: Comparison.IS_NOT,
+    apsw.SQLITE_INDEX_CONSTRAINT_FUNCTION: Comparison.EQ_OR_NULL,
 }
 LIMITS = (apsw.SQLITE_INDEX_CONSTRAINT_LIMIT, apsw.SQLITE_INDEX_CONSTRAINT_OFFSET)
 ROWS_GUESSED = 1000
@@ -230,6 +232,20 @@ class Planner:
     def _equality_run(columns: Sequence[int], equal: dict[int, tuple[int, int]]) -> int:
         return sum(1 for _ in itertools.takewhile(equal.__contains__, columns))
 
+    def pages(
+        self, tx: Transaction, number: int, arguments: Sequence[Any], whole_groups: bool
+    ) -> Iterator[list[Record]] | None:
+        """Answer xFilter page by page, where the statement probably stops reading before the end; else None."""
+        plan, table = self.plans[number], self.table
+        early = plan.order is not None and not plan.cut and plan.kind in {"find", "scan"}
+        if not early or tx.rows_wanted is None or not tx.reading or tx.overlay.get(table.number):
+            return None
+        constraints = self._constraints(plan, arguments)
+        if constraints is None or plan.order is None:
+            return None
+        scope = self._scope(tx, constraints)
+        return tx.find_as_read(table, constraints, plan.order, whole_groups, plan, scope)
+
     def run(self, tx: Transaction, number: int, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
         """Answer xFilter."""
         plan = self.plans[number]
@@ -252,10 +268,13 @@ class Planner:
         if LOG.isEnabledFor(logging.DEBUG):
             self._tell_scan(constraints)
         limit = _limit(plan, arguments) if len(constraints) == len(plan.terms) else None
-        scope = table.scope
-        if tx.reading and table.scan_scope is not scope and not self._pins(constraints):
-            scope = table.scan_scope
-        return tx.find(table, constraints, plan.order, limit, whole_groups, plan, scope)
+        return tx.find(table, constraints, plan.order, limit, whole_groups, plan, self._scope(tx, constraints))
+
+    def _scope(self, tx: Transaction, constraints: Sequence[Constraint]) -> Scope:
+        table = self.table
+        if tx.reading and table.scan_scope is not table.scope and not self._pins(constraints):
+            return table.scan_scope
+        return table.scope
 
     def _pins(self, constraints: Sequence[Constraint]) -> bool:
         """Whether at most some named rows can fit: such a look-up is answered for all PoPs or not at all."""
@@ -267,7 +286,7 @@ class Planner:
     def _tell_scan(self, constraints: Sequence[Constraint]) -> None:
         """Log it when no index begins with a column that the statement has a condition on: every row is looked at."""
         table = self.table
-        judged = {c.column for c in constraints if c.comparison is not Comparison.NE}
+        judged = {c.column for c in constraints if c.comparison not in (Comparison.NE, Comparison.IS_NOT)}
         if not any(columns and table.number_of(columns[0]) in judged for columns in table.indexes):
             rooted = "rooted table" if table.family_key else "table"
             LOG.debug("scan of %s %s, conditions on columns %s", rooted, table.name, sorted(judged))
@@ -324,9 +343,12 @@ class Planner:
             elif isinstance(value, (set, frozenset)):
                 result.append(Constraint(number, Comparison.IN, tuple(self._values(term.position, value))))
             elif value is None:
-                if not term.is_operator:
+                if term.comparison is Comparison.IS_NOT:
+                    result.append(Constraint(number, Comparison.NOT_NULL))
+                elif term.is_operator or term.comparison is Comparison.EQ_OR_NULL:
+                    result.append(Constraint(number, Comparison.IS_NULL))
+                else:
                     return None
-                result.append(Constraint(number, Comparison.IS_NULL))
             else:
                 coerced = coerce(self.table.affinities[term.position], value)
                 result.append(Constraint(number, term.comparison, (coerced,)))

@@ -43,7 +43,8 @@ class Moved(Exception):
 class Reads(abc.ABC):
     """One connection's; reused after `reset`.
 
-    `statement`: the number of the running one. `reading`: it changes nothing. `tells_moves`: it can be run again, and
+    `statement`: the number of the running one. `reading`: it changes nothing. `rows_wanted`: it probably stops reading
+    when it has so many. `tells_moves`: it can be run again, and
     `again`: it is being so.
     """
 
@@ -70,6 +71,7 @@ class Reads(abc.ABC):
         self.tells_moves = self.again = False
         self.statement = 0
         self.reading = False
+        self.rows_wanted: int | None = None
 
     @property
     def schema(self) -> Schema:

@@ -42,6 +42,31 @@ _TOKENS = re.compile(
 _RETURNING = re.compile(_QUOTED + r"|\bRETURNING\b", re.I | re.S)
 
 
+_LIMIT = re.compile(r"\bLIMIT\s+(\?|\d+)(?:\s+OFFSET\s+(\?|\d+))?\s*;?\s*$", re.I)
+_ALL_ROWS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|UNION|INTERSECT|EXCEPT|OVER)\b", re.I)
+
+
+@functools.lru_cache(maxsize=2048)
+def _limit(sql: str) -> tuple[str, str] | None:
+    """LIMIT and OFFSET at the end of a SELECT that may leave its rows when it has enough."""
+    match = _LIMIT.search(sql)
+    return None if match is None or _ALL_ROWS.search(sql) else (match.group(1), match.group(2) or "0")
+
+
+def rows_wanted(sql: str, parameters: object) -> int | None:
+    """How many rows the statement goes through at the least if there are so many; None if that is not known."""
+    found = _limit(sql)
+    if found is None or not isinstance(parameters, (tuple, list)):
+        return None
+    given = list(parameters)
+    numbers = [given.pop() if given and word == "?" else word for word in reversed(found)]
+    try:
+        wanted = sum(map(int, numbers))
+    except (TypeError, ValueError):
+        return None
+    return wanted if wanted >= 0 else None
+
+
 def returns_rows(sql: str) -> bool:
     """Whether a change has a RETURNING clause, for which a virtual table would give NULLs."""
     return any(match.group()[0] in "Rr" for match in _RETURNING.finditer(sql))

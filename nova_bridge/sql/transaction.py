@@ -6,11 +6,12 @@ savepoints and failed statements are marks to go back to. `commit.py` makes a st
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dht.model import Comparison, Constraint, GroupKey, Order, RowKey, Scope, Value
 from nova_bridge.sql.matching import matches, order_records
+from nova_bridge.sql.pages import Walk, as_they_are_read
 from nova_bridge.sql.reads import Reads
 from nova_bridge.sql.schema import Foreign, Place, Record, Schema, Table, Unique
 
@@ -220,6 +221,22 @@ class Transaction(Reads):
             result += mine
             order_records(table, result, order)
         return result
+
+    def find_as_read(
+        self,
+        table: Table,
+        constraints: tuple[Constraint, ...],
+        order: Order,
+        whole: bool,
+        plan: Hashable,
+        scope: Scope,
+    ) -> Iterator[list[Record]]:
+        """The same in pages, for a statement that will not read all of them. Of a table without own changes."""
+
+        def ask(narrowed: tuple[Constraint, ...], walk: Order, rows: int) -> list[Record]:
+            return self._answer(table, narrowed, walk, rows, whole, plan, scope)
+
+        return as_they_are_read(Walk(ask, table, constraints, order), self.rows_wanted or 0)
 
     # Writes.
 

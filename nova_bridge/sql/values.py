@@ -15,6 +15,8 @@ from dht.model import Value
 
 TEXT, INTEGER, REAL, NUMERIC, BLOB = "T", "I", "R", "N", "B"
 DECLARED = {TEXT: "TEXT", INTEGER: "INTEGER", REAL: "REAL", NUMERIC: "NUMERIC", BLOB: ""}
+EQ_OR_NULL = "lucd_eq_or_null"
+"""What `c = x OR c IS NULL` is rewritten to. SQLite tells a virtual table of no OR, and of no LIMIT beside one."""
 _NATIVE = frozenset({str, int, float, bytes, type(None)})
 
 
@@ -30,6 +32,11 @@ def affinity_of(declared: str) -> str:
     if "REAL" in upper or "FLOA" in upper or "DOUB" in upper:
         return REAL
     return NUMERIC
+
+
+def eq_or_null(value: Any, other: Any) -> bool:
+    """See `EQ_OR_NULL`; of numbers, for neither side gets the other's affinity here."""
+    return value is None or (other is not None and bool(value == other))
 
 
 def coerce(affinity: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ the integer key, or a number given out per statement where there is none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import apsw
@@ -14,7 +14,7 @@ import apsw
 from nova_bridge.sql.plan import Planner
 from nova_bridge.sql.schema import Place, Record, Table
 from nova_bridge.sql.transaction import Transaction
-from nova_bridge.sql.values import DECLARED
+from nova_bridge.sql.values import DECLARED, EQ_OR_NULL, eq_or_null
 from nova_bridge.sql.writes import Writer
 
 
@@ -72,6 +72,12 @@ class VirtualTable:
         self.planner = Planner(table, session.in_lists)
         self.BestIndexObject = self.planner.best_index
 
+    def FindFunction(self, name: str, count: int) -> tuple[int, Any] | None:
+        """The one function of which the planner is told as of a comparison."""
+        if name.lower() == EQ_OR_NULL and count == 2:
+            return apsw.SQLITE_INDEX_CONSTRAINT_FUNCTION, eq_or_null
+        return None
+
     def Open(self) -> Cursor | ChangingCursor:
         """Count who is open: a find of a family whose other tables are joined brings the groups along."""
         counts = self.session.open_tables.setdefault(self.table.family, {})
@@ -113,25 +119,34 @@ class VirtualTable:
 
 
 class Cursor:
-    """The rows of one xFilter, all in memory."""
+    """The rows of one xFilter, all in memory; but those of a list that may be left early come page by page."""
 
-    __slots__ = ("Column", "_at", "_rows", "_table", "row")
+    __slots__ = ("Column", "_at", "_mask", "_pages", "_rows", "_table", "row")
 
     def __init__(self, table: VirtualTable) -> None:
         self._table = table
         self._rows: list[Record] = []
-        self._at = 0
+        self._pages: Iterator[list[Record]] | None = None
+        self._at = self._mask = 0
         self.row: Record | None = None
         self.Column: Any = None
 
     def Filter(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         """Fetch the rows of a plan."""
         table = self._table
-        tx, planner = table.session.tx, table.planner
-        rows = planner.run(tx, number, arguments, table.joined())
-        tx.marks.read(rows, planner.plans[number].mask)
+        tx, planner, joined = table.session.tx, table.planner, table.joined()
+        self._mask = planner.plans[number].mask
+        self._pages = planner.pages(tx, number, arguments, joined)
+        if self._pages is None:
+            self._take(planner.run(tx, number, arguments, joined))
+        else:
+            self._take(next(self._pages, []))
+
+    def _take(self, rows: list[Record]) -> None:
+        tx = self._table.session.tx
+        tx.marks.read(rows, self._mask)
         if not tx.reading:
-            tx.marks.copy(rows, planner.plans[number].mask)
+            tx.marks.copy(rows, self._mask)
         self._rows, self._at = rows, 0
         self._show(rows[0] if rows else None)
 
@@ -150,6 +165,8 @@ class Cursor:
         if self._at < len(self._rows):
             row = self.row = self._rows[self._at]
             self.Column = row.values.__getitem__
+        elif self._pages is not None:
+            self._take(next(self._pages, []))
         else:
             self.row = None
 
@@ -169,7 +186,7 @@ class Cursor:
 
     def Close(self) -> None:
         """The statement is done."""
-        self._rows = []
+        self._rows, self._pages = [], None
         self._table.closed()
 
 

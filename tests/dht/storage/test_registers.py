@@ -317,6 +317,10 @@ def satisfies(value: Value, constraint: Constraint) -> bool:
             return value is None
         case Comparison.NOT_NULL:
             return value is not None
+        case Comparison.IS_NOT:
+            return rank(value) != rank(constraint.values[0])
+        case Comparison.EQ_OR_NULL:
+            return value is None or rank(value) == rank(constraint.values[0])
     if value is None:
         return False
     own, others = rank(value), [rank(v) for v in constraint.values if v is not None]
@@ -436,6 +440,55 @@ def test_find_with_order_and_limit_reads_few_entries() -> None:
     disk.get = counted  # type: ignore[method-assign]
     assert [r[3] for r in rows_found(file, order=Order((3,), descending=True), limit=3)] == [1999, 1998, 1997]
     assert reads == 4
+
+
+NEWEST = TableSpec(1, (0,), (IndexSpec(4, (1,)), IndexSpec(5, (2,))))
+
+
+def newest_of(file: RegisterFile, disk: MemoryDisk, owner: str) -> tuple[list[Value], int]:
+    """The three newest of the owner (column 1, indexed) by age (column 2, indexed), and how many rows were read."""
+    reads, get = 0, disk.get
+
+    def counted(space: int, key: bytes) -> bytes | None:
+        nonlocal reads
+        reads += 1
+        return get(space, key)
+
+    disk.get = counted  # type: ignore[method-assign]
+    order = Order((2, 0, 3), descending=True)
+    found = rows_found(file, Constraint(1, Comparison.EQ, (owner,)), order=order, limit=3)
+    disk.get = get  # type: ignore[method-assign]
+    return [row[2] for row in found], reads
+
+
+def test_find_of_many_that_fit_in_the_order_of_another_index_reads_few() -> None:
+    disk, file = make()
+    batch = Batch()
+    file.set_specs(batch, "db", 2, (NEWEST,))
+    disk.submit(batch)
+    for number in range(1000):
+        owner = "few" if number in (7, 9) else "old" if number < 300 else "new" if number % 2 else "other"
+        put(file, disk, group(number), {row_key(1, (number,)): row(number, owner, number, None)})
+    newest, reads = newest_of(file, disk, "new")
+    assert newest == [999, 997, 995]
+    assert reads < 16
+    # Those of one owner are so old that the other index is given up, and two are so few that it is not begun.
+    newest, reads = newest_of(file, disk, "old")
+    assert newest == [299, 298, 297]
+    assert 298 <= reads < 298 + 32
+    newest, reads = newest_of(file, disk, "few")
+    assert newest == [9, 7]
+    assert reads < 4
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_find_in_an_order_behind_the_key_sorts_rows_of_one_key_in_several_groups(descending: bool) -> None:
+    disk, file = make()
+    for number, letter in enumerate("cabd"):
+        put(file, disk, group(number), {row_key(1, (7,)): row(7, letter), row_key(1, (number,)): row(number, letter)})
+    found = rows_found(file, order=Order((0, 1), descending), limit=3)
+    letters = [r[1] for r in found]
+    assert letters == (["d", "c", "b"] if descending else ["c", "a", "b"])
 
 
 @pytest.mark.parametrize("descending", [False, True])

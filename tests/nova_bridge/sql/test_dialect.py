@@ -1,7 +1,8 @@
-"""URLs, oslo.db's exceptions, the rewritten join, calls per statement."""
+"""URLs, oslo.db's exceptions, the rewritten join and conditions, calls per statement."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,17 @@ class Member(Base):
     id = sa.Column(sa.Integer, primary_key=True)
     owner = sa.Column(sa.String(20))
     group_id = sa.Column(sa.Integer, sa.ForeignKey("groups.id"))
+
+
+class Server(Base):
+    __tablename__ = "servers"
+    id = sa.Column(sa.Integer, primary_key=True)
+    state = sa.Column(sa.String(20))
+    hidden = sa.Column(sa.Boolean)
+    made = sa.Column(sa.DateTime)
+
+
+MADE = datetime.datetime.fromisoformat("2026-01-02")
 
 
 @pytest.fixture
@@ -154,6 +166,55 @@ def test_nested_outer_join_that_cannot_be_taken_apart_same_rows_as_stock_sqlite(
             answers.append(sorted(connection.execute(query).fetchall(), key=str))
     stock.dispose()
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("condition", "written"),
+    [
+        (sa.or_(Server.state != "gone", Server.state == sa.null()), "servers.state IS NOT ?"),
+        (sa.or_(Server.state.is_(None), Server.state != "gone"), "servers.state IS NOT ?"),
+        (sa.or_(Server.hidden == sa.false(), Server.hidden == sa.null()), "lucd_eq_or_null(servers.hidden, 0)"),
+        (sa.or_(Server.hidden != sa.true(), Server.hidden == sa.null()), "servers.hidden IS NOT 1"),
+        (
+            sa.or_(Server.made < MADE, sa.and_(Server.made == MADE, Server.id < 4)),
+            "servers.made <= max(?, ?) AND (servers.made < ? OR servers.made = ? AND servers.id < ?)",
+        ),
+        (
+            sa.or_(Server.id > 6, sa.and_(Server.id == 2, Server.state == "gone"), Server.id == 4),
+            "servers.id >= min(?, ?, ?) AND (servers.id > ?",
+        ),
+        (sa.not_(sa.or_(Server.made < MADE, sa.and_(Server.made == MADE, Server.id < 4))), "NOT (servers.made <= max("),
+        (sa.or_(Server.state != "gone", Server.made == sa.null()), "servers.state != ? OR servers.made IS NULL"),
+        (sa.or_(Server.state == "gone", Server.state == sa.null()), "servers.state = ? OR servers.state IS NULL"),
+        (sa.or_(Server.id < 4, Server.made == MADE), "servers.id < ? OR servers.made = ?"),
+        (sa.or_(Server.id < 4, sa.and_(Server.state == "gone", Server.id == 7)), "servers.id < ? OR servers.state = ?"),
+        (sa.or_(Server.id < 4, Server.id > 6), "servers.id < ? OR servers.id > ?"),
+    ],
+)
+def test_condition_that_is_rewritten_or_not_same_rows_as_stock_sqlite(
+    engine: sa.Engine, condition: sa.ColumnElement[bool], written: str
+) -> None:
+    stock = sa.create_engine("sqlite://")
+    answers = []
+    for each in (stock, engine):
+        Base.metadata.create_all(each)
+        with orm.Session(each) as session, session.begin():
+            for number in range(27):
+                state, hidden, days = (
+                    ("gone", "here", None)[number % 3],
+                    (True, False, None)[number // 3 % 3],
+                    number // 9,
+                )
+                made = None if days == 2 else MADE - datetime.timedelta(days)
+                session.add(Server(id=number, state=state, hidden=hidden, made=made))
+        with each.connect() as connection:
+            query = sa.select(Server.id).where(condition, Server.id < 25).order_by(Server.made, Server.id)
+            answers.append(
+                [connection.execute(q).fetchall() for q in (query, query.limit(3), query.limit(5).offset(4))]
+            )
+    stock.dispose()
+    assert answers[0] == answers[1]
+    assert written in str(query.compile(engine))
 
 
 def test_savepoints_of_the_orm(engine: sa.Engine) -> None:

@@ -131,3 +131,82 @@ def test_row_that_moves_on_between_two_pages_is_there_once(
     assert moved
     assert sorted(ids) == list(range(1, 41))
     assert ids[-1] == moved[0]
+
+
+@pytest.fixture
+def many(connect: Connect) -> Connection:
+    """2,000 servers, every tenth without a size, and of three owners; two of them are known."""
+    connection = connect(isolation_level=None)
+    connection.execute("CREATE TABLE servers (id INTEGER PRIMARY KEY, owner TEXT, made INTEGER, size INTEGER)")
+    connection.execute("CREATE INDEX servers_made ON servers (made)")
+    connection.execute("CREATE TABLE owners (name VARCHAR(64) PRIMARY KEY, mail TEXT)")
+    connection.execute("BEGIN")
+    rows = [(n, f"o{n % 3}", n // 3, None if n % 10 == 0 else n % 2) for n in range(1, 2001)]
+    connection.executemany("INSERT INTO servers VALUES (?, ?, ?, ?)", rows)
+    connection.execute("INSERT INTO owners VALUES ('o0', 'm'), ('o1', NULL)")
+    connection.execute("COMMIT")
+    return connection
+
+
+LISTED = "SELECT s.id, o.mail FROM servers s LEFT JOIN owners o ON o.name = s.owner"
+
+
+@pytest.mark.parametrize(
+    ("condition", "limits", "given_max"),
+    [
+        ("s.made >= 0", (5, 0), 10),
+        ("s.size IS NOT 1", (5, 3), 16),
+        ("(s.size = 0 OR s.size IS NULL)", (20, 0), 36 * 9),
+        ("lucd_eq_or_null(s.size, 0)", (20, 0), 36),
+        ("o.mail IS NOT NULL", (100, 0), 116 * 9),
+        ("(s.made < 40 OR s.made = 40 AND s.id < 122)", (5, 0), 2000),
+        ("s.made <= max(40, 40) AND (s.made < 40 OR s.made = 40 AND s.id < 122)", (5, 0), 10),
+        ("o.mail = 'nobody'", (1, 0), 2000),
+    ],
+)
+def test_list_with_a_limit_beside_a_join_asks_for_what_it_reads(
+    many: Connection, store: CountingStore, condition: str, limits: tuple[int, int], given_max: int
+) -> None:
+    given, find = [], store.find
+
+    def counted(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        given.append(len(result.rows) if len(result.rows) > 2 else 0)
+        return result
+
+    store.find = counted  # type: ignore[method-assign]
+    stock = sqlite3.connect(":memory:")
+    stock.executescript("".join(many.iterdump()))
+    stock.create_function("lucd_eq_or_null", 2, lambda value, other: value is None or value == other)
+    given.clear()
+    sql = f"{LISTED} WHERE {condition} ORDER BY s.made DESC, s.id DESC LIMIT ? OFFSET ?"
+    assert many.execute(sql, limits).fetchall() == stock.execute(sql, limits).fetchall()
+    assert sum(given) <= given_max
+    stock.close()
+
+
+def test_row_that_moves_on_while_a_list_is_read_is_shown_once(
+    many: Connection, connect: Connect, store: CountingStore
+) -> None:
+    other, find, moved = connect(isolation_level=None), store.find, list[int]()
+
+    def moving(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        if not moved and query.limit == 8:
+            moved.append(decode_row(result.rows[0].row)[1])
+            other.execute("UPDATE servers SET made = 1000 WHERE id = ?", moved)
+        return result
+
+    store.find = moving  # type: ignore[method-assign]
+    many.execute("BEGIN")
+    sql = f"{LISTED} WHERE s.id IN (1, 2, 1999) OR o.mail = 'nobody' ORDER BY s.made, s.id LIMIT 4"
+    assert many.execute(sql).fetchall() == [(2, None), (1999, None), (1, None)]
+    assert moved == [1]
+
+
+def test_list_in_a_transaction_that_changed_the_table_shows_its_own_changes(many: Connection) -> None:
+    many.execute("BEGIN")
+    many.execute("UPDATE servers SET made = 1000 WHERE id = 3")
+    many.execute("DELETE FROM servers WHERE id = 2000")
+    sql = f"{LISTED} WHERE s.made > 0 ORDER BY s.made DESC, s.id DESC LIMIT 2"
+    assert many.execute(sql).fetchall() == [(3, "m"), (1999, None)]

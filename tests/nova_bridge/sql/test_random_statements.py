@@ -151,6 +151,11 @@ class Statements:
                 joined = "SELECT i.id, m.id, g.id, g.status FROM instances i LEFT JOIN instance_metadata m"
                 joined += " ON m.instance_uuid = i.uuid LEFT JOIN migrations g ON g.instance_uuid = i.uuid"
                 where, arguments = self.condition("instances", "i")
+                if chance.random() < 0.5:
+                    listed = joined.replace("i.id, m.id, g.id, g.status", "i.id, i.vcpus")
+                    order = chance.choice(["i.id", "i.id DESC", "i.vcpus DESC, i.id DESC", "i.vcpus, i.id, i.uuid"])
+                    more = [chance.randint(0, 4), chance.randint(0, 2)]
+                    return f"{listed} WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?", arguments + more
                 return f"{joined} WHERE {where}", arguments
             case 12:
                 joined = "SELECT p.name, sum(a.used), count(*) FROM resource_providers p JOIN allocations a"
