@@ -101,7 +101,10 @@ class Disk(Protocol):
         ...
 
     def submit(self, batch: Batch) -> int:
-        """Queue the batch; returns its number (1, 2, ...). Raises StorageError once the disk has failed."""
+        """Queue the batch; returns its number (1, 2, ...), or, of an empty one, perhaps that of the one before.
+
+        Raises StorageError once the disk has failed.
+        """
         ...
 
     async def durable(self, number: int) -> None:

@@ -177,6 +177,9 @@ class SqliteDisk:
     def submit(self, batch: Batch) -> int:
         self._refuse_if_failed()
         self._settle()
+        if not batch.writes:
+            # Who submits nothing wants to know when all before is durable: no work for the writer, and no commit.
+            return self._submitted
         self._submitted = number = self._submitted + 1
         size_bytes = 0
         for space, key, value in batch.writes:

@@ -91,6 +91,15 @@ async def test_empty_batch_and_value_and_key_are_kept_apart_from_absence(disk: S
     assert disk.get(255, b"\x00") == b"\x00"
 
 
+async def test_empty_batch_is_durable_when_what_came_before_it_is_and_makes_no_commit(disk: SqliteDisk) -> None:
+    number = disk.submit(batch_of((1, b"k", b"v")))
+    await disk.durable(disk.submit(Batch()))
+    assert disk._durable == number
+    for _ in range(5):
+        await disk.durable(disk.submit(Batch()))
+    assert (disk.counters.batches, disk.counters.commits) == (1, 1)
+
+
 async def test_reopened_file_holds_all_and_numbers_start_again(path: Path) -> None:
     disk = SqliteDisk(path, reserve_bytes=RESERVE)
     disk.submit(batch_of((1, b"a", b"1"), (1, b"b", b"2")))
@@ -101,7 +110,7 @@ async def test_reopened_file_holds_all_and_numbers_start_again(path: Path) -> No
         disk.submit(Batch())
     again = SqliteDisk(path, reserve_bytes=RESERVE)
     assert again.range(1, b"", None) == [(b"b", b"2")]
-    assert again.submit(Batch()) == 1
+    assert again.submit(batch_of((1, b"c", b"3"))) == 1
     again.close()
 
 
