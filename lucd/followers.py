@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ OPEN_AGAIN_S_MAX: Final = 300.0
 """Between two attempts to open a damaged file, at most: each looks the whole file through."""
 UNWANTED_AFTER_S: Final = 600.0
 SILENT_AFTER_S: Final = 60.0
-"""A copy that is not covered any further for so long is of a domain that nobody else can copy now either."""
+"""A copy that is not covered any further for so long is of a domain that nobody else can copy now either; humans are
+told of it."""
 _SUFFIX: Final = ".sqlite"
 
 Contacts = Callable[[str], Awaitable[Sequence[NodeId]]]
@@ -66,12 +68,13 @@ class Addresses(Network, Protocol):
 
 @dataclass(slots=True)
 class Kept:
-    """One copy. `nodes`: those that it is pulled from, by address."""
+    """One copy. `nodes`: those that it is pulled from, by address. `since_s`: kept by this process since then."""
 
     disk: SqliteDisk
     follower: Follower
     reads: FollowedReads
     nodes: dict[NodeId, str]
+    since_s: float
 
 
 @dataclass(slots=True)
@@ -177,7 +180,24 @@ class Followers:
 
     def warnings(self) -> list[str]:
         """Sentences for humans."""
-        return [f"the copy of domain {name} is not kept: {f.why}" for name, f in sorted(self._failed.items())]
+        failed = [f"the copy of domain {name} is not kept: {f.why}" for name, f in sorted(self._failed.items())]
+        return failed + [text for name in self.names() if (text := self._behind(name))]
+
+    def _behind(self, name: str) -> str:
+        """What is to be said of a copy that has not been covered for long; empty for any other."""
+        kept, now_s = self._kept[name], self._clock.monotonic()
+        copy = kept.follower.copy
+        age_s = now_s - copy.tablets_covered_s()
+        if min(age_s, now_s - kept.since_s) <= SILENT_AFTER_S:
+            return ""
+        if age_s < float("inf"):
+            what = f"does not cover what was acknowledged in the last {age_s:.0f} s"
+        elif wall_s := min(copy.noted.wall_s, default=0.0):
+            moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(wall_s))
+            what = f"does not cover what was acknowledged after {moment}"
+        else:
+            what = "was never complete"
+        return f"the copy of domain {name} {what}: see whether its nodes can be reached from here"
 
     @property
     def counters(self) -> Counters:
@@ -289,7 +309,7 @@ class Followers:
             bytes_per_s=self._settings.copy_bytes_per_s,
             on_roster=lambda roster: self._acquaint(nodes, roster),
         )
-        return Kept(disk, follower, FollowedReads(follower.copy, disk), nodes)
+        return Kept(disk, follower, FollowedReads(follower.copy, disk), nodes, self._clock.monotonic())
 
     def _acquaint(self, nodes: dict[NodeId, str], roster: Roster) -> None:
         """Links to the members of a followed domain, for as long as they are members."""

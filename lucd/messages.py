@@ -35,8 +35,8 @@ class StatusReply(Message, frozen=True, tag=201):
     """`warnings`: what a human should know or do, one sentence each; empty when all is well.
 
     `tablets`: how many are whole, degraded (a majority works) and unavailable. `survivable`: what may be lost, one at
-    a time, while everything goes on: node, failure_domain. `counters`: part -> name -> number since the start (or now,
-    for sizes). Times in seconds.
+    a time, while everything goes on: node, failure_domain; pop, of domain global. `counters`: part -> name -> number
+    since the start (or now, for sizes). Times in seconds.
     """
 
     version: str

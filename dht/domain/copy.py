@@ -88,11 +88,15 @@ class Copy:
 
     def prefix_covered_s(self, prefix: bytes) -> float:
         """The same of all groups that begin so, in whatever tablet."""
-        covered_s = min((self.as_of_s.get(tablet, NEVER_S) for tablet in range(self.tablets)), default=NEVER_S)
+        covered_s = self.tablets_covered_s()
         if self._rules.open_is_older:
             for keys in self._open.values():
                 covered_s = min([covered_s, *(one.since_s for key, one in keys.items() if key.startswith(prefix))])
         return covered_s
+
+    def tablets_covered_s(self) -> float:
+        """Up to which moment all tablets are covered, open registers aside."""
+        return min((self.as_of_s.get(tablet, NEVER_S) for tablet in range(self.tablets)), default=NEVER_S)
 
     def noted_wall_s(self, key: GroupKey) -> float:
         """Up to when the group is covered by what the file says, with the registers that were open then; 0: never."""

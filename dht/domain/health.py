@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from dht.domain.messages import Status, TabletMark
-from dht.domain.roster import REPLICAS, Roster, quorums
+from dht.domain.roster import REPLICAS, Member, Roster, quorums
 from dht.domain.watch import Watch
 from dht.model import NodeId
 from dht.world import Clock
@@ -25,10 +25,10 @@ def health(
     `tablets`: how many are whole (all replicas initialised, reachable, and not known to lack anything), degraded (a
     majority answers), unavailable (fewer). `state`: "healthy" if all are whole, "unavailable" if one is, else
     "degraded". `survivable`: what may be lost, one at a time, with every tablet still served: "node",
-    "failure_domain". `to_copy`, `to_copy_bytes`: groups that this node still copies; for each member, too, as it told
-    last, and `to_take_over`, its tablets that it does not serve yet (of those, what is not begun is not counted in
-    groups). `unchecked`: tablets that this node has not compared with another replica since it started.
-    `voters_reachable`: those are always asked. `warnings`: sentences for humans.
+    "failure_domain", and of a domain over several PoPs "pop". `to_copy`, `to_copy_bytes`: groups that this node still
+    copies; for each member, too, as it told last, and `to_take_over`, its tablets that it does not serve yet (of those,
+    what is not begun is not counted in groups). `unchecked`: tablets that this node has not compared with another
+    replica since it started. `voters_reachable`: those are always asked. `warnings`: sentences for humans.
     """
     if roster is None:
         return {"joined": False, "epoch": 0, "warnings": ["this node has not joined yet"]}
@@ -48,7 +48,6 @@ def health(
         for n, of in marks.items()
     }
     served = sum(len(w) >= n for w, n in zip(working, need, strict=True))
-    domains = {m.node_id: m.failure_domain for m in roster.members}
     voters_heard = len(reachable.intersection(roster.voters))
     return {
         "joined": roster.lists(node, own.incarnation),
@@ -83,7 +82,7 @@ def health(
         "to_copy": to_copy[node][0],
         "to_copy_bytes": to_copy[node][1],
         "unchecked": unchecked,
-        "survivable": _survivable(working, need, domains),
+        "survivable": _survivable(working, need, {m.node_id: m for m in roster.members}),
         "warnings": _warnings(roster, len(working) - served, voters_heard),
     }
 
@@ -93,15 +92,22 @@ def _initialised(marks: Mapping[NodeId, Mapping[int, TabletMark]], node: NodeId,
     return mark is not None and mark.initialised >= epoch > mark.sealed
 
 
-def _survivable(working: Sequence[Sequence[NodeId]], need: Sequence[int], domains: Mapping[NodeId, str]) -> list[str]:
+def _survivable(
+    working: Sequence[Sequence[NodeId]], need: Sequence[int], members: Mapping[NodeId, Member]
+) -> list[str]:
     out = []
     if all(len(w) - 1 >= n for w, n in zip(working, need, strict=True)):
         out.append("node")
-    places = sorted(set(domains.values()))
-    if len(places) > 1 and all(
-        sum(domains.get(x) != place for x in w) >= n for place in places for w, n in zip(working, need, strict=True)
-    ):
-        out.append("failure_domain")
+    hosts = {node: (m.pop, m.failure_domain) for node, m in members.items()}
+    pops = {node: m.pop for node, m in members.items()}
+    for name, place_of in (("failure_domain", hosts), ("pop", pops)):
+        places = set(place_of.values())
+        if len(places) > 1 and all(
+            sum(place_of.get(x) != place for x in w) >= n
+            for place in places
+            for w, n in zip(working, need, strict=True)
+        ):
+            out.append(name)
     return out
 
 

@@ -50,7 +50,8 @@ def _to_copy(node: NodeLine) -> str:
 
 def _losses(survivable: tuple[str, ...]) -> str:
     """What may be lost without anything stopping."""
-    return "the loss of any one " + " or ".join(s.replace("_", " ") for s in survivable) if survivable else "no loss"
+    words = [{"pop": "PoP"}.get(loss, loss.replace("_", " ")) for loss in survivable]
+    return f"the loss of any one {' or '.join(words)}" if words else "no loss"
 
 
 def _shared(figures: messages.DomainFigures) -> str:

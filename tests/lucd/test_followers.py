@@ -28,6 +28,7 @@ class Kept:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
         self.alive: set[str] = set()
+        self.noted = SimpleNamespace(wall_s=())
         self._covered_s: dict[str, float] = {}
         self._directory = directory
         self.pops = [OWN, LOST]
@@ -59,7 +60,10 @@ class Kept:
         async def nothing() -> None:
             return None
 
-        copy = SimpleNamespace(prefix_covered_s=lambda prefix: self._covered_s.get(name, float("-inf")))
+        def covered_s(prefix: bytes = b"") -> float:
+            return self._covered_s.get(name, float("-inf"))
+
+        copy = SimpleNamespace(prefix_covered_s=covered_s, tablets_covered_s=covered_s, noted=self.noted)
         return SimpleNamespace(copy=copy, start=nothing, stop=nothing)
 
     async def _sleep(self, delay_s: float) -> None:
@@ -175,6 +179,28 @@ async def test_copy_that_cannot_be_opened_is_tried_less_and_less_often_and_at_on
     kept.followers._path(GLOBAL).unlink()
     await kept.run(2.0)
     assert len(tried) == before + 1
+
+
+async def test_copy_that_is_not_covered_for_long_is_told_with_what_it_covers(kept: Kept) -> None:
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(3 * SILENT_AFTER_S)
+    assert kept.followers.warnings() == []
+    kept.alive = {GLOBAL}
+    await kept.run(SILENT_AFTER_S - 5.0)
+    assert kept.followers.warnings() == []
+    await kept.run(10.0)
+    (warning,) = kept.followers.warnings()
+    assert warning.startswith(f"the copy of domain {LOST} does not cover what was acknowledged in the last 6")
+    kept.start()
+    await kept.run(SILENT_AFTER_S - 5.0)
+    assert kept.followers.warnings() == [], "it may take some time after a start"
+    await kept.run(10.0)
+    assert "was never complete" in "".join(kept.followers.warnings())
+    kept.noted.wall_s = (1e9, 2e9)
+    assert "acknowledged after 2001-09-09 01:46:40 UTC: see" in "".join(kept.followers.warnings())
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(3.0)
+    assert kept.followers.warnings() == []
 
 
 async def test_looking_for_copies_that_breaks_off_is_logged(

@@ -199,6 +199,8 @@ def test_two_of_each_pop_join_and_the_others_hold_the_same_chain() -> None:
         newest = world.domain(0).chain.newest
         assert all(node.domain.chain.newest == newest for node in outside(world))
         assert not any(node.domain.tablets.known() for node in outside(world))
+        members_of_it = [node.domain for node in world.running() if node.domain.joined]
+        assert [domain.health()["survivable"] for domain in members_of_it] == [["node", "failure_domain", "pop"]] * 6
 
     told(story)
 
@@ -258,6 +260,7 @@ def test_member_that_a_recovery_left_out_is_told_to_leave_its_pop_in_order_befor
         await world.until(lambda: members(world) == {"a": 2, "b": 2}, 60.0, "two of each PoP joining")
         await world.cluster.machines[0].clock.sleep(30.0)
         a, b = ([i for i in range(4) if world.node(i).boot.pop == pop] for pop in "ab")
+        assert world.domain(a[0]).health()["survivable"] == ["node", "failure_domain"], "neither of two PoPs"
         world.cluster.partition(a, b)
         await world.domain(a[0]).generations.recover([world.node(i).boot.node_id for i in a], accept_data_loss=True)
         world.cluster.heal()
