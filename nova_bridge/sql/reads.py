@@ -34,6 +34,9 @@ from nova_bridge.sql.schema import Record, Schema, Table
 SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
 WHOLE_ANYWAY_MAX = 2
+WHOLE_ENOUGH = 50
+"""So many groups of a family brought along by finds: further ones of the transaction most likely find the same again,
+and what they find beside them is read by itself. Placement looks all its providers up four times for one answer."""
 
 
 class Moved(Exception):
@@ -67,6 +70,7 @@ class Reads(abc.ABC):
         self._siblings: dict[GroupKey, tuple[int, list[GroupKey]]] = {}
         self._missed = 0
         self._near: set[GroupKey] = set()
+        self._brought: dict[str, int] = {}
         self._moved = False
         self.tells_moves = self.again = False
         self.statement = 0
@@ -177,6 +181,7 @@ class Reads(abc.ABC):
         self.marks.outdate(key)
         if key is None:
             self._views, self._found, self._finds, self._by_pk, self._indexed = {}, {}, {}, {}, set()
+            self._brought = {}
             return
         self._views.pop(key, None)
         self._found.pop(key, None)
@@ -235,6 +240,7 @@ class Reads(abc.ABC):
         if base is None:
             follows = self.database.follows if plan is not None and table.family_key and not whole else None
             whole = whole or (follows is not None and follows.expected((table.number, plan)))
+            whole = whole and self._brought.get(table.family, 0) < WHOLE_ENOUGH
             whole = whole or (self.again and bool(table.family_key))
             base = self._ask(table, constraints, order, limit, whole, scope)
             if follows is not None and not whole:
@@ -291,6 +297,7 @@ class Reads(abc.ABC):
         database, schema = self.database, self.schema
         query = FindQuery(database.name, table.number, schema.version, constraints, order, limit, whole, scope)
         result = database.store.find(query, database.timeout_s)
+        self._brought[table.family] = self._brought.get(table.family, 0) + len(result.groups)
         for read in result.groups:
             if read.key not in self._views:
                 known = database.groups.get(read.key, schema.version)

@@ -17,6 +17,7 @@ from nova_bridge.sql import families, pages, statements
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import IdBlocks
 from nova_bridge.sql.groups import Follows, GroupCache
+from nova_bridge.sql.reads import WHOLE_ENOUGH
 from nova_bridge.sql.schema import ColumnDef, IndexDef, Table, TableDef
 from nova_bridge.sql.values import adapt, affinity_of, coerce
 from tests.nova_bridge.sql.conftest import CountingStore
@@ -237,6 +238,26 @@ def test_joined_family_comes_with_its_root(connect: Connect, store: Any) -> None
     for uuid in uuids:
         a.execute("SELECT * FROM instance_extra WHERE instance_uuid = ?", (uuid,)).fetchall()
     assert store.calls == ["read", "read"]
+
+
+def test_groups_that_a_transaction_has_many_of_are_not_brought_again(connect: Connect, store: Any) -> None:
+    a = connect(isolation_level=None)
+    a.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, uuid VARCHAR(36) NOT NULL UNIQUE, host TEXT)")
+    a.execute("CREATE TABLE instance_extra (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36), flavor TEXT)")
+    for number in range(WHOLE_ENOUGH + 10):
+        host = "h" if number < WHOLE_ENOUGH else "other"
+        a.execute("INSERT INTO instances (uuid, host) VALUES (?, ?)", (f"u{number}", host))
+        a.execute("INSERT INTO instance_extra (instance_uuid, flavor) VALUES (?, 'f')", (f"u{number}",))
+    sql = "SELECT * FROM instances i LEFT JOIN instance_extra e ON e.instance_uuid = i.uuid WHERE i.host "
+    a.execute("BEGIN")
+    store.questions.clear()
+    assert len(a.execute(f"{sql} = 'h'").fetchall()) == WHOLE_ENOUGH
+    store.calls.clear()
+    assert len(a.execute(f"{sql} <= 'h'").fetchall()) == WHOLE_ENOUGH
+    assert store.calls == ["find"]
+    assert len(a.execute(f"{sql} IN ('h', 'other')").fetchall()) == WHOLE_ENOUGH + 10
+    assert store.calls == ["find", "find", "read"]
+    assert [query.whole_groups for query in store.questions] == [True, False, False]
 
 
 def test_answers_too_large_for_a_frame_come_in_pieces(
