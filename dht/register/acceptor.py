@@ -18,7 +18,7 @@ from dht.limits import READ_GROUPS_MAX, ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, RowKey
 from dht.register import catalog
 from dht.register.context import Context
-from dht.register.group import digest_after, digest_bytes, is_system
+from dht.register.group import digest_after, digest_bytes
 from dht.register.messages import (
     Accept,
     Accepted,
@@ -191,8 +191,7 @@ class Acceptor:
 
     def rows(self, key: GroupKey, wanted: Wanted) -> dict[RowKey, bytes]:
         """The application's rows or the store's own."""
-        system = wanted == Wanted.SYSTEM
-        return {rowkey: row for rowkey, row in self._file.rows(key).items() if is_system(rowkey) == system}
+        return self._file.rows(key, system=wanted == Wanted.SYSTEM)
 
     def pending(self, key: GroupKey) -> int:
         """The batch that must be durable before the group's state here is told; 0 when it is."""

@@ -26,7 +26,6 @@ from dht.model import (
 )
 from dht.register import catalog
 from dht.register.admission import check_query
-from dht.register.group import is_system
 from dht.rows import encode_value, split_group_key
 from dht.world import Batch, Disk
 
@@ -121,7 +120,7 @@ class FollowedReads:
         return FindResult(rows, tuple(groups)), covered_s
 
     def _rows(self, key: GroupKey) -> dict[RowKey, bytes]:
-        return {rowkey: row for rowkey, row in self._file.rows(key).items() if not is_system(rowkey)}
+        return self._file.rows(key, system=False)
 
     def _changed(self, keys: Sequence[GroupKey]) -> None:
         for key in keys:

@@ -24,6 +24,8 @@ from dht.world import Batch, Disk, Space
 _TABLET_BYTES: Final = 2
 _FIRST_APPLICATION_TABLE: Final = table_prefix(1)
 _INTENT_TABLE: Final = table_prefix(SYSTEM_INTENT)
+_SYSTEM_END: Final = table_prefix(0)
+"""Behind the keys of the store's own rows, whose tables are negative, and before those of all others."""
 _ALL_TABLES: Final = None
 
 
@@ -106,11 +108,16 @@ class RegisterFile:
         for key in list(self._marks):
             self.write(batch, key, self.header(key), {})
 
-    def rows(self, key: GroupKey) -> dict[RowKey, bytes]:
-        """All rows of the group by row key, in key order, system rows too."""
+    def rows(self, key: GroupKey, *, system: bool | None = None) -> dict[RowKey, bytes]:
+        """Rows of the group by row key, in key order: the store's own (True), those of the others (False), or all.
+
+        The window alone may have many more rows than the application, and each that is read costs the same.
+        """
         place = row_place(key)
         cut = len(place)
-        return {pair[0][cut:]: pair[1] for pair in self._disk.range(Space.ROW, place, place + PREFIX_END)}
+        low = place + _SYSTEM_END if system is False else place
+        high = place + (_SYSTEM_END if system else PREFIX_END)
+        return {pair[0][cut:]: pair[1] for pair in self._disk.range(Space.ROW, low, high)}
 
     def row(self, key: GroupKey, rowkey: RowKey) -> bytes | None:
         return self._disk.get(Space.ROW, row_place(key) + rowkey)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from dht.errors import StorageError
 from dht.model import (
     SYSTEM_INTENT,
+    SYSTEM_META,
+    SYSTEM_WINDOW,
     ZERO,
     Ballot,
     Comparison,
@@ -103,6 +105,16 @@ def test_write_of_row_that_changes_moves_its_index_entries() -> None:
     put(file, disk, group(1), {row_key(1, (1,)): None})
     assert disk.range(Space.INDEX, b"", None) == []
     assert file.header(group(1)).size_bytes == 0
+
+
+def test_rows_of_the_store_and_those_of_the_application_are_read_apart() -> None:
+    disk, file = make()
+    own = {row_key(SYSTEM_META, ()): b"floor", row_key(SYSTEM_WINDOW, (b"t",)): b"entry"}
+    others = {row_key(0, ()): row(0), row_key(1, (1,)): row(1, "a"), row_key(2**40, (2,)): row(2)}
+    put(file, disk, group(1), {**own, **others})
+    assert file.rows(group(1)) == {**own, **others}
+    assert file.rows(group(1), system=True) == own
+    assert file.rows(group(1), system=False) == others
 
 
 def test_replace_and_erase_leave_nothing_behind() -> None:
