@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import apsw
-from sortedcontainers import SortedDict
 
 from dht.errors import StorageError
+from dht.storage.pending import Pending
 from dht.storage.sqlite_file import CRC_BYTES, SqliteFile, apply, intact, shown
 from dht.world import Batch
 
@@ -113,8 +113,7 @@ class SqliteDisk:
         self._file = SqliteFile(Path(path), reserve_bytes, check)
         self.counters = DiskCounters()
         self._reader = self._file.reader
-        # space -> key -> (number of the batch, value)
-        self._overlay: dict[int, SortedDict] = {}
+        self._overlay: dict[int, Pending] = {}
         self._cache = _Cache()
         self._waiters: dict[int, list[asyncio.Future[None]]] = {}
         self._submitted = 0
@@ -157,16 +156,16 @@ class SqliteDisk:
         if (high is not None and high <= low) or limit == 0:
             return []
         pending = self._overlay.get(space)
-        keys = [] if pending is None else list(pending.irange(low, high, inclusive=(True, False), reverse=reverse))
+        newer = [] if pending is None else pending.range(low, high, reverse)
         try:
-            if pending is None or not keys:
+            if not newer:
                 return [
                     (key, self._opened(space, key, value))
                     for key, value in self._stored(space, low, high, reverse, limit)
                 ]
-            spare = None if limit is None else limit + len(keys)
+            spare = None if limit is None else limit + len(newer)
             stored = self._stored(space, low, high, reverse, spare)
-            merged = _overlaid(stored, [(key, pending[key][1]) for key in keys], reverse)
+            merged = _overlaid(stored, newer, reverse)
             return [
                 (key, self._opened(space, key, value) if on_disk else value)
                 for key, value, on_disk in itertools.islice(merged, limit)
@@ -185,8 +184,8 @@ class SqliteDisk:
         for space, key, value in batch.writes:
             pending = self._overlay.get(space)
             if pending is None:
-                pending = self._overlay[space] = SortedDict()
-            pending[key] = (number, value)
+                pending = self._overlay[space] = Pending()
+            pending.put(key, number, value)
             self._cache.change((space, key), value)
             size_bytes += len(key) + _ENTRY_BYTES + (0 if value is None else len(value))
         submitted = _Submitted(number, batch.writes, size_bytes)
@@ -262,10 +261,7 @@ class SqliteDisk:
             group = self._finished.popleft()
             for submitted in group:
                 for space, key, _ in submitted.writes or ():
-                    pending = self._overlay[space]
-                    entry = pending.get(key)
-                    if entry is not None and entry[0] == submitted.number:
-                        del pending[key]
+                    self._overlay[space].forget(key, submitted.number)
                 self.counters.pending_bytes -= submitted.size_bytes
                 self._backlog_bytes -= submitted.counted_bytes
                 self._durable = submitted.number
