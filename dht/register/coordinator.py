@@ -55,6 +55,17 @@ class _Waiting:
         self.answer: Coordinated | None = None
         self.error: DhtError | None = None
 
+    def expire(self) -> None:
+        """The time of whoever waits is over."""
+        if self.future.done():
+            return
+        group = f"group {self.operation.part.key.hex()}"
+        if self.sent:
+            text = f"the write was sent to the replicas of {group} and no majority answered in time"
+            self.future.set_exception(Indeterminate(text))
+        else:
+            self.future.set_exception(Unavailable(f"no majority of the replicas of {group} answered in time"))
+
 
 class _Group:
     """A group's queue and standing."""
@@ -100,15 +111,11 @@ class Coordinator:
         if not held.running:
             held.running = True
             self._context.spawn(self._work(held))
+        timer = asyncio.get_running_loop().call_later(self._context.remaining(deadline), waiting.expire)
         try:
-            async with asyncio.timeout(self._context.remaining(deadline)):
-                return await waiting.future
-        except TimeoutError:
-            if waiting.sent:
-                raise Indeterminate(
-                    f"the write was sent to the replicas of group {key.hex()} and no majority answered in time"
-                ) from None
-            raise Unavailable(f"no majority of the replicas of group {key.hex()} answered in time") from None
+            return await waiting.future
+        finally:
+            timer.cancel()
 
     def cached(self, key: GroupKey) -> GroupState | None:
         """The state held of the group, whatever its worth: compare its ballot with a quorum's before use."""

@@ -19,6 +19,8 @@ will come after this moment.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 from dht.domain.roster import proven, quorums
@@ -143,11 +145,7 @@ class Reader:
         while True:
             for nodes, want in {context.replicas(want.key).nodes: want for want in wants}.items():
                 self._reach.check(nodes, f"group {want.key.hex()} cannot be read")
-            try:
-                async with asyncio.timeout(context.remaining(deadline)):
-                    link = await self._round(wants)
-            except TimeoutError:
-                link = None
+            link = await self._round(wants, deadline)
             wants = [want for want in wants if want.ballot is None]
             if not wants:
                 return
@@ -201,8 +199,11 @@ class Reader:
 
     # One round.
 
-    async def _round(self, wants: list[_Want]) -> int | None:
-        """Ask the replicas of all groups once; the link to catch up with if any of them refused, else None."""
+    async def _round(self, wants: list[_Want], deadline: float) -> int | None:
+        """Ask the replicas of all groups once; the link to catch up with if any of them refused, else None.
+
+        Ends at the deadline, whoever has answered by then.
+        """
         context = self._context
         frames: dict[NodeId, list[_Want]] = {}
         rest: dict[NodeId, list[_Want]] = {}
@@ -219,11 +220,24 @@ class Reader:
         gathering = _Gathering(len(wants), len(frames), rest)
         gathering.unheard.update(dict.fromkeys(frames))
         for node, asked in frames.items():
-            context.spawn(self._ask(node, asked, gathering))
-        if rest:
-            while not (await asyncio.wait((gathering.done,), timeout=MAJORITY_WAIT_S))[0]:
-                self._ask_rest(gathering)
-        return await gathering.done
+            self._ask(node, asked, gathering)
+        self._look_soon(gathering, deadline, MAJORITY_WAIT_S if rest else math.inf)
+        try:
+            return await gathering.done
+        finally:
+            gathering.timer.cancel()
+
+    def _look_soon(self, gathering: _Gathering, deadline: float, pause_s: float) -> None:
+        loop, left_s = asyncio.get_running_loop(), self._context.remaining(deadline)
+        if left_s <= pause_s:
+            gathering.timer = loop.call_later(left_s, gathering.expire)
+        else:
+            gathering.timer = loop.call_later(pause_s, self._look, gathering, deadline)
+
+    def _look(self, gathering: _Gathering, deadline: float) -> None:
+        """Those asked first, or those that are left, have not answered yet."""
+        self._ask_rest(gathering)
+        self._look_soon(gathering, deadline, MAJORITY_WAIT_S)
 
     def _ask_rest(self, gathering: _Gathering) -> None:
         """Ask the replicas that were not asked at first of the groups that are not read yet.
@@ -235,7 +249,7 @@ class Reader:
         for node, asked in rest.items():
             if not gathering.done.done() and (wants := [want for want in asked if not want.finished]):
                 gathering.unheard[node] = None
-                self._context.spawn(self._ask(node, wants, gathering))
+                self._ask(node, wants, gathering)
         if not gathering.done.done() and not any(map(self._context.network.alive, gathering.unheard)):
             self._context.count("reads_given_up")
             gathering.end()
@@ -252,7 +266,8 @@ class Reader:
             others.sort(key=lambda node: node != self._context.node and not self._context.network.alive(node))
         return [*([source] if source is not None else []), *others][:quorum]
 
-    async def _ask(self, node: NodeId, wants: list[_Want], gathering: _Gathering) -> None:
+    def _ask(self, node: NodeId, wants: list[_Want], gathering: _Gathering) -> None:
+        """Begin to ask one replica; what the own one has, and may tell already, is taken at once."""
         own = node == self._context.node
         items = tuple(
             ReadItem(
@@ -264,18 +279,43 @@ class Reader:
             for want in wants
         )
         request = ReadReplica(items)
-        states: Sequence[ReplicaState | None] = [None] * len(wants)
+        if not own:
+            self._context.spawn(self._ask_peer(node, request, wants, gathering))
+            return
         try:
-            if own:
-                reply, number = self._acceptor.read(request)
-                await self._acceptor.durable(number)
-            else:
-                reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ReadReplicaReply)
+            reply, number = self._acceptor.read(request)
+        except DhtError:
+            self._heard(node, wants, None, gathering)
+            return
+        if number:
+            self._context.spawn(self._when_durable(number, reply, wants, gathering))
+        else:
+            self._heard(node, wants, reply, gathering)
+
+    async def _ask_peer(self, node: NodeId, request: ReadReplica, wants: list[_Want], gathering: _Gathering) -> None:
+        reply: ReadReplicaReply | None = None
+        with contextlib.suppress(DhtError):
+            reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ReadReplicaReply)
+        self._heard(node, wants, reply, gathering)
+
+    async def _when_durable(
+        self, number: int, reply: ReadReplicaReply, wants: list[_Want], gathering: _Gathering
+    ) -> None:
+        told: ReadReplicaReply | None = None
+        with contextlib.suppress(DhtError):
+            await self._acceptor.durable(number)
+            told = reply
+        self._heard(self._context.node, wants, told, gathering)
+
+    def _heard(self, node: NodeId, wants: list[_Want], reply: ReadReplicaReply | None, gathering: _Gathering) -> None:
+        """One replica's reply, None if there is none."""
+        states: Sequence[ReplicaState | None] = [None] * len(wants)
+        if reply is None:
+            self._context.count("read_replies_lost")
+        else:
+            gathering.link = max(gathering.link, reply.link)
             if len(reply.items) == len(wants):
                 states = reply.items
-            gathering.link = max(gathering.link, reply.link)
-        except DhtError:
-            self._context.count("read_replies_lost")
         gathering.unheard.pop(node, None)
         for want, state in zip(wants, states, strict=True):
             self._take(node, want, state, gathering)
@@ -357,7 +397,7 @@ class _Gathering:
     not answered; `rest`: what the other replicas can be asked; `unheard`: who was asked and did not answer.
     """
 
-    __slots__ = ("_open", "asked", "done", "link", "refused", "rest", "unheard")
+    __slots__ = ("_open", "asked", "done", "link", "refused", "rest", "timer", "unheard")
 
     def __init__(self, wants: int, asked: int, rest: dict[NodeId, list[_Want]]) -> None:
         self.asked = asked
@@ -367,6 +407,7 @@ class _Gathering:
         self.link = 0
         self.refused = False
         self._open = wants
+        self.timer: asyncio.TimerHandle
         if not wants:
             self.done.set_result(None)
 
@@ -378,3 +419,8 @@ class _Gathering:
     def end(self) -> None:
         if not self.done.done():
             self.done.set_result(self.link if self.refused else None)
+
+    def expire(self) -> None:
+        """No time is left for anything that was learned."""
+        self.refused = False
+        self.end()
