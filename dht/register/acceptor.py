@@ -18,7 +18,7 @@ from dht.limits import READ_GROUPS_MAX, ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, RowKey
 from dht.register import catalog
 from dht.register.context import Context
-from dht.register.group import digest_after, digest_bytes
+from dht.register.group import WINDOW_PREFIX, digest_after, digest_bytes
 from dht.register.messages import (
     Accept,
     Accepted,
@@ -120,23 +120,37 @@ class Acceptor:
                 raise RemoteProtocolError(f"the rows sent for group {key.hex()} do not give their digest")
             self._file.replace(batch, key, new, rows)
         else:
-            if not self._fits(header, request):
+            was = self._changed_rows(header, request)
+            if not self._fits(header, request, was):
                 self._context.count("wholes_asked")
                 return Accepted(Verdict.NEED_WHOLE, header.promise, header.accepted), self._pending.get(key, 0)
-            self._file.write(batch, key, new, request.rows)
+            self._file.write(batch, key, new, request.rows, was)
         number = self._submit(key, batch)
         if not self._context.rules.accept_durable:
             number = 0
         return Accepted(Verdict.ACCEPTED, promise, ballot, self._file.told_version(key)), number
 
-    def _fits(self, header: Header, request: Accept) -> bool:
+    def _changed_rows(self, header: Header, request: Accept) -> dict[RowKey, bytes | None]:
+        """The rows that the delta changes, as they are here.
+
+        A register without a value has none, and an entry of the window is written once. So these are not looked for on
+        the disk: if one were there, the digest would not fit, and the whole would come.
+        """
+        key, row = request.key, self._file.row
+        if header.accepted == ZERO:
+            return dict.fromkeys(request.rows)
+        return {
+            rowkey: None if new is not None and rowkey.startswith(WINDOW_PREFIX) else row(key, rowkey)
+            for rowkey, new in request.rows.items()
+        }
+
+    def _fits(self, header: Header, request: Accept, was: dict[RowKey, bytes | None]) -> bool:
         """Whether the delta is on the state held here and leads to the digest."""
         if not self._context.rules.delta_base_checked:
             return True
         if header.accepted != request.base:
             return False
-        row = self._file.row
-        changed = ((rowkey, row(request.key, rowkey), new) for rowkey, new in request.rows.items())
+        changed = ((rowkey, was[rowkey], new) for rowkey, new in request.rows.items())
         return digest_bytes(digest_after(int.from_bytes(header.digest, "big"), changed)) == request.digest
 
     def chosen(self, request: Chosen) -> None:

@@ -32,6 +32,8 @@ PENDING_BYTES_MAX: Final = 256 * 1024 * 1024
 """Of batches that wait, each counted up to GROUP_BYTES_MAX."""
 GROUP_BYTES_MAX: Final = 8 * 1024 * 1024
 CACHE_BYTES_MAX: Final = 32 * 1024 * 1024
+CACHED_WRITES_MAX: Final = 100
+"""Of one batch."""
 _ENTRY_BYTES: Final = 100
 """What a pending write or a cached value costs beside its key and value, roughly."""
 _NOT_CACHED: Final = b"not cached"
@@ -58,7 +60,7 @@ class _Submitted:
 
 
 class _Cache:
-    """What `get` read lately, absence too: the header and rows of a register that is written are read at each write.
+    """What `get` read or a small batch wrote lately, absence too: who writes a register reads its header and rows.
 
     Two halves: when the younger is full, it becomes the older, and what was in that and not asked for since is gone.
     """
@@ -181,12 +183,14 @@ class SqliteDisk:
             return self._submitted
         self._submitted = number = self._submitted + 1
         size_bytes = 0
+        # What a request writes is read at the next one; what is copied or built by the thousand is not.
+        note = self._cache.put if len(batch.writes) <= CACHED_WRITES_MAX else self._cache.change
         for space, key, value in batch.writes:
             pending = self._overlay.get(space)
             if pending is None:
                 pending = self._overlay[space] = Pending()
             pending.put(key, number, value)
-            self._cache.change((space, key), value)
+            note((space, key), value)
             size_bytes += len(key) + _ENTRY_BYTES + (0 if value is None else len(value))
         submitted = _Submitted(number, batch.writes, size_bytes)
         self.counters.batches += 1

@@ -127,10 +127,18 @@ class RegisterFile:
         low = row_place(key) + prefix
         return len(list(self._disk.range(Space.ROW, low, low + PREFIX_END, limit=count))) == count
 
-    def write(self, batch: Batch, key: GroupKey, header: Header, delta: Mapping[RowKey, bytes | None]) -> Header:
+    def write(
+        self,
+        batch: Batch,
+        key: GroupKey,
+        header: Header,
+        delta: Mapping[RowKey, bytes | None],
+        was: Mapping[RowKey, bytes | None] | None = None,
+    ) -> Header:
         """Into the batch: the header, and the rows that changed (None deletes). Returns the header as stored.
 
         `size_bytes` and `intents` of the given header are ignored: they follow from what is stored and the delta.
+        `was`: the delta's rows as they are here, from who has looked already.
         """
         tablet = tablet_of(key, self._tablets)
         place = tablet.to_bytes(_TABLET_BYTES, "big") + key
@@ -139,7 +147,7 @@ class RegisterFile:
         size_bytes, intents = before.size_bytes, before.intents
         rows_at = row_place(key)
         for rowkey, new in delta.items():
-            old = self._disk.get(Space.ROW, rows_at + rowkey)
+            old = self._disk.get(Space.ROW, rows_at + rowkey) if was is None else was[rowkey]
             if old == new:
                 continue
             if old is not None:

@@ -13,7 +13,7 @@ from dht.model import ZERO, Ballot, Comparison, Constraint, FindQuery
 from dht.register.acceptor import Acceptor
 from dht.register.admission import check_query
 from dht.register.context import Context
-from dht.register.group import GroupState
+from dht.register.group import APPLIED, GroupState, pack_ballot, window_key
 from dht.register.messages import Accept, Chosen, Prepare, ReadItem, ReadReplica, Verdict, Wanted
 from dht.rows import encode_row, group_key, row_key
 from dht.storage.memory import MemoryDisk
@@ -80,6 +80,30 @@ def test_delta_on_another_base_or_with_another_digest_asks_for_the_whole(accepto
     assert acceptor.accept(accept(4, ballot(3), {}, other, whole=True))[0].verdict == Verdict.ACCEPTED
     (read,) = acceptor.read(ReadReplica((ReadItem(KEY, 1, Wanted.DATA),)))[0].items
     assert (read.accepted, read.rows) == (ballot(4), row(1) | row(2))
+
+
+def test_entry_of_the_window_that_is_here_already_brings_the_whole(acceptor):
+    """Nobody looks for one before he writes it, so the digest has to tell."""
+    entry = window_key(b"t" * 16)
+    old, new = ({entry: encode_row({0: pack_ballot(ballot(n)), 1: APPLIED})} for n in (2, 3))
+    state = GroupState({}, ZERO)
+    acceptor.accept(accept(2, ZERO, row(1) | old, state))
+    assert acceptor.accept(accept(3, ballot(2), new, state))[0].verdict == Verdict.NEED_WHOLE
+    assert acceptor.accept(accept(3, ballot(2), {}, state, whole=True))[0].verdict == Verdict.ACCEPTED
+    assert acceptor.rows(KEY, Wanted.SYSTEM) == new
+    assert acceptor.accept(accept(4, ballot(3), {entry: None}, state))[0].verdict == Verdict.ACCEPTED
+    assert acceptor.rows(KEY, Wanted.SYSTEM) == {}
+
+
+def test_accept_reads_nothing_of_a_new_entry_of_the_window_nor_of_a_register_without_a_value(acceptor, monkeypatch):
+    looked_for = []
+    monkeypatch.setattr(acceptor._file, "row", lambda key, rowkey: looked_for.append(rowkey) or encode_row({0: 1}))
+    state = GroupState({}, ZERO)
+    acceptor.accept(accept(2, ZERO, row(1), state))
+    assert looked_for == []
+    delta = {window_key(b"t" * 16): encode_row({0: pack_ballot(ballot(3)), 1: APPLIED}), row_key(1, (1,)): b"\x80"}
+    assert acceptor.accept(accept(3, ballot(2), delta, state))[0].verdict == Verdict.ACCEPTED
+    assert looked_for == [row_key(1, (1,))]
 
 
 def test_whole_whose_rows_do_not_give_the_digest_is_a_protocol_error(acceptor):
