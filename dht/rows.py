@@ -144,7 +144,7 @@ def group_name(group: GroupKey) -> str:
 
 def row_key(table: int, pk: tuple[Value, ...]) -> RowKey:
     """The name of a row inside its group."""
-    return encode_values((table, *pk))
+    return table_prefix(table) + encode_values(pk)
 
 
 def split_row_key(key: RowKey) -> tuple[int, tuple[Value, ...]]:
@@ -155,6 +155,7 @@ def split_row_key(key: RowKey) -> tuple[int, tuple[Value, ...]]:
     return parts[0], parts[1:]
 
 
+@functools.lru_cache(maxsize=4_096)
 def table_prefix(table: int) -> bytes:
     """What the keys of all rows of the table begin with."""
     return encode_value(table)

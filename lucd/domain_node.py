@@ -32,19 +32,23 @@ from lucd.door import ask_store
 _OWNER_KEY = b"node"
 _BOOT_KEY = b"boot"
 _DOMAIN_KEY = b"domain"
-_STORE_REQUESTS = (
-    requests.ReadGroups,
-    requests.Find,
-    requests.Commit,
-    requests.ReserveIds,
-    requests.RaiseSequence,
-    requests.AskOutcome,
-    requests.RaiseFence,
-    requests.ListDatabases,
-    requests.ListHomes,
-    requests.ListPops,
-    requests.CreateDatabase,
-    requests.DropDatabase,
+_CLIENTS_REQUESTS = frozenset(
+    (
+        requests.ReadGroups,
+        requests.Find,
+        requests.Commit,
+        requests.ReserveIds,
+        requests.RaiseSequence,
+        requests.AskOutcome,
+        requests.RaiseFence,
+        requests.ListDatabases,
+        requests.ListHomes,
+        requests.ListPops,
+        requests.CreateDatabase,
+        requests.DropDatabase,
+        requests.ClaimPop,
+        requests.MovePop,
+    )
 )
 """What nodes that are no members of a domain ask its members, as a client of theirs would."""
 
@@ -100,7 +104,7 @@ class DomainNode:
 
     async def answer(self, sender: NodeId, message: Struct) -> Message:
         """Serve a peer: of this domain, or a client's request that it passes on."""
-        if not isinstance(message, (*_STORE_REQUESTS, requests.ClaimPop, requests.MovePop)):
+        if type(message) not in _CLIENTS_REQUESTS or not isinstance(message, Message):
             return await self.store.answer(sender, message)
         if not self.domain.joined:
             raise NotServing(f"this node is no member of domain {self.name}; ask one that is")

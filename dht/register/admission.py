@@ -69,13 +69,15 @@ def _check_values(values: Iterable[object]) -> int:
     """Bytes of the values, about; raises Invalid for what is not a value."""
     size = 0
     for value in values:
-        check_value(value)
-        if isinstance(value, str):
+        if type(value) is str:
             # ASCII is the common case and free to recognise; other text needs its encoded length.
             size += len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
-        elif isinstance(value, bytes):
+        elif type(value) is bytes:
             size += len(value)
+        elif value is None:
+            size += 9
         else:
+            check_value(value)
             size += 9
     return size
 

@@ -84,11 +84,29 @@ def timeout_ms(timeout_s: float) -> int:
 
 def split(data: bytes | memoryview) -> list[Frame]:
     """All frames of a WebSocket message. Raises RemoteProtocolError unless they fill it exactly."""
-    reader = FrameReader()
-    frames = reader.feed(data)
-    if reader.pending_bytes:
-        raise RemoteProtocolError(f"a message ends {reader.pending_bytes} bytes into a frame")
+    frames: list[Frame] = []
+    at, _ = _cut(memoryview(data), frames)
+    if at < len(data):
+        raise RemoteProtocolError(f"a message ends {len(data) - at} bytes into a frame")
     return frames
+
+
+def _cut(view: memoryview, frames: list[Frame]) -> tuple[int, int]:
+    """Append the whole frames; (where what is left begins, the bytes that it needs to be a frame)."""
+    at, size = 0, len(view)
+    while size - at >= LENGTH_BYTES:
+        length = int.from_bytes(view[at : at + LENGTH_BYTES], "big")
+        if length > FRAME_BYTES_MAX:
+            raise RemoteProtocolError(f"a frame says that it has {length} bytes; {FRAME_BYTES_MAX} is the limit")
+        end = at + LENGTH_BYTES + length
+        if end > size:
+            return at, end - at
+        try:
+            frames.append(_decoder.decode(view[at + LENGTH_BYTES : end]))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise RemoteProtocolError(f"{length} bytes are not a frame: {error}") from None
+        at = end
+    return at, LENGTH_BYTES
 
 
 class FrameReader:
@@ -115,22 +133,8 @@ class FrameReader:
             self._buffer.clear()
         view = memoryview(data)
         frames: list[Frame] = []
-        at, size = 0, len(view)
-        self._need_bytes = LENGTH_BYTES
-        while size - at >= LENGTH_BYTES:
-            length = int.from_bytes(view[at : at + LENGTH_BYTES], "big")
-            if length > FRAME_BYTES_MAX:
-                raise RemoteProtocolError(f"a frame says that it has {length} bytes; {FRAME_BYTES_MAX} is the limit")
-            end = at + LENGTH_BYTES + length
-            if end > size:
-                self._need_bytes = end - at
-                break
-            try:
-                frames.append(_decoder.decode(view[at + LENGTH_BYTES : end]))
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                raise RemoteProtocolError(f"{length} bytes are not a frame: {error}") from None
-            at = end
-        if at < size:
+        at, self._need_bytes = _cut(view, frames)
+        if at < len(view):
             self._buffer += view[at:]
         return frames
 
