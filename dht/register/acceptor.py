@@ -237,8 +237,9 @@ class Acceptor:
         headers = [self._file.header(key) for key in keys]
         ballots = tuple(header.accepted for header in headers)
         gone = tuple(map(self._gone, headers))
+        promises = tuple(header.promise for header in headers)
         last = keys[-1] if len(keys) == request.limit else b""
-        return ListGroupsReply(tuple(keys), last, tablets, ballots, gone)
+        return ListGroupsReply(tuple(keys), last, tablets, ballots, gone, promises)
 
     def _gone(self, header: Header) -> bool:
         promised = header.promise > header.accepted and self._context.rules.drop_accepts_anew

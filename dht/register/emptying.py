@@ -7,7 +7,8 @@ drop and a third creates the database again and writes to it. That does no harm:
 
 * A node that has not heard of the drop goes on to write. What it writes before a listing is in that, or in the next.
   Behind the last one there is nothing: who answers it follows the catalog that the drop has emptied, so that his
-  promises refuse what was made under an older one (`dht.register.fence`), and an order leaves no promise behind.
+  promises refuse what was made under an older one (`dht.register.fence`). An order leaves no promise behind, and a
+  listing tells of those that were made since: such a group is ordered again.
 * A listing tells where each group stands, the highest ballot that any replica of a majority has accepted, all of whom
   serve its tablet at one epoch. After it the dropper reads the registry again. If that still has the same creation of
   the database, being dropped, no later one had begun when the groups were listed. What a later one writes is above the
@@ -27,7 +28,7 @@ emptied.
 
 The passes come to an end: what an order finds above its ballot is chosen by then, or is chosen by the accept that this
 order leads to, and so is seen by the next listing; a group that was found empty is not ordered again while it stands
-where it was left.
+where it was left and nobody has promised anything above that.
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ Version = Callable[[str, float], Awaitable[int]]
 
 
 class _Listed(Struct, frozen=True):
-    """Where a group stands at most. `gone`: to all who know of it as a chosen tombstone, with no promise above it."""
+    """Where a group stands at most, and the highest promise. `gone`: to all who know of it as a chosen tombstone, with
+    no promise above it.
+    """
 
     ballot: Ballot
     gone: bool
+    promise: Ballot
 
 
 class Emptying:
@@ -124,9 +128,11 @@ class Emptying:
         return {key: one.ballot for key, one in listed.items() if not self._is_empty(key, one)}
 
     def _is_empty(self, key: GroupKey, one: _Listed) -> bool:
-        if not self._context.rules.drop_accepts_anew:
+        rules = self._context.rules
+        if not rules.drop_accepts_anew:
             return one.gone or one.ballot <= self._empty.get(key, ZERO)
-        return one.gone or (key in self._empty and one.ballot <= self._empty[key])
+        highest = max(one.ballot, one.promise) if rules.drop_sees_promises else one.ballot
+        return one.gone or (key in self._empty and highest <= self._empty[key])
 
     async def _empty_one(self, key: GroupKey, ballot: Ballot, deadline: float) -> None:
         operation = Operation(Kind.EMPTY, self._context.chance.randbytes(16), Part(key, ballot))
@@ -180,13 +186,14 @@ class Emptying:
                 refused = error
                 tablets, after = tablets[1:], b""
                 continue
-            for key, ballot, gone in zip(reply.keys, reply.ballots, reply.gone, strict=True):
-                before = found.get(key, _Listed(ballot, gone))
-                found[key] = _Listed(max(ballot, before.ballot), gone and before.gone)
-            told, after = reply.tablets - bool(reply.last), reply.last
-            for tablet in tablets[:told]:
+            listed = zip(reply.keys, reply.ballots, reply.gone, reply.promises, strict=True)
+            for key, ballot, gone, promise in listed:
+                before = found.get(key, _Listed(ballot, gone, promise))
+                found[key] = _Listed(max(ballot, before.ballot), gone and before.gone, max(promise, before.promise))
+            ended, after = reply.tablets - bool(reply.last), reply.last
+            for tablet in tablets[:ended]:
                 heard[tablet] += 1
-            tablets = tablets[told:]
+            tablets = tablets[ended:]
         if refused is not None:
             await self._catch_up(refused)
 
@@ -202,6 +209,6 @@ class Emptying:
         reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ListGroupsReply)
         if not 1 <= reply.tablets <= 1 + len(request.others):
             raise RemoteProtocolError(f"{reply.tablets} tablets were told of, {1 + len(request.others)} were asked for")
-        if not len(reply.keys) == len(reply.ballots) == len(reply.gone):
+        if not len(reply.keys) == len(reply.ballots) == len(reply.gone) == len(reply.promises):
             raise RemoteProtocolError("it is not told where each of the groups stands")
         return reply

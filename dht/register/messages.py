@@ -242,7 +242,7 @@ class ListGroupsReply(Message, frozen=True, tag=14):
     """`tablets`: how many of those asked for this is about, in order; the one behind them may not be served.
 
     `last`: where to go on in the last of them; empty when its end was reached. Of each key, `ballots`: what is accepted
-    here; `gone`: that is a tombstone and chosen, and nothing above it is promised here.
+    here; `gone`: that is a tombstone and chosen, and nothing above it is promised here; `promises`: what is promised.
     """
 
     keys: tuple[GroupKey, ...]
@@ -250,6 +250,7 @@ class ListGroupsReply(Message, frozen=True, tag=14):
     tablets: int = 1
     ballots: tuple[Ballot, ...] = ()
     gone: tuple[bool, ...] = ()
+    promises: tuple[Ballot, ...] = ()
 
 
 @message

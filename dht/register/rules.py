@@ -39,6 +39,7 @@ class Rules(Struct, frozen=True):
     empty_bound: of a database that is dropped nothing goes that was written after its groups were listed.
     listed_at_one_epoch: replicas that list a tablet's groups serve it at one epoch.
     drop_confirms_version: who answers a drop's last listing refuses from then on what was made under its old catalog.
+    drop_sees_promises: a group that was promised something since it was emptied is emptied again.
     drop_looks_again: after the listing the dropper sees that the database is still the one that it means.
     drop_accepts_anew: an order to empty a group leads to an accept, and so does one of what was only promised.
     end_is_not_first: who ends a transaction that saw no ballot does not count as the first who sends it.
@@ -83,6 +84,7 @@ class Rules(Struct, frozen=True):
     empty_bound: bool = True
     listed_at_one_epoch: bool = True
     drop_confirms_version: bool = True
+    drop_sees_promises: bool = True
     drop_looks_again: bool = True
     drop_accepts_anew: bool = True
     end_is_not_first: bool = True

@@ -203,6 +203,10 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _DROP,
         "test_drop_confirms_version_write_behind_the_last_listing_is_left_to_the_next_database",
     ),
+    "drop_sees_promises": (
+        _DROP,
+        "test_drop_sees_promises_write_promised_before_the_last_listing_is_accepted_behind_it",
+    ),
     "drop_looks_again": (
         _DROP,
         "test_drop_looks_again_groups_of_the_new_database_are_listed_by_the_dropper_of_the_old_one",

@@ -42,6 +42,7 @@ BUGS: Final = {
     "empty_bound": "a late order to empty a group takes what a new database of the name wrote there",
     "listed_at_one_epoch": "the groups of a database that is dropped are listed by replicas of two tablet epochs",
     "drop_confirms_version": "a drop's last listing leaves its replicas to take writes of the dropped database",
+    "drop_sees_promises": "a drop takes for empty what was promised a write since it was emptied",
     "drop_looks_again": "a dropper empties what it listed, whoever has the name by now",
     "drop_accepts_anew": "a drop leaves groups alone of which it sees nothing but a promise, or a tombstone",
     "read_majority": "a read from one replica",

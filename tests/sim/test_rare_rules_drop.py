@@ -10,11 +10,11 @@ import asyncio
 import pytest
 
 from dht.domain.roster import TabletReplicas
-from dht.errors import Indeterminate, NotServing, SchemaChanged
+from dht.errors import DhtError, Indeterminate, NotServing, SchemaChanged, Unavailable
 from dht.model import ZERO, Change, GroupKey, NodeId, Op, Part, Struct, Value
 from dht.register import catalog
 from dht.register.group import APPLIED, REFUSED
-from dht.register.messages import Accept, Coordinate, Kind, ListGroups, Operation, Prepare
+from dht.register.messages import Accept, Coordinate, Kind, ListGroups, Operation, Prepare, ReadReplica
 from dht.register.rules import Rules
 from dht.sim.clock import SimClock
 from tests.dht.register.register_cluster import StaticDomain
@@ -337,6 +337,44 @@ def test_drop_confirms_version_write_behind_the_last_listing_is_left_to_the_next
         return None if told is None else type(told), await bench.row(0, fresh)
 
     assert play(story, Rules(drop_confirms_version=on)) == ((SchemaChanged, None) if on else (None, OLD))
+
+
+@BOTH
+def test_drop_sees_promises_write_promised_before_the_last_listing_is_accepted_behind_it(on: bool) -> None:
+    """2 has not heard of the drop, and 0 does not hear it. It is promised a write by 0 and 1 when their group is empty
+    already and the dropped catalog not known to them yet; its accepts come when the drop has ended.
+    """
+
+    async def story(bench: Bench) -> object:
+        await bench.define()
+        key = bench.key(2)
+        await bench[2].commit(bench.transaction(insert(key, OLD), version=1))
+        emptied, sent, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        writing: list[asyncio.Task[DhtError | None]] = []
+
+        async def gate(sender: int, to: int, message: Struct) -> bool:
+            if isinstance(message, ListGroups) and to == 2:
+                raise Unavailable("no link", sent=False)
+            if isinstance(message, Coordinate) and message.operation.kind == Kind.EMPTY:
+                emptied.set()
+            elif isinstance(message, ReadReplica) and sender == 0 and emptied.is_set() and not writing:
+                # The dropper reads the catalog's version, with which it lists again.
+                late = bench[2].commit(bench.transaction(insert(key, {0: "late"}), version=1))
+                writing.append(asyncio.create_task(failed(late)))
+                await sent.wait()
+            elif isinstance(message, Accept) and sender == 2 and message.key == key and writing:
+                sent.set()
+                await go_on.wait()
+            return True
+
+        bench.gate = gate
+        assert await bench[0].drop_database("db", 60.0)
+        assert await bench[1].create_database("db")
+        go_on.set()
+        told = await writing[0]
+        return told is None, await bench.row(0, key)
+
+    assert play(story, Rules(drop_sees_promises=on)) == ((False, None) if on else (True, {0: "late"}))
 
 
 def away(number: int) -> Gate:
