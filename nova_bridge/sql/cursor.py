@@ -103,6 +103,10 @@ class Cursor:
         connection = self.connection
         shape = statements.shape(sql)
         word = shape.word
+        if shape.several:
+            raise sqlite3.ProgrammingError(
+                "You can only execute one statement at a time; run them one by one, or by executescript()"
+            )
         if word in statements.READS:
             connection.flush_script()
             if shape.asks_for_schema:
@@ -117,7 +121,9 @@ class Cursor:
         elif word == "PRAGMA":
             connection.flush_script()
             self._pragma(sql)
-        elif word not in _NOTHING_TO_DO or _VACUUM_INTO.match(sql):
+        elif word in _NOTHING_TO_DO and not _VACUUM_INTO.match(sql):
+            return
+        elif word or not statements.is_empty(sql):
             self._transaction(word, sql)
 
     def _transaction(self, word: str, sql: str) -> None:
@@ -131,7 +137,7 @@ class Cursor:
                 connection.end(keep=True)
             case "ROLLBACK" if name is not None:
                 connection.rollback_to(name)
-            case "ROLLBACK":
+            case "ROLLBACK" if statements.is_plain_end(sql):
                 connection.end(keep=False)
             case "SAVEPOINT" if name is not None:
                 connection.savepoint(name)

@@ -18,14 +18,16 @@ from collections.abc import Callable
 
 import apsw
 
-from nova_bridge.sql import rows_left, unique_rows
+from nova_bridge.sql import rows_left, statements, unique_rows
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import IndexDef, Schema, Table, Unique
 
 _NAME = r'(?:(?:"main"|main)\s*\.\s*)?(?:"((?:[^"]|"")+)"|`([^`]+)`|\[([^\]]+)\]|(\w+))'
 _CREATE_UNIQUE = re.compile(rf"\s*CREATE\s+UNIQUE\s+INDEX\s+(?:IF\s+NOT\s+EXISTS\s+)?{_NAME}", re.I)
 _REFUSED = re.compile(
-    r"\s*CREATE\s+(?:(TEMP|TEMPORARY|VIRTUAL|TRIGGER|VIEW)\b|TABLE\s+.*?\bAS\s+(?:SELECT|WITH|VALUES)\b)", re.I | re.S
+    r"\s*CREATE\s+(?:(TEMP|TEMPORARY|VIRTUAL|TRIGGER|VIEW)\b|TABLE\s+.*?\bAS\s+(?:SELECT|WITH|VALUES)\b"
+    r'|TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?(?:temp|"temp"|`temp`|\[temp\])\s*\.)',
+    re.I | re.S,
 )
 
 
@@ -40,12 +42,13 @@ class Ddl:
 
     def add(self, sql: str) -> None:
         """One more statement. Raises for what virtual tables cannot be."""
-        if _REFUSED.match(sql):
+        text = statements.bare(sql)
+        if _REFUSED.match(text):
             raise sqlite3.NotSupportedError(
                 f"not supported by this database: {' '.join(sql.split())[:80]}; only tables and indexes can be created"
             )
-        if match := _CREATE_UNIQUE.match(sql):
-            self._creates[len(self._steps)] = (_name(match), sql[match.end() :])
+        if match := _CREATE_UNIQUE.match(text):
+            self._creates[len(self._steps)] = (_name(match), text[match.end() :])
         self._steps.append(lambda shadow: _execute(shadow, sql))
 
     def __bool__(self) -> bool:
@@ -116,8 +119,9 @@ class Ddl:
         """(table number, rule) of an index that the catalog has by the same statement, and that was never finished."""
         for table in before.tables.values():
             for name, sql in table.definition.index_sql:
-                match = _CREATE_UNIQUE.match(sql)
-                if name.lower() != index or match is None or _words(sql[match.end() :]) != _words(rest):
+                text = statements.bare(sql)
+                match = _CREATE_UNIQUE.match(text)
+                if name.lower() != index or match is None or _words(text[match.end() :]) != _words(rest):
                     continue
                 columns = dict(_unique_indexes(self._database, table)).get(name)
                 for definition, unique in _rules(table):

@@ -19,6 +19,7 @@ _SAVEPOINT_NAME = re.compile(
     r'(?:"([^"]+)"|`([^`]+)`|\[([^\]]+)\]|(\w+))\s*;?\s*$',
     re.I,
 )
+_PLAIN_END = re.compile(r"\s*[A-Z]+(?:\s+TRANSACTION)?[\s;]*$", re.I)
 _PRAGMA = re.compile(r"\s*PRAGMA\s+(?:[\"\w]+\s*\.\s*)?(\w+)\s*(?:[=(]\s*['\"]?([\w.-]+))?", re.I)
 
 _NAME = r"(?:\"(?:[^\"]|\"\")+\"|`[^`]+`|\[[^\]]+\]|\w+)"
@@ -34,7 +35,8 @@ _CONFLICT_CLAUSE = re.compile(
 )
 
 
-_QUOTED = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"
+_QUOTED = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|\Z)"
+_QUOTES = re.compile(_QUOTED, re.S)
 _TOKENS = re.compile(
     _QUOTED + r"|[()]|\b(?:SELECT|VALUES|INSERT|UPDATE|DELETE|REPLACE)\b",
     re.I | re.S,
@@ -65,6 +67,23 @@ def rows_wanted(sql: str, parameters: object) -> int | None:
     except (TypeError, ValueError):
         return None
     return wanted if wanted >= 0 else None
+
+
+def bare(sql: str) -> str:
+    """The text without comments, in place of which there are spaces."""
+    if "--" not in sql and "/*" not in sql:
+        return sql
+    return _QUOTES.sub(lambda match: " " if match.group().startswith(("--", "/*")) else match.group(), sql)
+
+
+def is_empty(sql: str) -> bool:
+    """Whether there is nothing to run but comments."""
+    return not bare(sql).strip("; \t\r\n")
+
+
+def is_several(sql: str) -> bool:
+    """Whether it is more than one statement."""
+    return ";" in sql and sum(not is_empty(statement) for statement in split(sql)) > 1
 
 
 def returns_rows(sql: str) -> bool:
@@ -114,12 +133,14 @@ class Shape(NamedTuple):
     """What the door must know of a statement's text. `word`: its verb, the one after WITH if it begins so.
 
     `inserted`: see `inserted_columns`. `refused`: what to do in place of a clause that virtual tables cannot serve.
+    `several`: there is a second statement behind it.
     """
 
     word: str
     asks_for_schema: bool = False
     inserted: frozenset[str] | None = None
     refused: str = ""
+    several: bool = False
 
 
 @functools.lru_cache(maxsize=2048)
@@ -129,8 +150,9 @@ def shape(sql: str) -> Shape:
     if word == "WITH":
         body = after_with(sql)
         word = first_word(body)
+    several = is_several(sql)
     if word not in WRITES:
-        return Shape(word, word in READS and asks_for_schema(sql))
+        return Shape(word, word in READS and asks_for_schema(sql), several=several)
     refused = ""
     if has_conflict_clause(body):
         refused = (
@@ -138,7 +160,7 @@ def shape(sql: str) -> Shape:
         )
     elif returns_rows(body):
         refused = "read the rows by a SELECT in place of RETURNING"
-    return Shape(word, False, inserted_columns(body), refused)
+    return Shape(word, False, inserted_columns(body), refused, several)
 
 
 def asks_for_schema(sql: str) -> bool:
@@ -148,13 +170,18 @@ def asks_for_schema(sql: str) -> bool:
 
 def savepoint_name(sql: str) -> str | None:
     """The name in SAVEPOINT, RELEASE or ROLLBACK TO, lower case; None for any other form."""
-    match = _SAVEPOINT_NAME.match(sql)
+    match = _SAVEPOINT_NAME.match(bare(sql))
     return next(g for g in match.groups() if g is not None).lower() if match else None
+
+
+def is_plain_end(sql: str) -> bool:
+    """Whether COMMIT, END or ROLLBACK is about the transaction as a whole."""
+    return _PLAIN_END.match(bare(sql)) is not None
 
 
 def pragma(sql: str) -> tuple[str, str | None]:
     """The name of a PRAGMA and its value, both lower case."""
-    match = _PRAGMA.match(sql)
+    match = _PRAGMA.match(bare(sql))
     if match is None:
         return "", None
     name, value = match.groups()

@@ -103,6 +103,9 @@ def test_failed_ddl_changes_nothing(door: Connection) -> None:
     [
         "CREATE VIEW v AS SELECT 1",
         "CREATE TEMP TABLE x (a)",
+        "-- for a moment\nCREATE /* only */ TEMPORARY TABLE x (a)",
+        "CREATE TABLE IF NOT EXISTS temp.x (a)",
+        "/* a copy */ CREATE TABLE x AS SELECT 1 AS a",
         "CREATE TABLE x AS SELECT 1 AS a",
         "CREATE TABLE x (a INTEGER CHECK (a > 0))",
         "CREATE TABLE x (a INTEGER PRIMARY KEY) WITHOUT ROWID",
@@ -115,6 +118,51 @@ def test_failed_ddl_changes_nothing(door: Connection) -> None:
 def test_what_is_not_supported_says_so(door: Connection, sql: str) -> None:
     with pytest.raises(sqlite3.NotSupportedError, match=r"not supported|plain columns|WHERE|leave out its COLLATE"):
         door.execute(sql)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DROP TABLE t; CREATE TABLE t (id INTEGER PRIMARY KEY, a TEXT, b INTEGER)",
+        "CREATE TABLE u (a); INSERT INTO u VALUES (1)",
+        "BEGIN; INSERT INTO t (a) VALUES ('w')",
+        "DELETE FROM t WHERE id = 1; DELETE FROM t",
+        "SELECT 1; DROP TABLE t",
+    ],
+)
+def test_several_statements_at_once_are_refused_as_a_whole(door: Connection, sql: str) -> None:
+    with pytest.raises(sqlite3.ProgrammingError, match="one statement at a time"):
+        door.execute(sql)
+    assert not door.in_transaction
+    assert len(rows(door, "SELECT * FROM t")) == 3
+    assert rows(door, "SELECT name FROM sqlite_master WHERE type = 'table'") == [("t",)]
+
+
+@pytest.mark.parametrize("sql", ["", ";", "-- nothing", "/* nothing; */ ;"])
+def test_text_without_a_statement_does_nothing(door: Connection, sql: str) -> None:
+    assert rows(door, sql) == []
+    door.execute("INSERT INTO t (a) VALUES ('w; x'); -- and; no more")
+    assert len(rows(door, "SELECT * FROM t")) == 4
+
+
+@pytest.mark.parametrize("back", ["ROLLBACK TO s -- File: a.py; File: b.py", "/* half */ ROLLBACK TO SAVEPOINT s;"])
+def test_savepoint_whose_statement_has_a_comment_is_gone_back_to(door: Connection, back: str) -> None:
+    door.execute("BEGIN")
+    door.execute("DELETE FROM t WHERE id = 1")
+    door.execute("SAVEPOINT s -- File: a.py; File: b.py")
+    door.execute("DELETE FROM t")
+    door.execute(back)
+    door.execute("COMMIT -- File: a.py")
+    assert rows(door, "SELECT id FROM t") == [(2,), (3,)]
+
+
+def test_rollback_to_what_cannot_be_told_takes_nothing_back(door: Connection) -> None:
+    door.execute("BEGIN")
+    door.execute("DELETE FROM t WHERE id = 1")
+    with pytest.raises(sqlite3.OperationalError, match="not a statement"):
+        door.execute("ROLLBACK TO 's'")
+    door.execute("COMMIT")
+    assert rows(door, "SELECT id FROM t") == [(2,), (3,)]
 
 
 def test_other_process_meets_new_table_and_column(door: Connection, connect: Connect) -> None:

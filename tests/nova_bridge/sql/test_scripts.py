@@ -79,6 +79,27 @@ def test_column_that_says_in_which_group_a_row_is_may_be_renamed_and_not_dropped
     assert door.execute("SELECT code FROM instance_faults WHERE server = 'u'").fetchall() == [(500,)]
 
 
+@pytest.mark.parametrize(
+    ("script", "question"),
+    [
+        ("CREATE TABLE n (id INTEGER PRIMARY KEY); -- the end", "SELECT * FROM n"),
+        ("-- first\nCREATE TABLE n (a TEXT /* why */); /* then; */ INSERT INTO n VALUES (';'); ;", "SELECT * FROM n"),
+        ("/* nothing", "SELECT id FROM t"),
+        ("", "SELECT id FROM t"),
+    ],
+)
+def test_comments_in_a_script_are_no_statements(connect: Connect, script: str, question: str) -> None:
+    stock, door = sqlite3.connect(":memory:"), connect(isolation_level=None)
+    answers = []
+    for database in (stock, door):
+        for statement in MADE:
+            database.execute(statement)
+        database.executescript(script)
+        answers.append(database.execute(question).fetchall())
+    stock.close()
+    assert answers[1] == answers[0]
+
+
 class Remote:
     """A store that is not in this process, as far as the door can tell."""
 
