@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import apsw
 
-from nova_bridge.sql import rows_left, statements, unique_rows
+from nova_bridge.sql import column_rows, rows_left, statements, unique_rows
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import IndexDef, Schema, Table, Unique
 
@@ -66,6 +66,7 @@ class Ddl:
             known = before.by_number.get(definition.number)
             if known is not None and known.definition is not definition:
                 table = Table(database.name, definition)
+                column_rows.check(database, known.definition, table)
                 for unique in _to_build(before, table):
                     unique_rows.check(database, table, unique)
         before, schema = database.change(before, steps, cleared)

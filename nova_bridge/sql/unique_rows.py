@@ -11,7 +11,7 @@ import random
 import time
 
 from dht.errors import Conflict, SchemaChanged
-from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Part, Value
+from dht.model import Change, Columns, GroupKey, Guard, GuardKind, Op, Order, Part, Value
 from dht.model import Transaction as StoreTransaction
 from dht.rows import decode_row
 from nova_bridge.sql.access import entry_owner, owner_columns
@@ -26,14 +26,15 @@ RESERVE_WAIT_S = 30.0
 _PAUSE_MAX_S = 0.05
 
 
-def all_rows(database: Database, table: Table) -> list[Record]:
-    """All rows of the table, which need not be in the catalog any more."""
+def all_rows(database: Database, table: Table, limit: int | None = None) -> list[Record]:
+    """All rows of the table, or so many of them. It need not be in the catalog any more."""
+    order = None if limit is None else Order(tuple(table.number_of(p) for p in table.primary))
     for _ in range(SCHEMA_ATTEMPTS):
         try:
-            return Transaction(database).find(table, ())
+            return Transaction(database).find(table, (), order, limit)
         except SchemaChanged:
             database.reload()
-    return Transaction(database).find(table, ())
+    return Transaction(database).find(table, (), order, limit)
 
 
 def check(database: Database, table: Table, unique: Unique) -> None:

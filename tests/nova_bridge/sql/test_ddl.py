@@ -165,6 +165,39 @@ def test_rollback_to_what_cannot_be_told_takes_nothing_back(door: Connection) ->
     assert rows(door, "SELECT id FROM t") == [(2,), (3,)]
 
 
+@pytest.mark.parametrize(
+    ("statement", "refusal"),
+    [
+        ("ALTER TABLE t ADD COLUMN c TEXT NOT NULL", "Cannot add a NOT NULL column with default value NULL"),
+        ("ALTER TABLE t ADD c DATETIME DEFAULT CURRENT_TIMESTAMP", "Cannot add a column with non-constant default"),
+        ("ALTER TABLE t ADD c TEXT NOT NULL DEFAULT (lower('X'))", "Cannot add a column with non-constant default"),
+    ],
+)
+def test_column_that_rows_would_lack_is_added_to_an_empty_table_only(
+    door: Connection, connect: Connect, statement: str, refusal: str
+) -> None:
+    stock = sqlite3.connect(":memory:", isolation_level=None)
+    for database in (stock, door):
+        database.execute("CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, a TEXT, b INTEGER)")
+        database.execute("INSERT INTO t (a) VALUES ('w')")
+        with pytest.raises(sqlite3.OperationalError, match=refusal):
+            database.execute(statement)
+        database.execute("DELETE FROM t")
+        database.execute(statement)
+        assert database.execute("SELECT count(c) FROM t").fetchall() == [(0,)]
+    stock.close()
+
+
+def test_column_with_nulls_is_not_made_not_null(door: Connection) -> None:
+    door.execute("INSERT INTO t (b) VALUES (7)")
+    with pytest.raises(sqlite3.IntegrityError, match=r"NOT NULL constraint failed: t\.a"):
+        door.execute("ALTER TABLE t ALTER COLUMN a SET NOT NULL")
+    door.execute("UPDATE t SET a = 'v' WHERE b = 7")
+    door.execute("ALTER TABLE t ALTER COLUMN a SET NOT NULL")
+    with pytest.raises(sqlite3.IntegrityError, match=r"NOT NULL constraint failed: t\.a"):
+        door.execute("INSERT INTO t (b) VALUES (8)")
+
+
 def test_other_process_meets_new_table_and_column(door: Connection, connect: Connect) -> None:
     other = connect()
     assert len(rows(other, "SELECT * FROM t")) == 3
