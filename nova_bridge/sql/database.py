@@ -196,7 +196,9 @@ class Database:
     def _run_ddl(self, before: Schema, ddl: Steps) -> tuple[dict[str, TableDef], int, apsw.Connection]:
         if self._preview is not None and self._preview[:2] == (before, ddl):
             return self._preview[2]
-        shadow = shadows.clone(self.shadow())
+        # Another thread may have learned a newer schema; the commit finds out, and this is run on that one then.
+        of_before = self.shadow() if before is self.schema else shadows.build(before.definitions.values())
+        shadow = shadows.clone(of_before)
         descent = Descent(shadow, before.definitions)
         for step in ddl:
             step(shadow)

@@ -75,7 +75,7 @@ class Ddl:
                 rows_left.clear(database, table.definition)
         built = {table.number: _to_build(before, table) for table in schema.tables.values()}
         for found in begun:
-            if found is not None:
+            if found is not None and found[0] in schema.by_number:
                 built.setdefault(found[0], []).append(found[1])
         for number, uniques in built.items():
             if uniques:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -129,6 +130,27 @@ def test_index_on_a_column_that_was_added_with_a_default_is_built(door: Connecti
     door.execute("CREATE UNIQUE INDEX uc ON t (c)")
     with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.c"):
         connect().execute("INSERT INTO t (a) VALUES ('y')")
+
+
+@pytest.mark.parametrize("beside", ["CREATE TABLE b (id INTEGER PRIMARY KEY)", "DROP TABLE t"])
+def test_statement_of_another_thread_of_the_process_comes_between(
+    door: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    """What the one has read of the catalog is not the newest that the process knows any more."""
+    database = door.database
+    other = Connection(database, None, True)
+    preview = database.preview
+
+    def late(*args: Any) -> object:
+        monkeypatch.setattr(database, "preview", preview)
+        other.execute(beside)
+        return preview(*args)
+
+    monkeypatch.setattr(database, "preview", late)
+    door.execute("CREATE TABLE u (id INTEGER PRIMARY KEY)")
+    other.close()
+    names = {name for (name,) in connect().execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert names == ({"t", "b", "u"} if "CREATE" in beside else {"u"})
 
 
 def test_dropped_table_loses_its_rows_and_entries_and_what_came_late(

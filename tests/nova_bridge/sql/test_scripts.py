@@ -10,6 +10,7 @@ import pytest
 
 from dht.model import GLOBAL
 from dht.register.memory import MemoryStore
+from nova_bridge.sql import unique_rows
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database
 
@@ -98,6 +99,26 @@ def test_comments_in_a_script_are_no_statements(connect: Connect, script: str, q
         answers.append(database.execute(question).fetchall())
     stock.close()
     assert answers[1] == answers[0]
+
+
+def test_table_whose_unique_index_was_never_finished_is_replaced_by_a_script_that_makes_both(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = connect(isolation_level=None)
+    for statement in MADE:
+        door.execute(statement)
+
+    def die(*args: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(unique_rows, "_reserve", die)
+    with pytest.raises(InterruptedError):
+        door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    monkeypatch.undo()
+    door.executescript("DROP TABLE t; CREATE TABLE t (id INTEGER PRIMARY KEY, a TEXT); CREATE UNIQUE INDEX ua ON t (a)")
+    door.execute("INSERT INTO t VALUES (1, 'ta')")
+    with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
+        connect(isolation_level=None).execute("INSERT INTO t VALUES (2, 'ta')")
 
 
 class Remote:
