@@ -22,6 +22,8 @@ ENTRY_TABLE = 1
 FIRST_TABLE = 16
 Place = tuple[GroupKey, RowKey]
 """Where a row is, or would be."""
+DELETED = "deleted"
+"""The column that holds a row's own id when it is deleted, as oslo.db's soft delete has it."""
 HIDDEN_ROWID = 0
 """Column number of the rowid that stands in for the primary key of a table without one."""
 
@@ -197,7 +199,7 @@ class Table:
 
     def _unique(self, index: IndexDef) -> Unique:
         positions = tuple(self.position[n] for n in index.columns)
-        deleted = next((p for p in positions if self.columns[p].name == "deleted"), -1)
+        deleted = next((p for p in positions if self.columns[p].name == DELETED), -1)
         if self.integer_key is None or deleted == self.integer_key or self.affinities[deleted] != INTEGER:
             deleted = -1
         return Unique(index.id, positions, index.kind, deleted, index.used)

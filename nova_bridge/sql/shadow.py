@@ -16,7 +16,7 @@ import apsw
 from dht.model import LOCAL
 from nova_bridge.sql.descent import TABLES_SQL, Descent
 from nova_bridge.sql.families import Rule, rule_of
-from nova_bridge.sql.schema import ColumnDef, ForeignDef, IndexDef, TableDef
+from nova_bridge.sql.schema import DELETED, ColumnDef, ForeignDef, IndexDef, TableDef
 from nova_bridge.sql.values import affinity_of
 
 INDEXES_SQL = "SELECT tbl_name, name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY rowid"
@@ -121,7 +121,8 @@ class Introspection:
             )
         foreign = self._foreign(name, number_of)
         family_columns = tuple(number_of[c] for c in rule.key)
-        indexes, next_index = self._indexes(name, number_of, primary, rule, family_columns, foreign, old)
+        deleted = _deleted(columns)
+        indexes, next_index = self._indexes(name, number_of, primary, rule, family_columns, foreign, old, deleted)
         return TableDef(
             number=number,
             name=name,
@@ -191,6 +192,7 @@ class Introspection:
         family_columns: tuple[int, ...],
         foreign: tuple[ForeignDef, ...],
         old: TableDef | None,
+        deleted: set[int],
     ) -> tuple[tuple[IndexDef, ...], int]:
         trusted = {tuple(number_of[c] for c in key if c in number_of) for key in rule.trusted}
         wanted: dict[tuple[tuple[int, ...], str], bool] = {}
@@ -216,7 +218,7 @@ class Introspection:
         for key in foreign:
             if not any(columns[: len(key.columns)] == key.columns for columns, _ in wanted):
                 wanted[(key.columns, "plain")] = False
-        known = {(i.columns, i.kind): i for i in old.indexes} if old else {}
+        known = {(i.columns, i.kind): i for i in old.indexes if _same_entries(i, old, deleted)} if old else {}
         following = old.next_index if old else 1
         result = []
         for (columns, kind), partial in wanted.items():
@@ -238,6 +240,15 @@ class Introspection:
         if rule.whole or (family_columns and set(family_columns) <= set(columns)):
             return "plain" if columns == primary else "group"
         return "trusted" if columns in trusted else "entry"
+
+
+def _deleted(columns: Iterable[ColumnDef]) -> set[int]:
+    return {column.number for column in columns if column.name == DELETED}
+
+
+def _same_entries(index: IndexDef, old: TableDef, deleted: set[int]) -> bool:
+    """Whether the same rows have entries as before: which do is told by a column's name (`Table.binds`)."""
+    return index.kind != "entry" or not (_deleted(old.columns) ^ deleted).intersection(index.columns)
 
 
 def _collation(where: str, collation: str) -> sqlite3.NotSupportedError:

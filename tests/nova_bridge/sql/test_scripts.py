@@ -121,6 +121,24 @@ def test_table_whose_unique_index_was_never_finished_is_replaced_by_a_script_tha
         connect(isolation_level=None).execute("INSERT INTO t VALUES (2, 'ta')")
 
 
+@pytest.mark.parametrize(("old", "new"), [("deleted", "gone"), ("gone", "deleted"), ("deleted", "Deleted")])
+def test_unique_key_holds_when_the_column_that_says_which_rows_are_deleted_is_renamed(
+    connect: Connect, old: str, new: str
+) -> None:
+    """A deleted row, which has its own id there, needs no entry under that name, and needs one under another."""
+    door = connect(isolation_level=None)
+    door.execute(f"CREATE TABLE h (id INTEGER PRIMARY KEY, name TEXT, {old} INTEGER, UNIQUE (name, {old}))")
+    door.execute("INSERT INTO h VALUES (1, 'x', 1), (2, 'x', 0), (3, 'x', 3)")
+    door.execute(f"ALTER TABLE h RENAME COLUMN {old} TO {new}")
+    reader = connect(isolation_level=None)
+    assert reader.execute(f"SELECT id FROM h WHERE name = 'x' AND {new} = 1").fetchall() == [(1,)]
+    reader.execute("DELETE FROM h WHERE id = 3")
+    reader.execute("INSERT INTO h VALUES (4, 'x', 3)")
+    for value in (0, 3) if new == "deleted" else (0, 1, 3):
+        with pytest.raises(sqlite3.IntegrityError, match=rf"UNIQUE constraint failed: h\.name, h\.{new}"):
+            reader.execute("INSERT INTO h VALUES (9, 'x', ?)", (value,))
+
+
 class Remote:
     """A store that is not in this process, as far as the door can tell."""
 
