@@ -44,8 +44,12 @@ def restore(database: Database, digest: bytes) -> bool:
             database.replace_store(store.clone(), catalog)
             return True
         case _Content(schema, rows, home) if not isinstance(database.store, MemoryStore):
-            # While rows of dropped tables may be left, their numbers are taken.
-            if database.schema.definitions or database.schema.dropped or database.home() != home:
+            before = database.schema
+            # A number is given once. Rows of a dropped table may be left, and a client of a dropped database of this
+            # name would take the new table for the one that he writes to.
+            if any(number < before.next_table for number in schema.by_number):
+                return False
+            if before.definitions or before.dropped or database.home() != home:
                 return False
             database.publish(schema)
             _insert(database, rows)

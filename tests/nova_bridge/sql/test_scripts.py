@@ -13,6 +13,7 @@ from dht.register.memory import MemoryStore
 from nova_bridge.sql import unique_rows
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database
+from nova_bridge.sql.errors import ConflictError
 
 Connect = Callable[..., Connection]
 MADE = (
@@ -170,6 +171,21 @@ def test_script_that_ran_on_a_database_elsewhere_makes_tables_of_this_ones_home(
     reads = [door.database.schema.definitions["flavors"].read for door in (near, wide, plain)]
     assert reads[0] == 0
     assert reads[1] == reads[2] > 0
+
+
+def test_script_in_a_database_made_again_gives_its_tables_to_no_transaction_of_the_former_one() -> None:
+    store = Remote("paris")
+    old = opened(store)
+    old.executescript(FLAVORS)
+    old.execute("BEGIN")
+    old.execute("INSERT INTO flavors VALUES (7, 'old')")
+    assert store.drop_database("cell")
+    assert store.create_database("cell")
+    door = opened(store)
+    door.executescript(FLAVORS)
+    with pytest.raises(ConflictError):
+        old.execute("COMMIT")
+    assert door.execute("SELECT * FROM flavors").fetchall() == [(1, "small")]
 
 
 def test_script_whose_tables_were_dropped_since_makes_them_again_for_all() -> None:
