@@ -61,13 +61,18 @@ def check_unique(
 
 
 def parent_of(schema: Schema, foreign: Foreign) -> tuple[Table, tuple[int, ...]]:
-    """The parent's table and the positions of its key."""
+    """The parent's table and the positions of its key. Raises OperationalError where it has no such key."""
     parent = schema.tables.get(foreign.parent)
     if parent is None:
         raise sqlite3.OperationalError(f"no such table: main.{foreign.parent}")
-    if not foreign.parent_columns:
-        return parent, parent.primary
-    return parent, tuple(parent.by_name[c] for c in foreign.parent_columns)
+    key = () if parent.rowid_key else parent.primary
+    if foreign.parent_columns:
+        key = tuple([parent.by_name[c] for c in foreign.parent_columns if c in parent.by_name])
+    if len(key) != len(foreign.columns):
+        raise sqlite3.OperationalError(
+            f'foreign key mismatch - "{foreign.child}" referencing "{parent.name}", which has no key of these columns'
+        )
+    return parent, key
 
 
 def check_child(tx: Transaction, table: Table, record: Record, changed: Collection[int] | None) -> None:

@@ -120,6 +120,7 @@ class Foreign(msgspec.Struct, frozen=True):
     parent_columns: tuple[str, ...]
     on_delete: str
     on_update: str
+    child: str
 
 
 class Record:
@@ -185,6 +186,7 @@ class Table:
                 f.parent_columns,
                 f.on_delete.upper(),
                 f.on_update.upper(),
+                self.name,
             )
             for f in definition.foreign
         ]

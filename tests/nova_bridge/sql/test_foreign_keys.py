@@ -55,6 +55,23 @@ def test_child_without_parent_refused_at_statement(two: tuple[Connection, Connec
     assert a.execute(f"SELECT instance_uuid FROM {table}").fetchall() == [("u1",)]
 
 
+@pytest.mark.parametrize(
+    "parent", ["CREATE TABLE p (b, d, PRIMARY KEY (b, d))", "CREATE TABLE p (id INTEGER)", "CREATE TABLE p (b, c)"]
+)
+@pytest.mark.parametrize("refers", ["p", "p (a)"])
+def test_child_of_a_parent_without_such_a_key_is_refused_as_sqlite_does(
+    connect: Connect, parent: str, refers: str
+) -> None:
+    stock, door = sqlite3.connect(":memory:"), connect(isolation_level=None)
+    stock.execute("PRAGMA foreign_keys = ON")
+    for database in (stock, door):
+        database.execute(parent)
+        database.execute(f"CREATE TABLE c (x INTEGER REFERENCES {refers})")
+        with pytest.raises(sqlite3.OperationalError, match='foreign key mismatch - "c" referencing "p"'):
+            database.execute("INSERT INTO c VALUES (1)")
+    stock.close()
+
+
 @pytest.mark.parametrize("table", ["instance_extra", "migrations"])
 def test_parent_with_child_not_deleted(two: tuple[Connection, Connection], table: str) -> None:
     a, b = two
