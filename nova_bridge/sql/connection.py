@@ -269,20 +269,25 @@ class Connection:
         return True
 
     def executescript(self, script: str) -> Cursor:
-        """Commits what is pending, then runs the statements; DDL that follows on DDL is published at once."""
+        """Commits what is pending, then runs the statements, each by itself where the script begins no transaction.
+
+        DDL that follows on DDL is published at once.
+        """
         self._check_open()
         cursor = self.cursor()
         with self.lock:
             if self.in_transaction:
                 self.end(keep=True)
             try:
-                digest = hashlib.sha256(script.encode()).digest()
+                enforced = self.writer.foreign_keys
+                digest = hashlib.sha256(f"{enforced} {script}".encode()).digest()
                 if fixture.restore(self.database, digest):
                     self.tx.reset()
                     return cursor
                 fresh = not self.database.schema.definitions
                 self._run_script(cursor, script)
-                if fresh:
+                # What is kept is the database's content; a script that leaves more than that is run each time.
+                if fresh and not self.in_transaction and self.writer.foreign_keys == enforced:
                     fixture.keep(self.database, digest)
             except DhtError as error:
                 raise from_store(error) from None
@@ -292,12 +297,13 @@ class Connection:
 
     def _run_script(self, cursor: Cursor, script: str) -> None:
         self._ddl = Ddl(self.database)
+        level, self.isolation_level = self.isolation_level, None
         try:
             for statement in statements.split(script):
                 cursor.execute(statement)
             self.flush_script()
         finally:
-            self._ddl = None
+            self._ddl, self.isolation_level = None, level
 
     def iterdump(self) -> Iterator[str]:
         """The database as a script."""

@@ -10,7 +10,7 @@ import pytest
 
 from dht.model import GLOBAL
 from dht.register.memory import MemoryStore
-from nova_bridge.sql import unique_rows
+from nova_bridge.sql import dbapi, unique_rows
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.errors import ConflictError
@@ -100,6 +100,30 @@ def test_comments_in_a_script_are_no_statements(connect: Connect, script: str, q
         answers.append(database.execute(question).fetchall())
     stock.close()
     assert answers[1] == answers[0]
+
+
+@pytest.mark.parametrize("isolation_level", ["", None])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "CREATE TABLE q (a); INSERT INTO q VALUES (1)",
+        "CREATE TABLE q (a); BEGIN; INSERT INTO q VALUES (1)",
+        "PRAGMA foreign_keys = ON; CREATE TABLE q (a); INSERT INTO q VALUES (1)",
+    ],
+)
+def test_script_leaves_what_sqlite_leaves_each_time(script: str, isolation_level: str | None) -> None:
+    """Rows that no ROLLBACK takes back, a transaction, a setting."""
+
+    def left(connection: Any) -> list[Any]:
+        connection.executescript(script)
+        seen = [connection.in_transaction, *connection.execute("PRAGMA foreign_keys").fetchall()]
+        connection.rollback()
+        seen += connection.execute("SELECT * FROM q").fetchall()
+        connection.close()
+        return seen
+
+    stock = left(sqlite3.connect(":memory:", isolation_level=isolation_level))  # type: ignore[arg-type]
+    assert [left(dbapi.connect_memory(isolation_level=isolation_level)) for _ in range(2)] == [stock, stock]
 
 
 def test_table_whose_unique_index_was_never_finished_is_replaced_by_a_script_that_makes_both(
