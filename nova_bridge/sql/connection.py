@@ -281,10 +281,11 @@ class Connection:
             try:
                 enforced = self.writer.foreign_keys
                 digest = hashlib.sha256(f"{enforced} {script}".encode()).digest()
+                # Others may have made tables since this process looked.
+                fresh = not self.database.reload().definitions
                 if fixture.restore(self.database, digest):
                     self.tx.reset()
                     return cursor
-                fresh = not self.database.schema.definitions
                 self._run_script(cursor, script)
                 # What is kept is the database's content; a script that leaves more than that is run each time.
                 if fresh and not self.in_transaction and self.writer.foreign_keys == enforced:

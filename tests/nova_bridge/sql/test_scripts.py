@@ -212,6 +212,20 @@ def test_script_in_a_database_made_again_gives_its_tables_to_no_transaction_of_t
     assert door.execute("SELECT * FROM flavors").fetchall() == [(1, "small")]
 
 
+def test_script_in_a_database_that_others_have_filled_meanwhile_is_kept_without_their_tables() -> None:
+    store = Remote("paris")
+    door = opened(store)
+    assert not door.database.schema.definitions
+    opened(store).executescript(FLAVORS)
+    script = "CREATE TABLE aggregates (id INTEGER PRIMARY KEY);"
+    door.executescript(script)
+    again = opened(Remote("paris"))
+    again.executescript(script)
+    tables = "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
+    assert door.execute(tables).fetchall() == [("aggregates",), ("flavors",)]
+    assert again.execute(tables).fetchall() == [("aggregates",)]
+
+
 def test_script_whose_tables_were_dropped_since_makes_them_again_for_all() -> None:
     store = Remote("paris")
     door = opened(store)
