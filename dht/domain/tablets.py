@@ -53,6 +53,8 @@ class Tablets:
         self._states: dict[int, TabletState] = {}
         self._submitted = 0
         self._unconfirmed: dict[int, int] = {}
+        # What `serves` answered since anything changed: every message asks, and a find asks for every tablet.
+        self._served: dict[int, int] = {}
         for key, value in disk.range(Space.TABLET, b"", None):
             try:
                 self._take(key, value)
@@ -75,10 +77,13 @@ class Tablets:
 
     def serves(self, tablet: int) -> int:
         """The epoch at which this node votes on the tablet, 0 if none."""
-        state = self.state(tablet)
-        if state.sealed >= state.current or tablet in self._unconfirmed:
-            return 0
-        return state.current
+        served = self._served.get(tablet)
+        if served is None:
+            if (state := self._states.get(tablet)) is None:
+                return 0
+            voting = state.sealed < state.current and tablet not in self._unconfirmed
+            served = self._served[tablet] = state.current if voting else 0
+        return served
 
     def confirmed(self, tablet: int) -> bool:
         """Whether the newest initialisation is durable."""
@@ -89,6 +94,7 @@ class Tablets:
         await self._disk.durable(number)
         if self._unconfirmed.get(tablet) == number:
             del self._unconfirmed[tablet]
+            self._served.clear()
 
     def seal(self, tablet: int, epoch: int) -> int:
         """Submit the seal; returns the number to await before answering, also where it was sealed before.
@@ -115,6 +121,7 @@ class Tablets:
     def flip(self, batch: Batch, tablet: int) -> int:
         """Submit a batch that holds `initialise`; `confirm` follows."""
         self._unconfirmed[tablet] = number = self.submit(batch)
+        self._served.clear()
         return number
 
     def may_initialise(self, tablet: int, epoch: int) -> bool:
@@ -137,6 +144,7 @@ class Tablets:
             self._put(batch, tablet, after)
         else:
             self._states[tablet] = after
+            self._served.clear()
 
     def raise_floor(self, batch: Batch, tablet: int, floor: Ballot) -> None:
         """Into the batch: nothing without a value is accepted below the floor any more (rule 7)."""
@@ -159,6 +167,7 @@ class Tablets:
 
     def _take(self, key: bytes, value: bytes) -> None:
         self._states[int.from_bytes(key, "big")] = _decode(value)
+        self._served.clear()
 
     @staticmethod
     def _put(batch: Batch, tablet: int, state: TabletState) -> None:
