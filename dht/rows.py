@@ -111,8 +111,12 @@ def decode_values(data: bytes) -> tuple[Value, ...]:
     return tuple(out)
 
 
+@functools.lru_cache(maxsize=4096)
 def group_key(database: str, family: str, key: tuple[Value, ...]) -> GroupKey:
-    """The name of a group. Groups of a database, and of a family in it, share a prefix."""
+    """The name of a group. Groups of a database, and of a family in it, share a prefix.
+
+    Kept, because all rows of a group ask for it; values that are equal are encoded the same, whatever their types.
+    """
     return encode_values((database, family, *key))
 
 

@@ -293,7 +293,7 @@ def _add_unique_guards(table: Table, pending: Pending, draft: _Draft) -> None:
 def _add_child_guards(tx: Transaction, table: Table, pending: Pending, draft: _Draft) -> None:
     """A parent's key leaves its group only while no row of the group refers to it."""
     old = pending.base
-    if old is None:
+    if old is None or (pending.current is not None and tx.schema.referred[table.number].isdisjoint(pending.columns)):
         return
     for child, foreign in tx.schema.children.get(table.name.lower(), ()):
         if child.family != table.family or child.family == "row":

@@ -184,6 +184,10 @@ class _Dialect(SQLiteDialect_pysqlite):
         """The daemon is away; the next connection may find it."""
         return isinstance(e, UnavailableError)
 
+    def do_ping(self, dbapi_connection: Any) -> bool:
+        """A connection is of this process and holds none to the daemon, so there is nobody to ask for it."""
+        return True
+
     def do_begin(self, dbapi_connection: Any) -> None:
         """Reads are part of the transaction too, from the first on; oslo.db does that for `sqlite` URLs only.
 

@@ -46,6 +46,8 @@ PAUSE_MIN_S = 0.002
 PAUSE_MAX_S = 0.25
 ARGUMENT_DEPTH_MAX = 7
 """How deep arguments are put back as they were: a list of objects that hold objects is 4."""
+PLAIN = (str, int, float, bytes, type(None))
+"""What cannot be changed, nor holds anything that can."""
 LIVE = ("sqlalchemy", "oslo_", "threading", "_thread", "logging", "concurrent", "queue", "weakref", "contextlib")
 """Modules whose objects live on beside a function: engines, sessions, locks. It was not given them to change."""
 
@@ -197,14 +199,13 @@ class Before:
         self._keep(arguments, 0)
 
     def _keep(self, value: Any, depth: int) -> None:
-        if value is None or isinstance(value, str | int | float | bytes) or depth > ARGUMENT_DEPTH_MAX:
-            return
-        if id(value) in self._seen:
+        if depth > ARGUMENT_DEPTH_MAX or id(value) in self._seen:
             return
         self._seen.add(id(value))
         # What is looked through is a copy: another thread may change the original meanwhile.
         for one in self._parts(value):
-            self._keep(one, depth + 1)
+            if not isinstance(one, PLAIN):
+                self._keep(one, depth + 1)
 
     def _parts(self, value: Any) -> Iterable[Any]:
         match value:

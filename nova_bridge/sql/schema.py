@@ -271,7 +271,8 @@ class Table:
 class Schema:
     """The catalog at one version, by lower-case table name. `dropped`: tables that are gone, by number.
 
-    `roots`: numbers of the local tables whose rows make their groups.
+    `roots`: numbers of the local tables whose rows make their groups. `referred`: positions of the columns that foreign
+    keys refer to, by the number of their table.
     """
 
     def __init__(
@@ -299,6 +300,12 @@ class Schema:
             self.families.setdefault(table.family, []).append(table)
             for foreign in table.foreign:
                 self.children.setdefault(foreign.parent, []).append((table, foreign))
+        self.referred = {table.number: self._referred(table) for table in self.tables.values()}
+
+    def _referred(self, table: Table) -> frozenset[int]:
+        keys = [foreign.parent_columns for _, foreign in self.children.get(table.name.lower(), ())]
+        named = {table.by_name[name] for names in keys for name in names if name in table.by_name}
+        return frozenset(named if () not in keys else {*named, *table.primary})
 
     def same_rows(self, other: Schema, number: int) -> bool:
         """Whether a table is the same in both but for its indexes: changes of its rows mean the same."""

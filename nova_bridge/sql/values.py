@@ -7,6 +7,7 @@ so the door does (FACTS, "SQL door").
 from __future__ import annotations
 
 import datetime
+import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ DECLARED = {TEXT: "TEXT", INTEGER: "INTEGER", REAL: "REAL", NUMERIC: "NUMERIC", 
 EQ_OR_NULL = "lucd_eq_or_null"
 """What `c = x OR c IS NULL` is rewritten to. SQLite tells a virtual table of no OR, and of no LIMIT beside one."""
 _NATIVE = frozenset({str, int, float, bytes, type(None)})
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def affinity_of(declared: str) -> str:
@@ -69,7 +71,7 @@ def _text(number: float) -> str:
 def _number(text: str) -> Value:
     """The text as a number if SQLite would read it as one, else the text itself."""
     stripped = text.strip(" \t\n\r\f\v")
-    if not stripped or "_" in stripped or not stripped.isascii() or stripped[-1] not in "0123456789.":
+    if _NUMBER.fullmatch(stripped) is None:
         return text
     try:
         number = int(stripped)
@@ -108,6 +110,8 @@ def adapt_all(parameters: Sequence[Any] | Mapping[str, Any]) -> Any:
     """All parameters of a statement, positional or named."""
     if isinstance(parameters, Mapping):
         return {name: adapt(value) for name, value in parameters.items()}
+    if isinstance(parameters, (tuple, list)) and _NATIVE.issuperset(map(type, parameters)):
+        return parameters
     return [adapt(value) for value in parameters]
 
 

@@ -120,7 +120,8 @@ class Writer:
         if self.foreign_keys:
             if table.foreign:
                 self.checks.append(lambda: rules.check_child(tx, table, new, changed))
-            self._lose_key(table, current, new)
+            if not tx.schema.referred[table.number].isdisjoint(changed):
+                self._lose_key(table, current, new)
 
     def _check_new_identity(self, table: Table, new: Record) -> None:
         if table.integer_key is not None and not isinstance(new.pk[0], int):
