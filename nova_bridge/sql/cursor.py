@@ -115,7 +115,7 @@ class Cursor:
                 self._read(sql, parameters)
         elif word in statements.WRITES:
             connection.flush_script()
-            self._write(shape, sql, parameters)
+            self._write(shape, parameters)
         elif word in _SCHEMA:
             connection.define(sql)
         elif word == "PRAGMA":
@@ -155,20 +155,24 @@ class Cursor:
             tx.reading, tx.rows_wanted = False, None
         self.connection.end_statement()
 
-    def _write(self, shape: statements.Shape, sql: str, parameters: Any) -> None:
+    def _write(self, shape: statements.Shape, parameters: Any) -> None:
         connection = self.connection
         if shape.refused:
             raise sqlite3.NotSupportedError(
-                f"not supported by this database: {' '.join(sql.split())[:60]}; {shape.refused}"
+                f"not supported by this database: {' '.join(shape.text.split())[:60]}; {shape.refused}"
             )
         if not connection.in_transaction and connection.isolation_level is not None:
             connection.begin()
-        connection.writer.named_columns = shape.inserted
+        writer = connection.writer
+        writer.named_columns, writer.returning = shape.inserted, tuple([r.column for r in shape.returned])
         connection.changing = shape.word in {"UPDATE", "DELETE"}
         try:
-            engine = self._with_reloads(sql, parameters)
+            engine = self._with_reloads(shape.text, parameters)
         finally:
             connection.changing = False
+        if shape.returned:
+            self._rows = writer.returned
+            self.description = tuple([(r.called, None, None, None, None, None, None) for r in shape.returned])
         self.rowcount = engine.changes()
         connection.total_changes += self.rowcount
         if shape.word == "INSERT":
@@ -217,6 +221,7 @@ class Cursor:
         connection.tx.statement += 1
         connection.handles.clear()
         connection.numbers.clear()
+        connection.writer.begin_statement()
         try:
             try:
                 self._fetch(engine, sql, parameters)
@@ -224,6 +229,7 @@ class Cursor:
                 if not any(sign in str(error) for sign in _IN_LIST_BUG):
                     raise
                 connection.tx.rollback_to(mark)
+                connection.writer.begin_statement()
                 self._fetch_without_in_lists(engine, sql, parameters)
             finally:
                 if connection.handles:
@@ -231,7 +237,7 @@ class Cursor:
                     connection.tx.mark_looked_at(looked_at)
             connection.writer.finish_statement()
         except BaseException:
-            connection.writer.checks.clear()
+            connection.writer.begin_statement()
             connection.tx.rollback_to(mark)
             if not connection.in_transaction:
                 connection.tx.reset()

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.sql import elements, functions, operators, selectable
+from sqlalchemy.sql.compiler import InsertmanyvaluesSentinelOpts
 
 from nova_bridge.sql import dbapi, filters, regexp, rerun
 from nova_bridge.sql.errors import UnavailableError
@@ -145,20 +146,24 @@ def _needs_both(condition: Any, left: Any, right: Any) -> bool:
 
 
 class _Dialect(SQLiteDialect_pysqlite):
-    """What both have in common. Virtual tables refuse RETURNING and UPSERT."""
+    """What both have in common. Virtual tables refuse UPSERT, and RETURNING but for the columns of an INSERT.
+
+    With that the rows of one table that a session inserts are one statement.
+    """
 
     statement_compiler = LucdCompiler
     supports_statement_cache = True
-    insert_returning = False
+    insert_returning = True
     update_returning = False
     delete_returning = False
-    use_insertmanyvalues = False
+    use_insertmanyvalues = True
     use_insertmanyvalues_wo_returning = False
+    insertmanyvalues_implicit_sentinel = InsertmanyvaluesSentinelOpts.ANY_AUTOINCREMENT
     supports_multivalues_insert = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._without_returning()
+        self._returning_of_inserts()
         filters.install()
 
     @classmethod
@@ -167,13 +172,13 @@ class _Dialect(SQLiteDialect_pysqlite):
         rerun.install()
         regexp.install()
 
-    def _without_returning(self) -> None:
-        self.insert_returning = self.update_returning = self.delete_returning = False
+    def _returning_of_inserts(self) -> None:
+        self.insert_returning, self.update_returning, self.delete_returning = True, False, False
 
     def initialize(self, connection: Any) -> None:
         """The base class turns RETURNING on by SQLite's version."""
         super().initialize(connection)
-        self._without_returning()
+        self._returning_of_inserts()
 
     @classmethod
     def import_dbapi(cls) -> ModuleType:

@@ -42,6 +42,7 @@ _TOKENS = re.compile(
     re.I | re.S,
 )
 _RETURNING = re.compile(_QUOTED + r"|\bRETURNING\b", re.I | re.S)
+_RETURNED = re.compile(rf"\s*(?:{_NAME}\s*\.\s*)?({_NAME})(?:\s+AS\s+({_NAME}))?\s*(,|;?\s*$)", re.I)
 
 
 _LIMIT = re.compile(r"\bLIMIT\s+(\?|\d+)(?:\s+OFFSET\s+(\?|\d+))?\s*;?\s*$", re.I)
@@ -86,9 +87,35 @@ def is_several(sql: str) -> bool:
     return ";" in sql and sum(not is_empty(statement) for statement in split(sql)) > 1
 
 
-def returns_rows(sql: str) -> bool:
-    """Whether a change has a RETURNING clause, for which a virtual table would give NULLs."""
-    return any(match.group()[0] in "Rr" for match in _RETURNING.finditer(sql))
+class Returned(NamedTuple):
+    """A column in a RETURNING clause, lower case, and what the answer calls it."""
+
+    column: str
+    called: str
+
+
+def cut_returning(sql: str) -> tuple[str, tuple[Returned, ...] | None]:
+    """A change without its RETURNING clause, for which a virtual table would give NULLs, and the clause's columns.
+
+    None: it has no such clause. Empty: it asks for something else than columns.
+    """
+    at = next((match.start() for match in _RETURNING.finditer(sql) if match.group()[0] in "Rr"), None)
+    if at is None:
+        return sql, None
+    found: list[Returned] = []
+    end, following = at + len("RETURNING"), ","
+    while following == ",":
+        match = _RETURNED.match(sql, end)
+        if match is None:
+            return sql, ()
+        column, called, following = match.groups()
+        found.append(Returned(_unquoted(column).lower(), _unquoted(called or column)))
+        end = match.end()
+    return sql[:at], tuple(found)
+
+
+def _unquoted(name: str) -> str:
+    return name.strip('"`[]')
 
 
 def after_with(sql: str) -> str:
@@ -120,7 +147,7 @@ def inserted_columns(sql: str) -> frozenset[str] | None:
         return frozenset()
     if match.group(2) is None:
         return None
-    return frozenset(name.strip('"`[]').lower() for name in re.findall(_NAME, match.group(2)))
+    return frozenset(_unquoted(name).lower() for name in re.findall(_NAME, match.group(2)))
 
 
 def first_word(sql: str) -> str:
@@ -132,13 +159,16 @@ def first_word(sql: str) -> str:
 class Shape(NamedTuple):
     """What the door must know of a statement's text. `word`: its verb, the one after WITH if it begins so.
 
-    `inserted`: see `inserted_columns`. `refused`: what to do in place of a clause that virtual tables cannot serve.
+    `text`: what SQLite is to run of it. `inserted`: see `inserted_columns`. `returned`: which columns of the inserted
+    rows are the answer. `refused`: what to do in place of a clause that virtual tables cannot serve.
     `several`: there is a second statement behind it.
     """
 
     word: str
+    text: str
     asks_for_schema: bool = False
     inserted: frozenset[str] | None = None
+    returned: tuple[Returned, ...] = ()
     refused: str = ""
     several: bool = False
 
@@ -152,15 +182,16 @@ def shape(sql: str) -> Shape:
         word = first_word(body)
     several = is_several(sql)
     if word not in WRITES:
-        return Shape(word, word in READS and asks_for_schema(sql), several=several)
+        return Shape(word, sql, word in READS and asks_for_schema(sql), several=several)
+    text, returned = cut_returning(sql)
     refused = ""
     if has_conflict_clause(body):
         refused = (
             "a conflict ends a statement with an error here, catch it in place of OR IGNORE, OR REPLACE or REPLACE INTO"
         )
-    elif returns_rows(body):
-        refused = "read the rows by a SELECT in place of RETURNING"
-    return Shape(word, False, inserted_columns(body), refused, several)
+    elif returned == () or (returned and word != "INSERT"):
+        refused = "read the rows by a SELECT in place of RETURNING; only an INSERT may name columns there"
+    return Shape(word, text, False, inserted_columns(body), returned or (), refused, several)
 
 
 def asks_for_schema(sql: str) -> bool:

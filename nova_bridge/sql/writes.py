@@ -16,13 +16,23 @@ from nova_bridge.sql.values import coerce
 
 
 class Writer:
-    """Buffers one connection's row changes. `checks` run when the statement ends: foreign keys see all of it."""
+    """Buffers one connection's row changes. `checks` run when the statement ends: foreign keys see all of it.
+
+    `returning`: the columns that the statement wants to know of the rows it inserts, `returned`: these, row by row.
+    """
 
     def __init__(self, tx: Transaction) -> None:
         self.tx = tx
         self.foreign_keys = False
         self.named_columns: frozenset[str] | None = None
+        self.returning: tuple[str, ...] = ()
+        self.begin_statement()
+
+    def begin_statement(self) -> None:
+        """Forget what a statement, or a run of it that failed, has left."""
         self.checks: list[Callable[[], None]] = []
+        self.returned: list[tuple[Any, ...]] = []
+        self._newest_id = 0
 
     def finish_statement(self) -> None:
         """Run what could be judged only now."""
@@ -55,6 +65,8 @@ class Writer:
         tx.put(table, place, Pending(stored, record, columns, before.guards))
         if self.foreign_keys and table.foreign:
             self.checks.append(lambda: rules.check_child(tx, table, record, None))
+        if self.returning:
+            self.returned.append(_named(table, values, self.returning))
         number = values[table.integer_key] if table.integer_key is not None else values[-1] if table.rowid_key else 0
         return int(number)
 
@@ -69,7 +81,9 @@ class Writer:
         number = values[table.integer_key]
         number = rowid if number is None else number
         if number is None:
-            values[table.integer_key] = tx.database.next_id(table, self._newest(table, values))
+            # SQLAlchemy tells the rows of one INSERT apart by their ids: they are in the order of the rows.
+            above = max(self._newest(table, values), self._newest_id)
+            values[table.integer_key] = self._newest_id = tx.database.next_id(table, above)
             return False
         if not isinstance(number, int):
             raise sqlite3.IntegrityError("datatype mismatch")
@@ -185,6 +199,13 @@ class Writer:
                 for row in rows:
                     self.update(child, row, fields, refers)
         self.checks.append(lambda: rules.check_parent(tx, table, old))
+
+
+def _named(table: Table, values: Sequence[Any], names: Sequence[str]) -> tuple[Any, ...]:
+    for name in names:
+        if name not in table.by_name:
+            raise sqlite3.OperationalError(f"no such column: {name}")
+    return tuple([values[table.by_name[name]] for name in names])
 
 
 def _default(column: ColumnDef) -> Any:

@@ -226,11 +226,16 @@ def test_unique_text_compared_with_numbers_is_more_than_one_row(connect: Callabl
     stock.close()
 
 
-def test_returning_refused_with_what_to_do(connect: Callable[..., Connection]) -> None:
+def test_returning_of_other_than_inserted_columns_refused_with_what_to_do(connect: Callable[..., Connection]) -> None:
     door = connect()
     door.execute("CREATE TABLE words (id INTEGER NOT NULL PRIMARY KEY, word TEXT)")
-    with pytest.raises(sqlite3.NotSupportedError, match="in place of RETURNING"):
-        door.execute("INSERT INTO words (word) VALUES ('x') RETURNING id")
+    for sql in (
+        "INSERT INTO words (word) VALUES ('x') RETURNING id + 1",
+        "UPDATE words SET word = 'x' RETURNING id",
+        "DELETE FROM words RETURNING id",
+    ):
+        with pytest.raises(sqlite3.NotSupportedError, match="in place of RETURNING"):
+            door.execute(sql)
     door.execute("INSERT INTO words (word) VALUES (' RETURNING id')")
     door.commit()
     assert door.execute("SELECT count(*) FROM words").fetchall() == [(1,)]
