@@ -37,6 +37,7 @@ _CONFLICT_CLAUSE = re.compile(
 
 _QUOTED = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|\Z)"
 _QUOTES = re.compile(_QUOTED, re.S)
+_TRIGGER = re.compile(r"\s*CREATE\s+(?:TEMP(?:ORARY)?\s+)?TRIGGER\b", re.I)
 _TOKENS = re.compile(
     _QUOTED + r"|[()]|\b(?:SELECT|VALUES|INSERT|UPDATE|DELETE|REPLACE)\b",
     re.I | re.S,
@@ -83,8 +84,10 @@ def is_empty(sql: str) -> bool:
 
 
 def is_several(sql: str) -> bool:
-    """Whether it is more than one statement."""
-    return ";" in sql and sum(not is_empty(statement) for statement in split(sql)) > 1
+    """Whether it is more than one statement. A trigger, which is refused by itself, has some in its body."""
+    if ";" not in sql or _TRIGGER.match(bare(sql)):
+        return False
+    return sum(not is_empty(statement) for statement in split(sql)) > 1
 
 
 class Returned(NamedTuple):
