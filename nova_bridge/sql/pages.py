@@ -25,6 +25,7 @@ SLACK_ROWS = 16
 """Asked for beyond what a statement wants: some may not fit a condition that only SQLite knows."""
 PAGE_GROWTH = 8
 PAGE_READ_ROWS_MAX = 4 * PAGE_ROWS
+"""Where few rows fit, which only SQLite knows, each page is so many times the last: few questions read all of them."""
 GROW_AFTER = 4
 """So many pages that fitted are followed by larger ones: where all rows are large, one question in five is too many."""
 

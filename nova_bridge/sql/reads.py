@@ -47,8 +47,7 @@ class Reads(abc.ABC):
     """One connection's; reused after `reset`.
 
     `statement`: the number of the running one. `reading`: it changes nothing. `rows_wanted`: it probably stops reading
-    when it has so many. `tells_moves`: it can be run again, and
-    `again`: it is being so.
+    when it has so many. `tells_moves`: it can be run again, and `again`: it is being so.
     """
 
     def __init__(self, database: Database) -> None:
