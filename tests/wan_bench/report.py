@@ -8,6 +8,7 @@ What people wrote around the figures stays as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Report:
         self._plots_in = plots_in
 
     def lines(self) -> list[str]:
-        sections = [self._claims, self._updates, self._far, self._calls, self._together, self._lives]
+        sections = [self._claims, self._updates, self._far, self._calls, self._together, self._lives, self._slowed]
         sections += [self._replicated, self._packets, self._cuts]
         return [*self._origin(), *(line for section in sections for line in section())]
 
@@ -240,6 +241,34 @@ class Report:
                 ("MariaDB", "Galera", "lucd (paper: ROME)"),
                 groups,
             ),
+        ]
+
+    def _slowed(self) -> list[str]:
+        rows = []
+        for sites, rtt_ms, slowed, controllers in self._cells.slowed():
+            get = partial(self._cells.part, sites=sites, rtt_ms=rtt_ms, controllers=controllers, slowed=slowed)
+            found = {store: get("life", store) for store in STORES}
+            total = {store: part["total_s"] / slowed if part else None for store, part in found.items()}
+            row = [str(sites), str(rtt_ms), str(slowed), str(controllers)]
+            for store, part in found.items():
+                row.append(f"{total[store]:.1f}{'*' * part['projected']}" if part else "")
+            row += [_ratio(total[store], total["lucd"]) for store in STORES[:2]]
+            row += [_cpu(part) if part else "" for part in found.values()]
+            crowds = [get("together", store) for store in STORES]
+            rows.append(row + [number(crowd["per_s"] * slowed, ".0f") if crowd else "" for crowd in crowds])
+        if not rows:
+            return []
+        head = ["sites", "rtt ms", "slowed", "controllers a site", "MariaDB s", "Galera s", "lucd s", "MariaDB / lucd"]
+        head += ["Galera / lucd", "CPU ms an instance: MariaDB", "Galera", "lucd", "updates a second: MariaDB"]
+        return [
+            "### The same where each site has processors of its own",
+            "",
+            "All sites at once, slowed: the WAN's delays are so many times longer, and the times and rates are those "
+            "of a WAN as it is called between machines with so many times the processors (and disks as much faster). "
+            "With eight sites on two cores, slowed 8 times, each site has two cores. What goes by the clock (signs of "
+            "life, timeouts) is not slowed: its CPU counts so many times. `*`: projected.",
+            "",
+            *table([*head, "Galera", "lucd"], rows),
         ]
 
     def _replicated(self) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path("docs/benchmarks/wan.json")
-KEYS = ("store", "sites", "rtt_ms", "controllers", "daemons", "cut_site", "cut_s")
+KEYS = ("store", "sites", "rtt_ms", "slowed", "controllers", "daemons", "cut_site", "cut_s")
 
 
 def name_of(key: dict[str, Any]) -> str:
@@ -56,17 +56,21 @@ class Cells:
         return list(self._cells.values())
 
     def places(self) -> list[tuple[int, int]]:
-        """(sites, round trip in ms) of all that was measured without a cut, in order."""
-        keys = [cell["key"] for cell in self.all() if "cut_s" not in cell["key"]]
+        """(sites, round trip in ms) of all that was measured without a cut and in its own time, in order."""
+        keys = [cell["key"] for cell in self.all() if not {"cut_s", "slowed"} & cell["key"].keys()]
         return sorted({(key["sites"], key["rtt_ms"]) for key in keys})
 
     def part(
-        self, part: str, store: str, sites: int, rtt_ms: int, controllers: int = 1, daemons: int = 1
+        self, part: str, store: str, sites: int, rtt_ms: int, controllers: int = 1, daemons: int = 1, slowed: int = 1
     ) -> dict[str, Any] | None:
-        """What was measured, None if it was not."""
+        """What was measured, None if it was not. Of a slowed one the times are the laboratory's, `slowed` times as long
+        as what they stand for.
+        """
         key: dict[str, Any] = {"store": store, "sites": sites, "rtt_ms": rtt_ms, "controllers": controllers}
         if store == "lucd":
             key["daemons"] = daemons
+        if slowed > 1:
+            key["slowed"] = slowed
         found: dict[str, Any] | None = self._cells.get(name_of(key), {}).get("parts", {}).get(part)
         return found
 
@@ -74,6 +78,11 @@ class Cells:
         """Whether lucd was measured there with so many daemons in each site."""
         key = {"store": "lucd", "sites": sites, "rtt_ms": rtt_ms, "controllers": controllers, "daemons": daemons}
         return name_of(key) in self._cells
+
+    def slowed(self) -> list[tuple[int, int, int, int]]:
+        """(sites, round trip in ms, how often slowed, controllers of a site) of all that was measured so, in order."""
+        keys = [cell["key"] for cell in self.all() if "slowed" in cell["key"]]
+        return sorted({(key["sites"], key["rtt_ms"], key["slowed"], key["controllers"]) for key in keys})
 
     def cuts(self) -> list[dict[str, Any]]:
         """The cells of cuts."""

@@ -2,12 +2,19 @@
 
     python -m tests.wan_bench.run --sites 1,2 --rtt-ms 0,10 --controllers 1 --quick
     python -m tests.wan_bench.run --sites 8 --rtt-ms 50 --parts home_update,life
+    python -m tests.wan_bench.run --sites 8 --rtt-ms 50 --slowed 8 --controllers 1
     python -m tests.wan_bench.run --cut --sites 4 --rtt-ms 50
     python -m tests.wan_bench.report
 
 Needs root, network namespaces and TUN devices. Every cell of the matrix (store, sites, round trip, controllers per
 site) is merged into a file of results as soon as it is measured, so a matrix may be measured in pieces; the report is
 made from that file.
+
+Slowed N times, the WAN's delays are N times as long as they are called, and each second stands for 1/N of one: the
+machine is then as good as one with N times as many processors, N times as fast a disk (time dilation; Gupta et al.,
+"To Infinity and Beyond: Time-Warped Network Emulation", NSDI 2006). With eight sites on two cores, slowed 8 times, each
+site has two cores of its own. What the stores do by the clock (signs of life, timeouts) is not slowed, so it costs N
+times what it would.
 """
 
 from __future__ import annotations
@@ -31,6 +38,8 @@ from tests.wan_bench.stores import KINDS, make_store
 
 PARTS = ("idle", *SINGLE, "store", "calls", "together", "share", "life")
 SHOWN = ("p50_ms", "by_site_ms", "per_s", "total_s", "done", "cpu_ms_each", "wan_packets", "packets_per_s", "changed")
+SLOWED_PARTS = ("together", "life")
+"""What all sites do at once: the rest is taken in turns and needs no more processors."""
 LIMIT_S = 8.0
 TIMES, QUICK_TIMES = 40, 12
 LIFE_LIMIT_S = 90.0
@@ -99,6 +108,7 @@ def opened(kind: str, sites: int, daemons: int, each: int) -> Iterator[tuple[Wan
 @click.option(
     "--rtt-ms", type=Numbers(), default="0,10,50", show_default=True, help="Round trip between any two sites."
 )
+@click.option("--slowed", type=click.IntRange(1, 100), default=1, show_default=True, help="Times; see above.")
 @click.option("--controllers", type=Numbers(), default="1,10", show_default=True, help="Client processes at each site.")
 @click.option("--stores", default=",".join(KINDS), show_default=True)
 @click.option("--parts", default=",".join(PARTS), show_default=True)
@@ -116,6 +126,7 @@ def opened(kind: str, sites: int, daemons: int, each: int) -> Iterator[tuple[Wan
 def main(
     sites: list[int],
     rtt_ms: list[int],
+    slowed: int,
     controllers: list[int],
     stores: str,
     parts: str,
@@ -134,11 +145,15 @@ def main(
         raise click.ClickException(why)
     kinds, wanted = _names(tuple(KINDS), stores), _names(PARTS, parts)
     run = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    if slowed > 1:
+        if cutting:
+            raise click.BadParameter("--slowed and --cut exclude each other: what ends a cut goes by the clock")
+        wanted = [part for part in wanted if part in SLOWED_PARTS]
     cut_s = cut_s or (QUICK_CUT_S if quick else CUT_S)
     life_s = min(life_s, QUICK_LIFE_LIMIT_S) if quick else life_s
 
     def measure(wan: Wan, crew: Crew, key: dict[str, Any]) -> None:
-        wan.between(range(len(wan.sites)), key["rtt_ms"])
+        wan.between(range(len(wan.sites)), key["rtt_ms"] * slowed)
         if cutting:
             site = cut_site % len(wan.sites)
             results.merge(out, key | {"cut_site": site, "cut_s": cut_s}, cut.run(wan, crew, cut_s, site), run)
@@ -153,7 +168,7 @@ def main(
         click.echo(f"{kind} on {number} sites")
         with opened(kind, number, daemons, 2 if cutting else max(controllers)) as (wan, crew):
             for rtt in rtt_ms:
-                key = {"store": kind, "sites": number, "rtt_ms": rtt}
+                key = {"store": kind, "sites": number, "rtt_ms": rtt} | ({"slowed": slowed} if slowed > 1 else {})
                 measure(wan, crew, key | ({"daemons": daemons} if kind == "lucd" else {}))
 
 

@@ -134,6 +134,23 @@ def test_aims_are_reached_or_not_by_what_was_measured(tmp_path):
     }
 
 
+def test_slowed_instances_are_told_in_the_time_that_they_stand_for(tmp_path):
+    file = tmp_path / "r.json"
+    key = {"sites": 8, "rtt_ms": 50, "slowed": 8, "controllers": 1}
+    for store, total_s in (("mariadb", 4000.0), ("galera", 1200.0), ("lucd", 80.0)):
+        own = {"daemons": 1} if store == "lucd" else {}
+        life = _lives(total_s) | {"projected": store == "mariadb"}
+        results.merge(file, key | {"store": store} | own, {"life": life, "together": _part(9.0, per_s=30.0)}, "run")
+    cells = Cells(file)
+    assert cells.places() == []
+    said = {claim.what: (claim.measured, claim.met) for claim in all_claims(cells)}
+    lives = "500 instances, 1 controllers a site, all sites, slowed 8 times: beside "
+    assert said == {f"{lives}central MariaDB": ("50.0x", True), f"{lives}Galera": ("15.0x", True)}
+    costs = "5 + 10 | 5 + 10 | 5 + 10"
+    row = f"| 8 | 50 | 8 | 1 | 500.0* | 150.0 | 10.0 | 50.0x | 15.0x | {costs} | 240 | 240 | 240 |"
+    assert row in Report(cells, tmp_path).lines()
+
+
 def test_sections_without_figures_are_left_out(tmp_path):
     file = tmp_path / "r.json"
     key = {"store": "galera", "sites": 1, "rtt_ms": 0, "controllers": 1}
