@@ -426,7 +426,8 @@ class Daemon:
         found = (
             [f"{missing} of {self._workers.count} workers of the RPC door do not run; see the log"] if missing else []
         )
-        return [*found, *self._lists.warnings(), *self.followers.warnings(), *self.copied.warnings()]
+        own = [*self._lists.warnings(), *self.places.ids.warnings()]
+        return [*found, *own, *self.followers.warnings(), *self.copied.warnings()]
 
     def _counters(self) -> dict[str, Counters]:
         parts: dict[str, Callable[[], Counters]] = {

@@ -309,11 +309,19 @@ def sequence_next(rows: Mapping[RowKey, bytes]) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def sequence_moved(key: GroupKey, current: int | None, following: int) -> Part:
-    """Compare-and-set of the sequence from `current` to `following`."""
+def sequence_jumped(rows: Mapping[RowKey, bytes]) -> int | None:
+    """The generation whose recovery made the sequence jump last."""
+    row = rows.get(_SEQUENCE_ROW)
+    value = decode_row(row).get(1) if row is not None else None
+    return value if isinstance(value, int) else None
+
+
+def sequence_moved(key: GroupKey, current: int | None, following: int, jumped: int | None = None) -> Part:
+    """Compare-and-set of the sequence from `current` to `following`. `jumped`: see `sequence_jumped`."""
+    columns: Columns = {0: following} if jumped is None else {0: following, 1: jumped}
     if current is None:
-        return Part(key, changes=(Change(Op.INSERT, 0, (), {0: following}),))
-    return Part(key, changes=(Change(Op.UPDATE, 0, (), {0: following}, {0: current}),))
+        return Part(key, changes=(Change(Op.INSERT, 0, (), columns),))
+    return Part(key, changes=(Change(Op.UPDATE, 0, (), columns, {0: current}),))
 
 
 def check_count(count: int) -> None:

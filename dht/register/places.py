@@ -17,8 +17,6 @@ A commit goes whole to the one PoP that has its groups; one over several is refu
 lives. A group that the transaction makes, as `created` says, comes into being here, and nobody else is asked. That is
 right as long as no two clients make a group of one key, which random keys see to. If they do, each PoP keeps its own: a
 read finds the one that it meets first, a find shows both.
-
-Ids are k * IDS_APART + the PoP's index, k being what the sequence of the PoP's own domain gives out.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from dht.errors import Conflict, Indeterminate, Invalid, Unavailable
-from dht.limits import FIND_ROWS_MAX, IDS_APART, REQUEST_TIMEOUT_S, SPANNING_ID_MAX
+from dht.limits import FIND_ROWS_MAX, REQUEST_TIMEOUT_S
 from dht.model import (
     ZERO,
     Applied,
@@ -49,6 +47,7 @@ from dht.model import (
 )
 from dht.overlay.messages import pop_prefix
 from dht.register import catalog
+from dht.register.local_ids import LocalIds
 from dht.requests import Store
 from dht.rows import group_name, split_group_key
 from dht.storage.search import row_order
@@ -98,7 +97,7 @@ class Places:
         self._own = own
         self._far = far
         self._registry = registry
-        self._index = index
+        self.ids = LocalIds(pop, own, index)
         self._hint = hint
         self._made = made
         self._made_once = made_once
@@ -518,22 +517,15 @@ class Places:
         await asyncio.gather(*(self._store(pop).drop_database(database, timeout_s, shard) for pop in pops))
         self._places.clear()
         self._shards.pop(database, None)
+        self.ids.forget(database)
 
     async def reserve_ids(
         self, database: str, name: str, count: int, above: int = 0, timeout_s: float | None = None
     ) -> int:
-        """The first of `count` ids, each IDS_APART above the one before; no other PoP gives them out."""
-        index = self._index()
-        first = await self._own.reserve_ids(database, name, count, above // IDS_APART, timeout_s)
-        if (first + count - 1) * IDS_APART + index > SPANNING_ID_MAX:
-            raise Invalid(
-                f"the ids of table {name} of {database} are used up in PoP {self._pop}: the next would be "
-                f"{first * IDS_APART + index}, and columns hold {SPANNING_ID_MAX} at most"
-            )
-        return first * IDS_APART + index
+        return await self.ids.reserve(database, name, count, above, timeout_s)
 
     async def raise_sequence(self, database: str, name: str, above: int, timeout_s: float | None = None) -> None:
-        await self._own.raise_sequence(database, name, above // IDS_APART, timeout_s)
+        await self.ids.raise_to(database, name, above, timeout_s)
 
     async def fence(
         self, database: str, version: int, prefixes: Sequence[bytes], first: int = 0, timeout_s: float | None = None

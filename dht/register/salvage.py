@@ -2,6 +2,8 @@
 
 The survivors may stand where acknowledged writes had not reached them yet. So sequences jump by more than anybody can
 have taken from them unseen, and intents are ended: by the decision that their primary still records, else by an abort.
+
+A sequence notes the generation in which it jumped last: an order that broke off and is given again jumps no further.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ from dht.register import catalog
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.group import APPLIED
+from dht.register.local_ids import LOCAL_IDS_MAX, jump_ids, left_ids
 from dht.register.messages import ListDoubtful, ListDoubtfulReply
 from dht.register.operations import decode_intent
 from dht.register.reader import Reader
 from dht.register.resolver import Resolver
 from dht.register.rounds import expect
 from dht.register.transaction import Transactions
-from dht.rows import split_group_key, table_prefix
+from dht.rows import is_local, split_group_key, table_prefix
 
-SEQUENCE_JUMP_IDS = 1_000_000
 _INTENT_PREFIX = table_prefix(SYSTEM_INTENT)
 
 
@@ -86,13 +88,17 @@ class Salvage:
         return findings
 
     async def _jump(self, key: GroupKey, deadline: float) -> str:
-        database = split_group_key(key)[0]
+        database, generation = split_group_key(key)[0], self._context.domain.generation
         while True:
             (group,) = await self._reader.read([key], None, deadline)
-            current = catalog.sequence_next(group.rows or {})
+            rows = group.rows or {}
+            current = catalog.sequence_next(rows)
             if current is None:
                 return f"sequence {_named(key)} has no value"
-            part = catalog.sequence_moved(key, current, current + SEQUENCE_JUMP_IDS)
+            if catalog.sequence_jumped(rows) == generation:
+                return f"sequence {_named(key)} jumped in this generation already; it stands at {current}"
+            following = current + jump_ids(key, current)
+            part = catalog.sequence_moved(key, current, following, generation)
             try:
                 await self._transactions.commit(
                     Transaction(self._context.chance.randbytes(16), database, 0, (part,)), 0, deadline
@@ -102,7 +108,9 @@ class Salvage:
                     raise
                 await self._context.back_off()
             else:
-                return f"sequence {_named(key)} jumped from {current} to {current + SEQUENCE_JUMP_IDS}"
+                text = f"sequence {_named(key)} jumped from {current} to {following}"
+                left = f"; {left_ids(following):,} of this PoP's {LOCAL_IDS_MAX:,} ids are left"
+                return text + left if is_local(key) else text
 
 
 def _named(key: GroupKey) -> str:

@@ -295,7 +295,10 @@ class Database:
         """A new id of the table's sequence, above all that its group holds."""
 
         def reserve(count: int, floor: int) -> int:
-            return self.store.reserve_ids(self.name, table.sequence, count, floor, self.timeout_s)
+            try:
+                return self.store.reserve_ids(self.name, table.sequence, count, floor, self.timeout_s)
+            except Invalid as error:
+                raise Invalid(f"there is no id for a new row of {table.name}: {error.message}") from None
 
         return self.ids.take(table, above, reserve)
 

@@ -391,8 +391,24 @@ async def test_ids_of_two_pops_are_never_the_same_and_go_on_above_what_is_there(
 
 async def test_id_that_no_column_holds_is_refused(pops):
     store = pops.places("a")
-    with pytest.raises(Invalid, match="used up in PoP a"):
+    with pytest.raises(Invalid, match=r"ids of table 16 of d are used up in PoP a: .*make new rows in another PoP"):
         await store.reserve_ids("d", "~16", 1, above=SPANNING_ID_MAX - 1)
+    assert ["100 % of the ids of table 16 of d" in text for text in store.ids.warnings()] == [True]
+
+
+async def test_last_id_that_columns_hold_is_given_out(pops):
+    assert await pops.places("a").reserve_ids("d", "~16", 1, above=SPANNING_ID_MAX - IDS_APART) <= SPANNING_ID_MAX
+
+
+async def test_ids_that_come_to_an_end_are_warned_of_while_a_quarter_is_left(pops):
+    store = pops.places("a")
+    await store.reserve_ids("d", "~16", 1)
+    assert store.ids.warnings() == []
+    await store.reserve_ids("d", "~17", 1, above=SPANNING_ID_MAX // 4 * 3)
+    (text,) = store.ids.warnings()
+    assert text.startswith("75 % of the ids of table 17 of d are used up in PoP a, 2,097,1")
+    await store.drop_again("d", ["a"], "")
+    assert store.ids.warnings() == []
 
 
 async def test_fence_is_raised_in_every_pop_and_names_the_one_that_is_out_of_reach(pops):

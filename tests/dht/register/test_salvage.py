@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from register_cluster import Cluster
 from test_store_node import insert, key, row, transaction, update
 
+from dht.limits import IDS_APART, SPANNING_ID_MAX
+from dht.register.local_ids import LOCAL_IDS_MAX, SEQUENCE_JUMP_IDS
 from dht.register.messages import Kind, Operation
-from dht.register.salvage import SEQUENCE_JUMP_IDS
 
 
 @pytest.fixture
@@ -28,6 +31,34 @@ async def test_sequence_jumps_beyond_what_anybody_can_have_taken(cluster):
     findings = await cluster[0].salvage(10.0)
     assert any("sequence db/sequence/16 jumped" in text for text in findings)
     assert await cluster[2].reserve_ids("db", "16", 1) >= before + SEQUENCE_JUMP_IDS
+
+
+async def recover(cluster) -> tuple[str, ...]:
+    """As the order of `lucd domain recover` does it: a generation begins, then the data is seen to."""
+    for domain in cluster.domains.values():
+        domain.generation += 1
+    return await cluster[0].salvage(10.0)
+
+
+async def test_ids_of_a_pop_outlast_many_recoveries_and_each_is_told_what_is_left(cluster):
+    given = [await cluster[1].reserve_ids("db", "~16", 101)]
+    for _ in range(12):
+        findings = await recover(cluster)
+        given.append(await cluster[1].reserve_ids("db", "~16", 101))
+        (text,) = [text for text in findings if "sequence db/~sequence/~16 jumped" in text]
+        assert f"{LOCAL_IDS_MAX - given[-1] + 1:,} of this PoP's {LOCAL_IDS_MAX:,} ids are left" in text
+    assert min(after - before for before, after in pairwise(given)) > 100_000, "more than one request may take"
+    assert given[-1] * IDS_APART < SPANNING_ID_MAX
+
+
+async def test_recovery_that_broke_off_and_is_ordered_again_jumps_no_sequence_twice(cluster):
+    for name in ("16", "~16"):
+        await cluster[1].reserve_ids("db", name, 1)
+    await recover(cluster)
+    before = [await cluster[1].reserve_ids("db", name, 1, above=2_000_000) for name in ("16", "~16")]
+    assert [text for text in await cluster[0].salvage(10.0) if "jumped in this generation already" in text]
+    after = [await cluster[2].reserve_ids("db", name, 1) for name in ("16", "~16")]
+    assert all(1 <= later - earlier < 1_000 for earlier, later in zip(before, after, strict=True))
 
 
 async def test_intent_without_a_decision_is_dropped_and_named(cluster):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from dht.errors import Invalid
 from dht.limits import IDS_APART
 from dht.model import ZERO, Applied, Ballot, GroupKey, GroupRead, Reading, Scope, Transaction
 from dht.rows import group_key, is_local
@@ -288,3 +289,18 @@ def test_scan_that_learns_of_a_newer_catalog_still_leaves_out_pops_out_of_reach(
     store.questions.clear()
     b.execute("SELECT id FROM instance_mappings")
     assert [q.scope for q in store.questions] == [Scope.REACHABLE, Scope.REACHABLE]
+
+
+def test_insert_where_the_ids_are_used_up_names_the_table(
+    monkeypatch: pytest.MonkeyPatch, store: CountingStore, connect: Callable[..., Connection]
+) -> None:
+    """The store knows the table by its number alone."""
+    connection = connect()
+    connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, x INTEGER)")
+
+    def used_up(*asked: object) -> int:
+        raise Invalid("the ids of table 16 of cell are used up")
+
+    monkeypatch.setattr(store, "reserve_ids", used_up)
+    with pytest.raises(sqlite3.DataError, match="no id for a new row of t: the ids of table 16 of cell are used up"):
+        connection.execute("INSERT INTO t (x) VALUES (1)")
