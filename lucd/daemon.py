@@ -30,6 +30,7 @@ from dht.register.noted_homes import NotedHomes
 from dht.register.places import FEW_POPS, Places
 from dht.register.shards import Shard
 from dht.register.spanning import SpanningStore
+from dht.requests import ListPops, ListPopsReply
 from dht.storage.disk import RESERVE_BYTES, SqliteDisk
 from dht.wire.boots import BootBook
 from dht.wire.handshake import PeerIdentity
@@ -153,6 +154,7 @@ class Daemon:
             chance,
             lambda: self.own.domain.joined,
             lambda: self.wide.domain.joined,
+            self._contacts,
         )
         self.network.serve(self._answer_peer)
         self._global_network.serve(self.wide.answer)
@@ -281,6 +283,8 @@ class Daemon:
     async def _answer_peer(self, sender: NodeId, message: Struct) -> Struct:
         if isinstance(message, InDomain):
             return await self._global_network.open(sender, message)
+        if isinstance(message, ListPops):
+            return ListPopsReply(self.pops.told())
         if isinstance(message, AskWhere):
             return await self._report.where_here(message.key)
         if type(message) in BUS_REQUESTS:

@@ -2,6 +2,7 @@
 
 A recovery of `global` may lose rows of them: a database that nobody else finds, a PoP whose name and index would be
 given away. The PoP itself still knows. So its members of `global` compare now and again, and each node at its start.
+A node that is new while the lists are out of reach learns the index from another node of the PoP, and gives out ids.
 
 If the index was given away before that, the list cannot be mended: two PoPs would give out the same ids. Every node
 looks now and again whether that is so, and gives out none then.
@@ -10,7 +11,7 @@ looks now and again whether that is so, and gives out none then.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from dht.errors import DhtError, Indeterminate, Invalid, Unavailable
@@ -28,7 +29,10 @@ _REMEDY: Final = "replace its nodes, one after another, by ones with empty data 
 
 
 class Lists:
-    """`serving`: whether this node is a member of its PoP's domain; `keeps`: whether it is one of `global`."""
+    """`serving`: whether this node is a member of its PoP's domain; `keeps`: whether it is one of `global`.
+
+    `mates`: nodes of the PoP that are heard.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class Lists:
         chance: Chance,
         serving: Callable[[], bool],
         keeps: Callable[[], bool],
+        mates: Callable[[], Iterable[NodeId]],
     ) -> None:
         self._homed = homed
         self._registry = registry
@@ -51,6 +56,7 @@ class Lists:
         self._chance = chance
         self._serving = serving
         self._keeps = keeps
+        self._mates = mates
         self._refusal = ""
         self._left: tuple[str, ...] = ()
 
@@ -94,9 +100,17 @@ class Lists:
             pause_s = REFUSED_PAUSE_S if refusal or self._left else COMPARE_INTERVAL_S
 
     async def compare_index(self) -> str:
-        """Learn the PoP's index, or claim it again. If it is another's, no ids are given out; returns why, else ""."""
+        """Learn the PoP's index, or claim it again. If it is another's, no ids are given out; returns why, else "".
+
+        Raises Unavailable where the list is out of reach; the index is learned from another node of the PoP then.
+        """
         pop = self._pops.name
-        claims = await self._registry().pops(REQUEST_TIMEOUT_S)
+        try:
+            claims = await self._registry().pops(REQUEST_TIMEOUT_S)
+        except (Unavailable, Indeterminate):
+            if self._pops.noted_index() is None:
+                await self._pops.ask_index(self._mates())
+            raise
         known = self._pops.noted_index()
         if pop not in claims:
             # Of two nodes that do it one is first; both have the same index to claim, or none.

@@ -8,17 +8,19 @@ whose members are all away, cannot make two domains of one name. The claim also 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from dht.domain.roster import Member
 from dht.errors import DhtError, Unavailable
-from dht.limits import REQUEST_TIMEOUT_S
-from dht.model import GLOBAL, NodeId
+from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
+from dht.model import GLOBAL, NodeId, PopClaim
 from dht.overlay.messages import Contact
 from dht.register.catalog import recovered_generation
 from dht.register.homes import FarStore, Registry
+from dht.requests import ListPops, ListPopsReply
 from dht.wire.handshake import PeerIdentity
 from dht.wire.links import parse_address
 from dht.world import Batch, Chance, Clock, Disk, Network, Space
@@ -102,7 +104,7 @@ class Pops:
         if noted is None:
             raise Unavailable(
                 f"the index of PoP {self.name} is not known here yet, which domain global gives; see whether a "
-                "majority of its members is reachable (`lucd domain show global`)"
+                "majority of its members is reachable (`lucd domain show global`), or another node of this PoP"
             )
         return noted
 
@@ -120,6 +122,24 @@ class Pops:
     def doubt_index(self, why: str) -> None:
         """Why the index may not be this PoP's alone: it is given to nobody until the doubt is empty again."""
         self._doubt = why
+
+    def told(self) -> dict[str, PopClaim]:
+        """What this PoP's nodes are told of it that cannot ask `global`: the index, unless it is in doubt; no claim."""
+        noted = self.noted_index()
+        return {} if noted is None or self._doubt else {self.name: PopClaim(b"", b"", noted)}
+
+    async def ask_index(self, mates: Iterable[NodeId]) -> None:
+        """Learn the index from a node of this PoP that knows it, if one of these does. Those of older versions do not.
+
+        Only where the list is out of reach: they may not have heard yet that it is in doubt.
+        """
+        for node in mates:
+            with contextlib.suppress(DhtError):
+                reply = await self._network.call(node, ListPops(), PEER_TIMEOUT_S)
+                claim = reply.pops.get(self.name) if isinstance(reply, ListPopsReply) else None
+                if claim is not None:
+                    self.note_index(claim.index)
+                    return
 
     # ---- asking other PoPs
 

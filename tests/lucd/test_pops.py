@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dht.register.catalog import recovering
 from dht.register.homes import FarStore
 from dht.storage.memory import MemoryDisk
 from lucd import pops as pops_module
+from lucd.daemon import Daemon
 from lucd.lists import Lists
 from lucd.pops import Pops
 
@@ -46,6 +48,7 @@ class World:
         self.slept_s: list[float] = []
         self.serving: set[bytes] = set()
         self.asked: list[bytes] = []
+        self.mates: dict[bytes, Pops] = {}
         self.turn = asyncio.Event()
 
     def peers(self) -> list[Any]:
@@ -77,6 +80,7 @@ class World:
             random.Random(1),
             lambda: True,
             lambda: self.keeps,
+            lambda: list(self.mates),
         )
 
     async def pops(self, timeout_s: float | None = None) -> dict[str, PopClaim]:
@@ -117,6 +121,9 @@ class World:
 
     async def call(self, node: bytes, message: Struct, timeout_s: float) -> Struct:
         self.asked.append(node)
+        if isinstance(message, requests.ListPops):
+            daemon: Any = SimpleNamespace(pops=self.mates[node])
+            return await Daemon._answer_peer(daemon, b"n" * 20, message)
         if node not in self.serving:
             raise NotServing("this node is no member of domain lyon; ask one that is")
         return requests.ListDatabasesReply(("cell",))
@@ -270,6 +277,40 @@ async def test_index_is_learned_once_and_kept_in_the_file(world: World) -> None:
     await world.lists_on(disk).compare_index()
     assert world.pops_on(disk).index() == 7
     assert world.claims["nice"].node == b"m" * 20
+
+
+async def test_node_that_joins_a_pop_which_is_cut_off_learns_the_index_from_another_node_of_it(world: World) -> None:
+    new, doubting, old = (world.pops_on(MemoryDisk()) for _ in range(3))
+    doubting.note_index(9)
+    doubting.doubt_index("another PoP has it")
+    world.mates = {b"n" * 20: world.pops_on(MemoryDisk()), b"d" * 20: doubting}
+    world.away = True
+    lists = world.lists_on(MemoryDisk(), new)
+    with pytest.raises(Unavailable):
+        await lists.compare_index()
+    with pytest.raises(Unavailable, match="not known here yet"):
+        new.index()
+    old.note_index(7)
+    world.mates[b"o" * 20] = old
+    with pytest.raises(Unavailable):
+        await lists.compare_index()
+    assert new.index() == 7
+    world.asked.clear()
+    with pytest.raises(Unavailable):
+        await lists.compare_index()
+    assert world.asked == []
+    world.away, world.claims = False, {"nice": PopClaim(b"m" * 20, b"i" * 16, 8)}
+    assert "it has index 7, but is listed with 8" in await lists.compare_index()
+
+
+async def test_node_that_reaches_the_list_asks_no_other_for_the_index(world: World) -> None:
+    """That one may not have heard yet that another PoP was given it."""
+    old, new = world.pops_on(MemoryDisk()), world.pops_on(MemoryDisk())
+    old.note_index(7)
+    world.mates = {b"o" * 20: old}
+    world.claims = {"nice": PopClaim(b"m" * 20, b"i" * 16, 8)}
+    assert await world.lists_on(MemoryDisk(), new).compare_index() == ""
+    assert (new.index(), world.asked) == (8, [])
 
 
 async def test_pop_that_is_missing_in_the_list_is_entered_with_the_index_that_it_had(world: World) -> None:
