@@ -248,12 +248,13 @@ class SocketStore:
     def commit(self, transaction: Transaction, attempt: int = 0, timeout_s: float | None = None) -> Applied:
         """When the reply is lost the window is asked for the id; what was not applied is sent again under the same id.
 
+        Once: who asked has ended the transaction, so that a group which forgets may say for ever that it cannot tell.
         If the store knows that it was applied but cannot say at which ballots, they are ZERO, which no cache believes.
         """
         if not transaction.parts:
             return Applied(())
         deadline = time.monotonic() + (self.client.timeout_s if timeout_s is None else timeout_s)
-        applied = False
+        applied = ended = False
         while True:
             try:
                 message = requests.Commit(transaction, attempt)
@@ -271,7 +272,14 @@ class SocketStore:
             applied = outcome == "applied"
             if not applied and not isinstance(lost, Indeterminate):
                 raise lost
-            attempt += 1
+            if ended and not applied:
+                raise Conflict(
+                    "the transaction was interrupted, and was ended without being applied; run it again",
+                    part=0,
+                    what="intent",
+                    index=0,
+                )
+            attempt, ended = attempt + 1, True
 
     def _settled(self, transaction: Transaction, deadline: float) -> str:
         """What became of the transaction; "unknown" too if nobody can say, at once if the daemon is cut off."""

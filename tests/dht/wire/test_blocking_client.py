@@ -144,6 +144,16 @@ def test_lost_commit_that_was_not_applied_is_sent_again(store, daemon):
     assert store.commit(TRANSACTION) == Applied((BALLOT, BALLOT))
 
 
+def test_lost_commit_whose_retry_nobody_can_tell_of_is_not_sent_a_third_time(store, daemon):
+    """One of its groups says that it was not applied, another one that it has forgotten so old a transaction."""
+    daemon.fails_after = Indeterminate("forgotten", forgotten=True)
+    daemon.outcomes = ["not_applied"] * 100
+    with pytest.raises(Conflict) as caught:
+        store.commit(TRANSACTION)
+    assert caught.value.detail["what"] == "intent"
+    assert [type(m).__name__ for m in daemon.asked] == ["Commit", "AskOutcome"] * 2
+
+
 def test_lost_commit_asks_the_group_whose_ballot_it_names(store, daemon):
     daemon.lose = 1
     daemon.outcomes = ["applied"]
