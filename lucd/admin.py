@@ -21,11 +21,11 @@ from lucd.messages import StatusReply, plain
 
 NOW = frozenset(
     {
-        *("connections", "peers", "links", "contacts", "queue", "in_flight", "clients", "servers", "bytes_free"),
-        *("copies", "open", "held_addresses", "known_addresses", "far_calls"),
+        *("connections", "links", "copies", "open", "held_addresses", "known_addresses", "far_calls", "listeners"),
+        *("waiting", "queued_messages", "queued_bytes", "pending_bytes"),
     }
 )
-NOW_ENDS = ("_now", "_max", "_most", "_bytes", "_age_s")
+NOW_ENDS = ("_now", "_most", "_age_s")
 """Counters that say how many there are now, or how much, not how many there were since the start."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -10,11 +11,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dht.errors import Invalid, Unavailable
+from dht.storage.disk import DiskCounters
 from lucd.admin import AdminDoor
 from lucd.conf.options import Endpoint
 from lucd.demo.daemons import free_port
 from lucd.messages import StatusReply
+from lucd.turnstile import Turnstile
+from nova_bridge.rpc.bus import Bus
 from tests.lucd.test_cli import STATUS
+
+OF_THE_ROSTER = {f"lucd_domain_{name}" for name in ("members", "members_reachable", "epoch", "generation")}
 
 
 class Now:
@@ -83,6 +89,28 @@ async def test_age_of_the_copy_of_global_is_a_metric_that_goes_up_and_down(serve
     assert told["global_age_s"].samples[0].name == "lucd_copies_global_age_s"
     assert told["global_age_s"].samples[0].value == -1
     assert families["lucd_node_info"].samples[0].labels["pop"] == "paris"
+
+
+async def test_counts_of_what_is_there_now_are_gauges_and_what_only_grows_are_counters(
+    served: tuple[Now, Endpoint],
+) -> None:
+    now, where = served
+    counters = {
+        "turnstile": Turnstile().counters,
+        "bus": Bus(0).counters,
+        "disk": dataclasses.asdict(DiskCounters()),
+        "domain": {"copied_bytes": 1, "repaired_bytes": 1},
+    }
+    now.value = msgspec.structs.replace(STATUS, counters=counters)
+    families = text_string_to_metric_families((await get(where, "/metrics"))[1])
+    kinds = {
+        family.name: family.type for family in families if family.name.startswith(tuple(f"lucd_{p}_" for p in counters))
+    }
+    assert {name for name, kind in kinds.items() if kind == "gauge"} - OF_THE_ROSTER == {
+        *("lucd_turnstile_waiting", "lucd_bus_listeners", "lucd_bus_queued_messages", "lucd_bus_queued_bytes"),
+        "lucd_disk_pending_bytes",
+    }
+    assert {"lucd_disk_written_bytes", "lucd_domain_copied_bytes", "lucd_domain_repaired_bytes"} <= kinds.keys()
 
 
 async def test_unknown_path_is_404(served: tuple[Now, Endpoint]) -> None:
