@@ -5,6 +5,7 @@ Exit code 0 yes, 1 yes with something to look at, 2 no. Asks the daemon of this 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,9 +14,10 @@ from oslo_upgradecheck.upgradecheck import Code, Result, UpgradeCommands
 from oslo_upgradecheck.upgradecheck import main as run
 
 from dht.codec import Message
-from dht.errors import DhtError, RemoteProtocolError
+from dht.errors import DhtError, Invalid, RemoteProtocolError
 from dht.wire.blocking import BlockingClient
 from lucd import messages, version
+from lucd.cli.output import fail
 from lucd.conf import options
 
 ASK_TIMEOUT_S = 10.0
@@ -74,27 +76,48 @@ class ReadyToUpgrade(UpgradeCommands):
             )
         return Result(Code.SUCCESS)
 
+    def _check_global(self) -> Result:
+        """Its other replicas are in other PoPs, whose nodes this PoP's domain does not speak of."""
+        try:
+            shared = self._status().global_domain
+        except DhtError as error:
+            return Result(Code.FAILURE, error.message)
+        missing = shared.tablets.get("degraded", 0) + shared.tablets.get("unavailable", 0)
+        if shared.joined and missing:
+            return Result(
+                Code.WARNING,
+                f"{missing} tablets of domain global lack a replica: those of which this node keeps another stand "
+                "still while it restarts; `lucd domain show global` tells what is missing",
+            )
+        return Result(Code.SUCCESS)
+
     def _check_copies(self) -> Result:
         try:
             status = self._status()
         except DhtError as error:
             return Result(Code.FAILURE, error.message)
-        if status.to_copy:
-            return Result(Code.FAILURE, f"{status.to_copy} groups are still to be copied to this node: wait for them")
+        if to_copy := status.to_copy + status.global_domain.to_copy:
+            return Result(Code.FAILURE, f"{to_copy} groups are still to be copied to this node: wait for them")
         return Result(Code.WARNING, "; ".join(status.warnings)) if status.warnings else Result(Code.SUCCESS)
 
     _upgrade_checks = (
         ("Daemon of this host", _check_daemon),
         ("Health of the domain", _check_domain),
+        ("Health of domain global", _check_global),
         ("Copies and warnings", _check_copies),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`upgrade check [--config-file FILE]`; returns the exit code."""
+    """`[--config-file FILE] upgrade check`; returns the exit code. LUCD_CONFIG names a file, too, as for `lucd`."""
     conf = cfg.ConfigOpts()
     options.register(conf)
-    return int(run(conf, "lucd", ReadyToUpgrade(conf), argv=list(sys.argv[1:] if arguments is None else arguments)))
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    named = os.environ.get("LUCD_CONFIG")
+    try:
+        return int(run(conf, "lucd", ReadyToUpgrade(conf), argv, [named] if named else None))
+    except cfg.Error as error:
+        return fail(Invalid(f"the configuration cannot be read: {error}"))
 
 
 if __name__ == "__main__":

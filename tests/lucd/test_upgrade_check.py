@@ -64,6 +64,9 @@ def test_healthy_domain_may_be_upgraded(daemon: type[Daemon], tmp_path: Path) ->
         ({}, {"state": "degraded"}, 2, "one too many"),
         ({}, {"survivable": ()}, 1, "not every tablet survives"),
         ({"to_copy": 7}, {}, 2, "7 groups"),
+        ({"global_domain": messages.DomainFigures(True, to_copy=7)}, {}, 2, "7 groups"),
+        ({"global_domain": messages.DomainFigures(True, tablets={"degraded": 3})}, {}, 1, "3 tablets of domain global"),
+        ({"global_domain": messages.DomainFigures(False, tablets={"degraded": 3})}, {}, 0, "Success"),
         ({"warnings": ("node bb does not answer",)}, {}, 1, "node bb"),
     ],
 )
@@ -86,3 +89,24 @@ def test_what_is_wrong_is_told_with_its_code(
 def test_daemon_that_is_not_there_stops_the_upgrade(daemon: type[Daemon], tmp_path: Path) -> None:
     daemon.status = None
     assert check(tmp_path) == 2
+
+
+def test_file_that_the_environment_names_is_read(
+    daemon: type[Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "lucd.conf"
+    config.write_text("[DEFAULT]\nsocket = /run/elsewhere/lucd.sock\n")
+    monkeypatch.setenv("LUCD_CONFIG", str(config))
+    asked: list[str] = []
+    monkeypatch.setattr(daemon, "__init__", lambda self, path, timeout_s: asked.append(path))
+    assert upgrade.main(["upgrade", "check"]) == 0
+    assert set(asked) == {"/run/elsewhere/lucd.sock"}
+
+
+def test_file_that_is_not_there_is_told_in_one_line_with_a_code_that_is_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert upgrade.main(["--config-file", str(tmp_path / "none.conf"), "upgrade", "check"]) == 64
+    told = capsys.readouterr().err
+    assert told.startswith("lucd: the configuration cannot be read")
+    assert told.count("\n") == 1
