@@ -79,11 +79,22 @@ by, because who has no way to a majority refuses."""
 ROUND_TRIP_MAX_S = 0.5
 DEAF = b"\0"
 """The message of a peer that does not hear this node."""
+TICK_S = 0.05
+"""How often a link is looked at."""
 SILENCE_MAX_S = 3.0
 """Who was not heard for so long loses the link."""
 CLOSE_WAIT_S = 0.5
 
 log = logging.getLogger(__name__)
+
+
+def awake_until_s(now_s: float, ticked_s: float) -> float:
+    """Until when this process can say what it did not hear: now, unless it stood still since it looked last.
+
+    What is asked first after such a pause is asked before what arrived meanwhile is read, and before anybody is
+    pardoned: by the clock all peers would be silent then, and a node that hears all would refuse.
+    """
+    return min(now_s, ticked_s + 2 * TICK_S)
 
 
 class Link:
@@ -131,13 +142,13 @@ class Link:
         self._queue: list[bytes] = []
         self._queue_bytes = 0
         self._wakeup: asyncio.Future[None] | None = None
-        self.heard_s = self._sent_s = self._asked_s = self._loop.time()
+        self.heard_s = self._sent_s = self._asked_s = self._ticked_s = self._loop.time()
 
     @property
     def alive(self) -> bool:
         """Whether the peer was heard lately, hears this node, and leaves nothing in silence."""
         unheard = self.closed or self.deaf or self._suspected or self.mute
-        return not unheard and self._heard_lately(self._loop.time() - self.heard_s)
+        return not unheard and self._heard_lately(awake_until_s(self._loop.time(), self._ticked_s) - self.heard_s)
 
     def _heard_lately(self, silent_s: float) -> bool:
         return silent_s < (FAR_ALIVE_S if self.far else ALIVE_S) + 2 * self._round_trip_s
@@ -213,6 +224,7 @@ class Link:
 
     def tick(self, now_s: float) -> None:
         """Called every few hundredths of a second: signs of life, suspicion, the end of a link that has gone silent."""
+        self._ticked_s = now_s
         silent_s = now_s - self.heard_s
         if silent_s > SILENCE_MAX_S:
             self.close()

@@ -26,7 +26,7 @@ from dht.model import NodeId, Struct
 from dht.wire import frames
 from dht.wire.handshake import HANDSHAKE_BYTES_MAX, AcceptBoot, Handshake, PeerIdentity, Role
 from dht.wire.identity import Cluster, NodeIdentity
-from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, DialedSocket, Link, WebSocket
+from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, TICK_S, DialedSocket, Link, WebSocket, awake_until_s
 from dht.wire.serving import answer_in_time
 from dht.wire.strangers import Strangers
 from dht.world import Answer
@@ -42,7 +42,6 @@ FAILURES_BEFORE_REFUSAL = 2
 """After so many failed dials nobody waits for the next: messages to the peer are refused at once."""
 UNNEEDED_AFTER_S = 600.0
 """Who was not alive for so long, and is not needed any more, is dialled no more: nodes are replaced for years."""
-TICK_S = 0.05
 RETIRED_WAIT_S = 1.0
 RETIRED_ROUNDS_MAX = 30
 FAR_LEVEL_MIN = 3
@@ -227,7 +226,8 @@ class LinkNetwork:
         peer = self._peers.get(node)
         if self.alive(node):
             return 0.0
-        return asyncio.get_running_loop().time() - (self._started_s if peer is None else peer.alive_s)
+        until_s = awake_until_s(asyncio.get_running_loop().time(), self._ticked_s)
+        return max(0.0, until_s - (self._started_s if peer is None else peer.alive_s))
 
     def parted(self, node: NodeId) -> bool:
         """As `dht.world.Network.parted`. A link that is closed tells nothing: its peer may be starting again."""

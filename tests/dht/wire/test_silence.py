@@ -245,6 +245,22 @@ async def test_peer_is_told_that_it_is_not_heard_beside_what_is_sent_in_the_same
         await until(lambda: not ours._queue_bytes)
 
 
+async def test_peer_is_not_silent_for_a_pause_of_this_process_also_before_anything_else_runs():
+    """What is asked first after a pause is asked before what arrived meanwhile is read."""
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        time.sleep(1.0)  # noqa: ASYNC251 (the pause)
+        assert a.network.alive(b.id)
+        assert a.network.silent_s(b.id) == 0.0
+        b.network._ticking.cancel()
+        await until(lambda: not a.network.alive(b.id), 0.6)
+        silent_s = a.network.silent_s(b.id)
+        time.sleep(1.0)  # noqa: ASYNC251 (the pause)
+        assert not a.network.alive(b.id)
+        assert a.network.silent_s(b.id) < silent_s + 0.2, "who is silent is no longer silent for it"
+
+
 async def test_peer_is_not_parted_for_a_pause_of_this_host(monkeypatch):
     """The kernel's clock went on while nothing ran: what was sent before has had no time to be acknowledged."""
     async with silenced(monkeypatch, (1, 60_000, 1000, 0)) as (a, b):
