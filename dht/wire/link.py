@@ -7,6 +7,9 @@ sign of life, for a link that carries one way only is of no use to either side. 
 busy still has a kernel that acknowledges what arrives: where nothing is acknowledged, the network is cut. That can be
 told much sooner than that a process hangs, so such a peer is passed by early, and a little later given up.
 
+A large message takes its time on a thin way, and nothing overtakes it. So a peer counts as heard while more of one
+arrives, and is told that this node lives as often as if a request of his were being served: it may be one.
+
 Between PoPs an idle link says less: what a PoP is asked from outside may wait a moment for the news that it is silent,
 and ways between PoPs may be thin, and many. Who has asked something learns that as soon as within a PoP: the peer that
 serves it tells more often, and what is not acknowledged counts the same.
@@ -129,6 +132,8 @@ class Link:
         self._suspected = False
         self._round_trip_s = 0.0
         """As the kernel measured it when the peer was last silent for a moment."""
+        self._arrived = 0.0, 0
+        """When the peer had been heard at the last look at the kernel, and the bytes that had come by then."""
         self._loop = asyncio.get_running_loop()
         self._socket = web_socket
         self._answer = answer
@@ -194,9 +199,7 @@ class Link:
                     if message.type in (WSMsgType.TEXT, WSMsgType.ERROR):
                         self._counters["garbage"] += 1
                     break
-                self.heard_s = self._loop.time()
-                self._suspected = self.mute = self.parted = False
-                self._owed_s = None
+                self._hear(self._loop.time())
                 deaf = message.data == DEAF
                 if deaf and not self.deaf:
                     self._deaf_s = self.heard_s
@@ -229,7 +232,12 @@ class Link:
         if silent_s > SILENCE_MAX_S:
             self.close()
             return
-        overdue = silent_s > SIGN_WHILE_SERVING_S and self._echo_is_overdue(now_s)
+        arrives = overdue = False
+        if silent_s > SIGN_WHILE_SERVING_S:
+            known = tcp.read(self._socket.get_extra_info("socket"))
+            arrives = self._take_note_of_arrival(known.received_bytes, now_s)
+            overdue = self._echo_is_overdue(known, now_s)
+            silent_s = now_s - self.heard_s
         trips_s = 2 * self._round_trip_s
         waited_s = min(silent_s, now_s - self._asked_s) if self._waiting else 0.0
         self._suspected |= waited_s > SUSPECT_S + (2 * trips_s if self.far else trips_s)
@@ -238,7 +246,7 @@ class Link:
             self._give_up()
         hears = self._heard_lately(silent_s) and not self.mute
         # A further message, should the first be lost: its acknowledgement comes at once, and tells a loss from a cut.
-        often = self._serving or not hears or overdue
+        often = self._serving or arrives or not hears or overdue
         pause_s = SIGN_WHILE_SERVING_S if often else FAR_SIGN_OF_LIFE_S if self.far else SIGN_OF_LIFE_S
         if now_s - self._sent_s > pause_s and not self._queue:
             sign = b"" if hears else DEAF
@@ -254,12 +262,25 @@ class Link:
                 text = f"node {self.peer.node_id.hex()} fell silent before its reply: the request may have been served"
                 waiter.set_exception(Indeterminate(text))
 
-    def _echo_is_overdue(self, now_s: float) -> bool:
+    def _take_note_of_arrival(self, received_bytes: int, now_s: float) -> bool:
+        """Whether more of a message, which is not complete yet, came since the last look; the peer is heard then."""
+        heard_s, before_bytes = self._arrived
+        arrives = heard_s == self.heard_s and received_bytes > before_bytes
+        if arrives:
+            self._hear(now_s)
+        self._arrived = self.heard_s, received_bytes
+        return arrives
+
+    def _hear(self, now_s: float) -> None:
+        self.heard_s = now_s
+        self._suspected = self.mute = self.parted = False
+        self._owed_s = None
+
+    def _echo_is_overdue(self, known: tcp.Tcp, now_s: float) -> bool:
         """Whether the peer's host should have acknowledged something by now; sets `mute` and `parted`.
 
         Both clocks must say it: after a pause of this host, or of this process, one of the two is wrong.
         """
-        known = tcp.read(self._socket.get_extra_info("socket"))
         self._round_trip_s = min(ROUND_TRIP_MAX_S, known.round_trip_s)
         if not known.unacknowledged:
             self._owed_s = None

@@ -17,13 +17,14 @@ _RECEIVED_AT = 128
 class Tcp(NamedTuple):
     """`round_trip_s`: smoothed; `deviation_s`: its mean deviation. `unacknowledged`: segments on their way.
 
-    `last_ack_s`: since anything came back.
+    `last_ack_s`: since anything came back. `received_bytes`: so far; 0 where the kernel does not tell.
     """
 
     round_trip_s: float
     unacknowledged: int
     last_ack_s: float
     deviation_s: float
+    received_bytes: int = 0
 
     @property
     def echo_max_s(self) -> float:
@@ -39,14 +40,14 @@ def read(connection: Any) -> Tcp:
     if connection is None:
         return NOTHING_KNOWN
     try:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
     except OSError:
         return NOTHING_KNOWN
     if len(info) < _BYTES:
         return NOTHING_KNOWN
     places = (_UNACKED_AT, _LAST_ACK_AT, _RTT_AT, _RTT_DEVIATION_AT)
     unacked, last_ack_ms, rtt_us, deviation_us = (struct.unpack_from("I", info, at)[0] for at in places)
-    return Tcp(rtt_us / 1e6, unacked, last_ack_ms / 1e3, deviation_us / 1e6)
+    return Tcp(rtt_us / 1e6, unacked, last_ack_ms / 1e3, deviation_us / 1e6, _received_bytes(info))
 
 
 def received_bytes(connection: Any) -> int:
@@ -57,4 +58,8 @@ def received_bytes(connection: Any) -> int:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
     except OSError:
         return 0
+    return _received_bytes(info)
+
+
+def _received_bytes(info: bytes) -> int:
     return int(struct.unpack_from("Q", info, _RECEIVED_AT)[0]) if len(info) >= _RECEIVED_AT + 8 else 0

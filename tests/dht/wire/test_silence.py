@@ -109,6 +109,54 @@ async def test_silent_peer_of_another_pop_has_four_round_trips_for_a_request(mon
             assert not ours.alive
 
 
+@contextlib.asynccontextmanager
+async def thin_way(port, *, back):
+    """The port of a way to that one, on which bytes take long in one direction: `back`, from the listener."""
+
+    ends = []
+
+    async def carry(reader, writer, thin):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(16 * 1024):
+                writer.write(data)
+                await writer.drain()
+                await asyncio.sleep(0.02 if thin else 0)
+        writer.close()
+
+    async def connect(reader, writer):
+        there, to = await asyncio.open_connection("127.0.0.1", port)
+        ends.extend([to, writer])
+        await asyncio.gather(carry(reader, to, not back), carry(there, writer, back))
+
+    server = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for end in ends:
+            end.close()
+        await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["request", "reply"])
+async def test_peer_is_alive_while_a_large_message_is_on_a_thin_way(monkeypatch, back):
+    """Nothing overtakes it: the listener has no request yet for which he would say more than an idle one."""
+    monkeypatch.setattr(link, "SUSPECT_S", 0.6)
+    for name in ("FAR_SIGN_OF_LIFE_S", "FAR_ALIVE_S", "GIVE_UP_S"):
+        monkeypatch.setattr(link, name, 60.0)
+    async with nodes(2, "oslo") as (a, b), thin_way(b.network.port, back=back) as port:
+        a.network.set_address(b.id, "127.0.0.1", port)
+        await a.network.call(b.id, Ask("x"), 3.0)
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("x" * 1_000_000), 20.0))
+        looks = 0
+        while not call.done():
+            await asyncio.sleep(0.02)
+            assert a.network.alive(b.id)
+            looks += 1
+        assert (await call).text
+        assert looks > 40, "it took longer than a request may be left in silence"
+
+
 class Kernel:
     """A link's socket as far as `dht.wire.tcp` asks it. `known`: what the kernel would say."""
 
