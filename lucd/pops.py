@@ -19,7 +19,7 @@ from dht.limits import PEER_TIMEOUT_S, REQUEST_TIMEOUT_S
 from dht.model import GLOBAL, NodeId, PopClaim
 from dht.overlay.messages import Contact
 from dht.register.catalog import recovered_generation
-from dht.register.homes import FarStore, Registry
+from dht.register.homes import HEARD_CHECK_S, FarStore, Registry
 from dht.requests import ListPops, ListPopsReply
 from dht.wire.handshake import PeerIdentity
 from dht.wire.links import parse_address
@@ -167,9 +167,16 @@ class Pops:
                 self._looked_s[pop] = self._clock.monotonic()
                 self._looking[pop] = asyncio.ensure_future(self._look(pop))
             if not useful:
-                # All who ask meanwhile wait for the one that looks.
-                await asyncio.shield(self._looking[pop])
+                await self._looked(pop)
         return self._best_first(pop, self._gateways.get(pop, []))
+
+    async def _looked(self, pop: str) -> None:
+        """All who ask meanwhile wait for the one that looks, unless a link comes up before: the overlay may be slow."""
+        looking = self._looking[pop]
+        while not (await asyncio.wait((looking,), timeout=HEARD_CHECK_S))[0]:
+            if any(self._is_of_use(pop, node) for node in self._gateways.get(pop, [])):
+                return
+        looking.result()
 
     async def _look(self, pop: str) -> None:
         """Find nodes of the PoP in the overlay; gateways that are of no use make room for those that answered now."""

@@ -33,6 +33,9 @@ from dht.world import Answer
 
 LINK_PATH = "/link"
 DIAL_TIMEOUT_S = 1.0
+CONNECT_TIMEOUT_S = 0.5
+"""Of a dial, for the other host's kernel to answer: it would repeat a lost packet after a second only, and while a
+network is cut that is the longest part of what it costs once it has healed."""
 HANDSHAKE_TIMEOUT_S = 2.0
 ADDRESSES_MAX = 10_000
 REDIAL_MIN_S = 0.05
@@ -150,6 +153,7 @@ class LinkNetwork:
         self._advertised = advertise or format_address(host, self.port)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             auto_decompress=False,
             ws_response_class=DialedSocket,
         )
@@ -359,8 +363,9 @@ class LinkNetwork:
                     raise
         except RemoteProtocolError:
             raise
-        except TimeoutError:
-            raise Unavailable(f"{where} does not answer ({timeout_s:.1f} s)", sent=False) from None
+        except TimeoutError as error:
+            waited_s = CONNECT_TIMEOUT_S if isinstance(error, aiohttp.ConnectionTimeoutError) else timeout_s
+            raise Unavailable(f"{where} does not answer ({waited_s:.1f} s)", sent=False) from None
         except (OSError, aiohttp.ClientError, ValueError) as error:
             raise Unavailable(f"{where} cannot be reached: {error}", sent=False) from None
         link = self._link(ws, peer, dialed=True)

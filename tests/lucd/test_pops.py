@@ -50,6 +50,7 @@ class World:
         self.asked: list[bytes] = []
         self.mates: dict[bytes, Pops] = {}
         self.turn = asyncio.Event()
+        self.slow: asyncio.Event | None = None
 
     def peers(self) -> list[Any]:
         return []
@@ -148,7 +149,7 @@ class World:
 
     async def nodes_of_pop(self, pop: str) -> list[Contact]:
         self.crawls += 1
-        await asyncio.sleep(0.01)
+        await (asyncio.sleep(0.01) if self.slow is None else self.slow.wait())
         return [one for one in self.there if one.pop == pop]
 
 
@@ -195,6 +196,23 @@ async def test_gateways_that_are_gone_make_room_for_others(world: World, pops: P
     world.now_s += pops_module.LOOK_SOON_S + 0.1
     assert await pops.gateways("lyon") == [contact(4).id, contact(5).id, contact(1).id]
     assert sorted(world.addresses.values()) == [1001, 1004, 1005]
+
+
+async def test_gateway_that_is_heard_again_is_asked_while_the_overlay_is_still_looked_through(
+    world: World, pops: Pops
+) -> None:
+    """Whom the look-up asks may be cut off, too: it takes seconds to end."""
+    world.there = [contact(1)]
+    await pops.gateways("lyon")
+    world.now_s += pops_module.LOOK_SOON_S + 0.1
+    world.slow = asyncio.Event()
+    asked = asyncio.ensure_future(pops.gateways("lyon"))
+    await asyncio.sleep(0.01)
+    assert not asked.done()
+    world.heard = {contact(1).id}
+    async with asyncio.timeout(10.0):
+        assert await asked == [contact(1).id]
+    world.slow.set()
 
 
 def member(number: int, pop: str) -> Member:

@@ -137,6 +137,23 @@ async def test_calls_to_a_peer_that_cannot_be_dialled_do_not_wait(monkeypatch):
             assert caught.value.detail["sent"] is False
 
 
+async def test_host_that_answers_nothing_is_dialled_again_before_a_dial_s_whole_time(monkeypatch):
+    """As while the network is cut: what is lost on the way is repeated late, and the one dial keeps off the next."""
+    monkeypatch.setattr(links, "DIAL_TIMEOUT_S", 30.0)
+    async with contextlib.AsyncExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):
+            # The kernel drops what comes to a port where nobody accepts, once its queue is full.
+            other = stack.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(full.getsockname())
+        (a,) = await stack.enter_async_context(nodes(1))
+        a.network.set_address(bytes(20), *full.getsockname())
+        await until(lambda: a.network.counters["dials"] >= 3, 10.0)
+
+
 async def test_two_nodes_that_dial_at_once_keep_one_link(monkeypatch):
     monkeypatch.setattr(links, "RETIRED_WAIT_S", 0.2)
     for _ in range(3):
