@@ -6,7 +6,9 @@ Whatever touches rows comes after the catalog, so that a process that dies in be
   an older catalog still added is found and deleted by the next schema statement, which forgets the table;
 * a unique index over rows that exist is published first, so that writers keep it; then comes the fence
   (`dht.register.fence`), then the rows, then "used", from when look-ups rely on it. The statement that died in between
-  goes on where it was when it is run again. Duplicates take the index out of the catalog again.
+  goes on where it was when it is run again. Duplicates take the index out of the catalog again;
+* a column that no row may be without is published, then comes the fence, then the rows are looked at once more, and one
+  that came without it takes the column out of the catalog again.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Callable
 import apsw
 
 from nova_bridge.sql import column_rows, rows_left, statements, unique_rows
+from nova_bridge.sql import shadow as shadows
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import IndexDef, Schema, Table, Unique
 
@@ -73,6 +76,7 @@ class Ddl:
         for number, table in before.by_number.items():
             if number not in schema.by_number:
                 rows_left.clear(database, table.definition)
+        column_rows.check_again(database, before, schema)
         built = {table.number: _to_build(before, table) for table in schema.tables.values()}
         for found in begun:
             if found is not None and found[0] in schema.by_number:
@@ -103,7 +107,7 @@ class Ddl:
             return
         ids = {unique.id for unique in uniques}
         columns = {i.columns for i in table.definition.indexes if i.id in ids and i.kind != "plain"}
-        names = [name for name, of in _unique_indexes(database, table) if of in columns]
+        names = [name for name, of in _unique_indexes(table) if of in columns]
         if names:
             database.change(before, [functools.partial(_drop_indexes, names=names)])
         for unique in uniques:
@@ -124,7 +128,7 @@ class Ddl:
                 match = _CREATE_UNIQUE.match(text)
                 if name.lower() != index or match is None or _words(text[match.end() :]) != _words(rest):
                     continue
-                columns = dict(_unique_indexes(self._database, table)).get(name)
+                columns = dict(_unique_indexes(table)).get(name)
                 for definition, unique in _rules(table):
                     if definition.columns == columns and not definition.used:
                         return table.number, unique
@@ -148,19 +152,20 @@ def _rules(table: Table) -> list[tuple[IndexDef, Unique]]:
     return list(zip(definitions, table.uniques, strict=True))
 
 
-def _unique_indexes(database: Database, table: Table) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and column numbers of the table's unique indexes that have a statement of their own."""
+def _unique_indexes(table: Table) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and column numbers of the table's unique indexes that have a statement of their own.
+
+    As its definition says: the shadow that the process has by now may be of a newer schema.
+    """
+    shadow = shadows.build([table.definition])
+    listed = shadow.execute(
+        "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table.name,)
+    ).fetchall()
     found: list[tuple[str, tuple[int, ...]]] = []
-
-    def ask(shadow: apsw.Connection) -> None:
-        listed = shadow.execute(
-            "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table.name,)
-        ).fetchall()
-        for (name,) in listed:
-            names = [r[0] for r in shadow.execute("SELECT name FROM pragma_index_info(?)", (name,))]
-            found.append((name, tuple(table.number_of(table.by_name[n.lower()]) for n in names)))
-
-    database.query_shadow(ask)
+    for (name,) in listed:
+        names = [r[0] for r in shadow.execute("SELECT name FROM pragma_index_info(?)", (name,))]
+        found.append((name, tuple(table.number_of(table.by_name[n.lower()]) for n in names)))
+    shadow.close()
     return found
 
 

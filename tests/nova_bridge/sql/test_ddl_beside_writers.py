@@ -11,7 +11,7 @@ import pytest
 
 from dht.model import FindQuery
 from dht.rows import split_group_key
-from nova_bridge.sql import ddl, unique_rows
+from nova_bridge.sql import column_rows, ddl, unique_rows
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.errors import ConflictError
 from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY
@@ -70,6 +70,74 @@ def test_duplicate_that_came_after_the_early_check_takes_the_index_out_again(
     door.execute("DELETE FROM t WHERE a = 'x' AND id > 1")
     door.execute("CREATE UNIQUE INDEX ua ON t (a)")
     assert rows(connect(), "SELECT id FROM t WHERE a = 'x'") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("statement", "refusal"),
+    [
+        ("ALTER TABLE t ADD COLUMN c TEXT NOT NULL", "Cannot add a NOT NULL column with default value NULL"),
+        ("ALTER TABLE t ADD c DATETIME DEFAULT CURRENT_TIMESTAMP", "Cannot add a column with non-constant default"),
+        ("ALTER TABLE t ALTER COLUMN a SET NOT NULL", r"NOT NULL constraint failed: t\.a"),
+    ],
+)
+def test_row_that_came_after_the_check_of_a_column_takes_the_column_back(
+    door: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch, statement: str, refusal: str
+) -> None:
+    """The writer's statement comes between the check and the catalog, so it knows nothing of the column."""
+    door.execute("DELETE FROM t")
+    before = door.database.reload()
+    other = connect(isolation_level=None)
+    change = door.database.change
+
+    def late(*args: object) -> object:
+        monkeypatch.setattr(door.database, "change", change)
+        other.execute("INSERT INTO t (b) VALUES (7)")
+        return change(*args)
+
+    monkeypatch.setattr(door.database, "change", late)
+    with pytest.raises(sqlite3.Error, match=refusal):
+        door.execute(statement)
+    assert door.database.reload().definitions["t"].columns == before.definitions["t"].columns
+    connect(isolation_level=None).execute("INSERT INTO t (b) VALUES (8)")
+    assert [row[1:] for row in rows(connect(), "SELECT * FROM t ORDER BY b")] == [(None, 7), (None, 8)]
+    connect(isolation_level=None).execute("DELETE FROM t")
+    door.execute(statement)
+    assert door.database.reload().definitions["t"].columns != before.definitions["t"].columns
+
+
+def test_column_that_is_taken_back_takes_the_indexes_of_its_script_with_it(
+    door: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door.execute("DELETE FROM t")
+    change = door.database.change
+
+    def late(*args: object) -> object:
+        monkeypatch.setattr(door.database, "change", change)
+        connect(isolation_level=None).execute("INSERT INTO t (b) VALUES (7)")
+        return change(*args)
+
+    monkeypatch.setattr(door.database, "change", late)
+    with pytest.raises(sqlite3.OperationalError, match="Cannot add a NOT NULL column"):
+        door.executescript(
+            "CREATE INDEX ib ON t (b); ALTER TABLE t ADD COLUMN c TEXT NOT NULL; CREATE UNIQUE INDEX uc ON t (c);"
+            "CREATE INDEX ic ON t (a) WHERE c IS NOT NULL"
+        )
+    definition = door.database.reload().definitions["t"]
+    assert [name for name, _ in definition.index_sql] == ["ib"]
+    assert [column.name for column in definition.columns] == ["id", "a", "b"]
+
+
+def test_column_is_looked_at_again_behind_the_fence(door: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made under the older catalog may still be on its way when the new one is published."""
+    seen: list[str] = []
+    fence, check = door.database.fence, column_rows.check
+    monkeypatch.setattr(door.database, "fence", lambda *args: (seen.append("fence"), fence(*args)))
+    monkeypatch.setattr(column_rows, "check", lambda *args, **more: (seen.append("check"), check(*args, **more)))
+    door.execute("ALTER TABLE t ALTER COLUMN a SET NOT NULL")
+    assert seen == ["check", "fence", "check"]
+    seen.clear()
+    door.execute("ALTER TABLE t ADD COLUMN c TEXT NOT NULL DEFAULT 'c'")
+    assert seen == ["check"], "nothing is promised of the rows that are there"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +219,40 @@ def test_statement_of_another_thread_of_the_process_comes_between(
     other.close()
     names = {name for (name,) in connect().execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     assert names == ({"t", "b", "u"} if "CREATE" in beside else {"u"})
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["ALTER TABLE t ADD COLUMN c TEXT; CREATE UNIQUE INDEX uc ON t (c)", "ALTER TABLE t RENAME COLUMN a TO z"],
+)
+def test_unique_index_is_gone_on_with_while_another_thread_changes_its_table(
+    door: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    """What the process knows of the table by then is not what was read of the catalog."""
+
+    def die(*args: object) -> None:
+        raise Died
+
+    monkeypatch.setattr(unique_rows, "_reserve", die)
+    with pytest.raises(Died):
+        door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    monkeypatch.undo()
+    database = door.database
+    other = Connection(database, None, True)
+    reload = database.reload
+
+    def late() -> object:
+        monkeypatch.setattr(database, "reload", reload)
+        read = reload()
+        other.executescript(beside)
+        return read
+
+    monkeypatch.setattr(database, "reload", late)
+    door.execute("CREATE UNIQUE INDEX ua ON t (a)")
+    other.close()
+    column = "z" if "RENAME" in beside else "a"
+    with pytest.raises(sqlite3.IntegrityError, match=rf"UNIQUE constraint failed: t\.{column}"):
+        connect().execute(f"INSERT INTO t ({column}) VALUES ('x')")
 
 
 def test_dropped_table_loses_its_rows_and_entries_and_what_came_late(
