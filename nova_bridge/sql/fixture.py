@@ -6,8 +6,10 @@ the catalog and the rows are written by two transactions.
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any, NamedTuple
 
+from dht.errors import DhtError
 from dht.register.memory import MemoryStore
 from nova_bridge.sql.catalog import Catalog
 from nova_bridge.sql.commit import commit
@@ -66,7 +68,7 @@ def _insert(database: Database, rows: list[tuple[int, tuple[Any, ...]]]) -> None
 
 
 def keep(database: Database, digest: bytes) -> None:
-    """Remember the content that the script made of an empty database."""
+    """Remember the content that the script made of an empty database, unless others change its tables meanwhile."""
     if len(_kept) >= KEPT_MAX:
         _kept.clear()
     if isinstance(database.store, MemoryStore):
@@ -74,6 +76,10 @@ def keep(database: Database, digest: bytes) -> None:
         _kept[digest] = _Clone(store, database.catalog_for(store))
         return
     tx = Transaction(database)
-    rows = [(t.number, r.values[: t.width]) for t in tx.schema.tables.values() for r in tx.find(t, ())]
+    try:
+        rows = [(t.number, r.values[: t.width]) for t in tx.schema.tables.values() for r in tx.find(t, ())]
+        home = database.home()
+    except (DhtError, sqlite3.Error):
+        return  # The script itself has run.
     if len(rows) <= ROWS_MAX:
-        _kept[digest] = _Content(database.schema, rows, database.home())
+        _kept[digest] = _Content(tx.schema, rows, home)

@@ -10,10 +10,11 @@ import pytest
 
 from dht.model import GLOBAL
 from dht.register.memory import MemoryStore
-from nova_bridge.sql import dbapi, unique_rows
+from nova_bridge.sql import dbapi, fixture, unique_rows
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.errors import ConflictError
+from nova_bridge.sql.transaction import Transaction
 
 Connect = Callable[..., Connection]
 MADE = (
@@ -238,3 +239,33 @@ def test_script_whose_tables_were_dropped_since_makes_them_again_for_all() -> No
     again = opened(Remote("paris"))
     again.executescript(FLAVORS)
     assert again.execute("SELECT * FROM flavors").fetchall() == [(1, "small")]
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_script_has_run_where_others_drop_its_table_before_it_is_kept(
+    monkeypatch: pytest.MonkeyPatch, same_process: bool
+) -> None:
+    """The result is not kept then: neither does the script fail, nor what it is restored to next time."""
+    store = Remote("paris")
+    door = opened(store)
+    other = Connection(door.database, None, True) if same_process else opened(store)
+    script = FLAVORS + f"INSERT INTO flavors VALUES (2, 'for {same_process}');"
+    keep = fixture.keep
+
+    def beside(*args: Any) -> None:
+        tables = Transaction.find
+
+        def find(self: Transaction, *asked: Any) -> Any:
+            monkeypatch.undo()
+            found = tables(self, *asked) if same_process else None
+            other.execute("DROP TABLE flavors")
+            return tables(self, *asked) if found is None else found
+
+        monkeypatch.setattr(Transaction, "find", find)
+        keep(*args)
+
+    monkeypatch.setattr(fixture, "keep", beside)
+    door.executescript(script)
+    again = opened(Remote("paris"))
+    again.executescript(script)
+    assert len(again.execute("SELECT * FROM flavors").fetchall()) == 2
