@@ -20,6 +20,7 @@ import oslo_messaging
 from oslo_db import exception as db_exception
 
 from nova_bridge.rpc import options
+from nova_bridge.rpc.driver import TooLarge
 from nova_bridge.rpc.failures import RemoteFailure
 from nova_bridge.rpc.methods import API, Catalogue, Kind, ObjectMethod, catalogue
 from nova_bridge.rpc.serializer import TAG, Decoder, Encoder
@@ -59,6 +60,8 @@ class OsloChannel:
             answer: dict[str, Any] = client.call({}, method, **content)
         except oslo_messaging.RemoteError as error:
             raise RemoteFailure(str(error.exc_type), f"{method} through the RPC door: {error.value}") from error
+        except TooLarge as error:
+            raise RemoteFailure(type(error).__name__, f"{method} through the RPC door: {error}") from error
         except (oslo_messaging.MessagingTimeout, oslo_messaging.MessageDeliveryFailure, OSError) as error:
             raise db_exception.DBConnectionError(unreachable(method, error)) from error
         except oslo_messaging.MessagingException as error:

@@ -10,7 +10,8 @@ request on a connection of its own; a listener keeps one connection on which it 
 blocking sockets (`dht.wire.blocking`): it works in threads and in greenlets, and after fork.
 
 How losses show: nobody could be reached: MessageDeliveryFailure. The reply did not come in time, the server died
-after it had taken the call, or the daemon did: MessagingTimeout, since nobody knows whether the call took effect.
+after it had taken the call, or the daemon did: MessagingTimeout, since nobody knows whether the call took effect. No
+frame can carry it: TooLarge, as it would be again. If a server's answer is that, the caller gets a RemoteError.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ RECONNECT_PAUSE_S = 0.2
 BUS_NAME = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 LOG = logging.getLogger(__name__)
+
+
+class TooLarge(oslo_messaging.MessageDeliveryFailure):  # type: ignore[misc]
+    """The bus does not carry such a message, however often it is sent."""
 
 
 def socket_of(url: oslo_messaging.TransportURL) -> str:
@@ -113,7 +118,11 @@ class LucdIncoming(base.RpcIncomingMessage):
             self._listener.client.call(Reply(self._delivery.call, jsonutils.dump_as_bytes(content)), SHORT_TIMEOUT_S)
         except Invalid as error:
             # Too large to be sent: the caller shall hear why instead of waiting for nothing.
-            content = {"failure": common.serialize_remote_exception((Invalid, error, None))}
+            why = Invalid(
+                f"the call has run, and its answer cannot be sent: {error.message}, as a list with a limit and a "
+                "marker (servers: [api] max_limit in nova.conf)"
+            )
+            content = {"failure": common.serialize_remote_exception((Invalid, why, None))}
             self._tell(Reply(self._delivery.call, jsonutils.dump_as_bytes(content)))
         except DhtError as error:
             LOG.warning("the reply to message %s was not sent: %s", self.msg_id, error)
@@ -308,4 +317,6 @@ class LucdDriver(base.BaseDriver):
             text = f"topic {request.address.topic}: {error}"
             if isinstance(request, Call) and isinstance(error, Indeterminate):
                 raise oslo_messaging.MessagingTimeout(text) from None
+            if isinstance(error, Invalid):
+                raise TooLarge(text) from None
             raise oslo_messaging.MessageDeliveryFailure(text) from None

@@ -1,6 +1,7 @@
 """Server and client over oslo.messaging: conflicts, timeouts, what may be called."""
 
 import threading
+from types import SimpleNamespace
 
 import oslo_messaging
 import pytest
@@ -9,6 +10,7 @@ from oslo_db import exception as db_exception
 from dht.errors import Invalid
 from nova_bridge.rpc import options
 from nova_bridge.rpc.client import NovaDbClient, OsloChannel
+from nova_bridge.rpc.driver import TooLarge
 from nova_bridge.rpc.failures import RemoteFailure
 from nova_bridge.rpc.methods import Catalogue
 from nova_bridge.rpc.server import (
@@ -122,6 +124,18 @@ def test_answer_too_late_raises_connection_error(nova_conf, door, request):
 def test_no_daemon_raises_connection_error(nova_conf, tmp_path):
     channel = OsloChannel(nova_conf, url=f"lucd://{tmp_path}/none.sock", server="nobody", timeout_s=1)
     with pytest.raises(db_exception.DBConnectionError, match="Check that the lucd daemon"):
+        NovaDbClient(channel).call("record", (), {})
+
+
+def test_call_that_is_too_large_is_no_lost_connection(nova_conf, monkeypatch):
+    """It would be sent again for nothing, and nothing is the matter with the daemon."""
+
+    def refuse(*args, **kwargs):
+        raise TooLarge("topic lucd.nova_db: Call of 26214531 bytes is larger than a frame may be: ask for less")
+
+    channel = OsloChannel(nova_conf, url="fake://", server="nobody", timeout_s=1)
+    monkeypatch.setattr(channel, "_client", SimpleNamespace(call=refuse))
+    with pytest.raises(RemoteFailure, match=r"TooLarge: record through the RPC door: .*larger than a frame"):
         NovaDbClient(channel).call("record", (), {})
 
 

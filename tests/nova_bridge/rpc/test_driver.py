@@ -19,7 +19,7 @@ from futurist._thread import ThreadWorker
 from oslo_config import cfg
 from oslo_messaging import Target
 
-from nova_bridge.rpc.driver import DEFAULT_SOCKET, LucdDriver, bus_of, socket_of
+from nova_bridge.rpc.driver import DEFAULT_SOCKET, LucdDriver, TooLarge, bus_of, socket_of
 
 
 @pytest.fixture(autouse=True)
@@ -271,8 +271,16 @@ def test_reply_that_is_too_large_is_told_to_the_caller(transport):
         def echo(self, ctxt, **args):
             return "x" * (25 * 1024 * 1024)
 
-    with serving(transport, endpoint=Large()), pytest.raises(oslo_messaging.RemoteError, match="larger than a frame"):
+    why = r"the call has run, and its answer cannot be sent: Reply of \d+ bytes is larger than a frame .*with a limit"
+    with serving(transport, endpoint=Large()), pytest.raises(oslo_messaging.RemoteError, match=why):
         client(transport).call({}, "echo")
+
+
+def test_call_that_is_too_large_is_sent_to_nobody_and_told_as_such(transport):
+    with serving(transport) as one:
+        with pytest.raises(TooLarge, match=r"topic conductor: Call of \d+ bytes is larger than a frame may be"):
+            client(transport).call({}, "echo", text="x" * (25 * 1024 * 1024))
+        assert one.got == []
 
 
 def test_thousand_calls_from_twenty_threads(transport):
