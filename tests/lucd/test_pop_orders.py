@@ -17,8 +17,8 @@ from dht.register.catalog import recovering
 from lucd.messages import RecoverDomain, RecoverPop, RecoverReply
 from lucd.pop_recovery import PopRecoverer, _findings
 from lucd.recovery import Recoverer
+from tests.dht.domain.beside import Beside
 from tests.dht.domain.small_world import World, key, play, value
-from tests.dht.domain.test_follower import Beside
 
 HOLDER = b"holder" * 3 + b"xx"
 KEYS = [key(i) for i in range(20)]

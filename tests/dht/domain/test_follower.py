@@ -3,146 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
-from collections.abc import Awaitable, Callable
 
 import msgspec
-import pytest
 
-from dht.codec import decode, encode
-from dht.domain import copy as copy_module
 from dht.domain.copy import NEVER_S
-from dht.domain.follower import Follower
 from dht.domain.messages import AskChanges
-from dht.domain.rules import FOLLOW_RULES, RULES, FollowRules
-from dht.errors import Unavailable
-from dht.model import SYSTEM_INTENT, ZERO, Ballot, GroupKey, NodeId, Struct
-from dht.rows import encode_row, row_key
-from dht.sim.disk import SimDisk
+from dht.domain.rules import RULES
+from dht.model import ZERO, Ballot, NodeId, Struct
+from dht.rows import encode_row
 from dht.storage.changes import ChangeLog
 from dht.storage.registers import Header
-from dht.world import Batch, Space
-from tests.dht.domain.small_world import ROW, TABLETS, World, key, play, value
+from dht.world import Batch
+from tests.dht.domain.beside import (
+    BOTH,
+    FLOOR,
+    INTENT,
+    Beside,
+    collected,
+    follow_rules,
+    raised,
+    stale,
+    three,
+    write,
+)
+from tests.dht.domain.small_world import TABLETS, World, key, play, value
 from tests.dht.domain.test_transfer import Stage, staged
 from tests.sim.test_rare_rules_epochs import taken_over
-
-BOTH = pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
-INTENT = row_key(SYSTEM_INTENT, (b"t",))
-
-
-class Line:
-    """The follower's network: messages as bytes, to domains at once. `before` may act, or raise, first."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.deaf: set[int] = set()
-        self.after: Callable[[int, Struct], Awaitable[None]] | None = None
-
-    async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
-        machines = self.world.cluster.machines
-        number = next(i for i, machine in enumerate(machines) if machine.node_id == to)
-        if number in self.deaf or not machines[number].answering:
-            raise Unavailable("not heard", sent=False)
-        reply = await self.world.domain(number).answer(b"f" * 20, decode(encode(message)))
-        if self.after is not None:
-            await self.after(number, message)
-        return decode(encode(reply))
-
-    def alive(self, node: NodeId) -> bool:
-        return True
-
-    def silent_s(self, node: NodeId) -> float:
-        return 0.0
-
-    def parted(self, node: NodeId) -> bool:
-        return False
-
-    def serve(self, answer: object) -> None:
-        raise AssertionError("a follower is asked nothing, so it must not begin to serve")
-
-
-class Beside:
-    """A follower of the world's domain that makes a round when it is told to."""
-
-    def __init__(self, world: World, rules: FollowRules = FOLLOW_RULES) -> None:
-        self.world = world
-        self.line = Line(world)
-        self.disk = SimDisk(random.Random(1))
-        self.rules = rules
-        self.follower = self.begin()
-        self.copy = self.follower.copy
-
-    def begin(self) -> Follower:
-        async def contacts() -> list[NodeId]:
-            return [machine.node_id for machine in self.world.cluster.machines]
-
-        clock = self.world.cluster.machines[0].clock
-        name = self.world.running()[0].domain.name
-        return Follower(name, clock, random.Random(2), self.line, self.disk, contacts, TABLETS, self.rules)
-
-    def restart(self) -> None:
-        self.follower = self.begin()
-        self.copy = self.follower.copy
-
-    async def rounds(self, count: int = 1) -> None:
-        for _ in range(count):
-            await self.follower.round()
-            while self.follower._surveying is not None and not self.follower._surveying.done():
-                await self.world.cluster.machines[0].clock.sleep(0.01)
-
-    async def wait(self) -> float:
-        """Some time passes; the time then."""
-        await self.world.cluster.machines[0].clock.sleep(1.0)
-        return self.world.cluster.machines[0].clock.monotonic()
-
-    def row(self, k: GroupKey) -> bytes | None:
-        return self.copy.registers.row(k, ROW)
-
-
-async def three(stage: Stage, rules: FollowRules = FOLLOW_RULES) -> Beside:
-    """The stage's tablet on machines 0, 1, 2, and a follower that has compared itself with them."""
-    stage.move(0, 1, 2)
-    await stage.tell(0, 1, 2)
-    for number in (0, 1, 2):
-        assert await stage.initialise(number)
-    beside = Beside(stage.world, rules)
-    await beside.rounds(3)
-    assert beside.copy.covered_s(stage.keys[0]) > NEVER_S
-    return beside
-
-
-def write(stage: Stage, k: GroupKey, round: int, text: str, *numbers: int, chosen: bool = False) -> None:
-    for number in numbers:
-        stage.write(number, k, round, text, chosen=chosen, epoch=2)
-
-
-FLOOR = Ballot(1, 2, 9, b"", 0, 0)
-
-
-def raised(stage: Stage, number: int) -> None:
-    """The machine accepts nothing below the floor any more where there is no value."""
-    tablets, batch = stage.world.node(number).domain.tablets, Batch()
-    tablets.raise_floor(batch, stage.tablet, FLOOR)
-    tablets.submit(batch)
-
-
-def collected(stage: Stage, k: GroupKey, *numbers: int) -> None:
-    """The register is erased everywhere, or at these machines, under a floor that all have."""
-    for number in numbers or (0, 1, 2):
-        node, batch = stage.world.node(number), Batch()
-        node.domain.tablets.agree(batch, stage.tablet, FLOOR)
-        node.registers.erase(batch, k)
-        node.domain.tablets.submit(batch)
-
-
-def follow_rules(**off: bool) -> FollowRules:
-    return msgspec.structs.replace(FOLLOW_RULES, **off)
-
-
-def stale(beside: Beside, k: GroupKey, acknowledged_s: float, wanted: bytes | None) -> bool:
-    """Whether the copy promises what was acknowledged then, and does not have it."""
-    return beside.copy.covered_s(k) > acknowledged_s and beside.row(k) != wanted
 
 
 def test_follower_of_a_tablet_has_what_a_quorum_named_or_marked_and_goes_on_over_a_restart() -> None:
@@ -349,102 +235,6 @@ def test_generation_begins_again_write_that_the_recovery_lost_leaves_the_copy(on
     play(story)
 
 
-def test_follower_that_stops_between_a_generations_link_and_beginning_again_begins_again_at_its_next_start() -> None:
-    """The link is on its disk, so nobody tells it of the generation once more."""
-
-    async def story(world: World) -> None:
-        await world.grow(3)
-        k = key(0)
-        await world.put(0, k, "kept")
-        beside = Beside(world)
-        await beside.rounds(3)
-        await world.put(0, k, "lost", skip=(2,))
-        await beside.rounds()
-        assert beside.row(k) == value("lost")
-        world.cluster.crash(0)
-        world.cluster.crash(1)
-        await world.domain(2).generations.recover([], accept_data_loss=True)
-        await world.until(lambda: all(world.domain(2).tablets.serves(t) for t in range(TABLETS)), what="serving")
-        left: list[SimDisk] = []
-
-        class LosesPower(SimDisk):
-            def submit(self, batch: Batch) -> int:
-                number = super().submit(batch)
-                if not left and any(space == Space.ROSTER for space, _, _ in batch.writes):
-                    left.append(SimDisk(random.Random(1)))
-                    left[0].fill(self.content())
-                return number
-
-        beside.disk.__class__ = LosesPower
-        await beside.rounds()
-        (beside.disk,) = left
-        beside.restart()
-        assert beside.row(k) == value("lost")
-        await beside.rounds(6)
-        assert beside.row(k) == value("kept")
-        assert beside.copy.noted.generation == 2
-
-    play(story)
-
-
-def test_copy_that_begins_again_forgets_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All at once would keep the node from everything else meanwhile, and wait in its memory for the disk."""
-    monkeypatch.setattr(copy_module, "ERASE_KEYS", 3)
-
-    async def story(stage: Stage) -> None:
-        beside = await three(stage)
-        for k in stage.keys[:10]:
-            write(stage, k, 1, "text", 0, 1, 2, chosen=True)
-        await beside.rounds()
-        waiting = [0]
-
-        class Counts(SimDisk):
-            def submit(self, batch: Batch) -> int:
-                waiting.append(sum(space == Space.REGISTER for space, _, _ in batch.writes))
-                return super().submit(batch)
-
-            async def durable(self, number: int) -> None:
-                await super().durable(number)
-                waiting.append(-sum(waiting))
-
-        beside.disk.__class__ = Counts
-        await beside.copy.begin_again(2)
-        assert max(itertools.accumulate(waiting)) == 2 * 3
-        assert not any(beside.copy.registers.keys(tablet) for tablet in range(TABLETS))
-        assert beside.copy.noted.generation == 2
-
-    staged(story, 3)
-
-
-def test_other_branch_that_counts_more_is_followed_and_the_copy_begins_again() -> None:
-    """Two begin a generation each. The follower goes with the one that it hears, then hears the other, which wins."""
-
-    async def story(world: World) -> None:
-        await world.grow(3)
-        k = key(0)
-        await world.put(0, k, "old")
-        beside = Beside(world)
-        await beside.rounds(3)
-        world.cluster.partition([0], [1, 2])
-        await world.cluster.machines[0].clock.sleep(8.0)
-        world.cluster.crash(1)
-        first, second = 0, 2
-        beside.line.deaf = {second}
-        await world.domain(first).generations.recover([], accept_data_loss=True)
-        await world.domain(second).generations.recover([], accept_data_loss=True)
-        winner = max((first, second), key=lambda n: world.domain(n).chain.branch)
-        loser = first if winner == second else second
-        beside.line.deaf = {winner}
-        await beside.rounds(3)
-        beside.line.deaf = {loser}
-        await world.put(winner, k, "winner")
-        await beside.rounds(6)
-        assert beside.follower.chain.branch == world.domain(winner).chain.branch
-        assert beside.row(k) == value("winner")
-
-    play(story)
-
-
 @BOTH
 def test_followed_served_only_sealed_replica_covers_nothing(on: bool) -> None:
     """The tablet went from 0 to 1 and was written there; the follower knows the first link, and asks 0."""
@@ -482,98 +272,6 @@ def test_followed_durable_value_that_its_replica_forgets_is_not_told(on: bool) -
         assert beside.row(k) == (None if on else value("forgotten"))
 
     staged(story, 1, msgspec.structs.replace(RULES, followed_durable=on))
-
-
-def test_tombstone_that_was_collected_reads_as_the_floor() -> None:
-    async def story(stage: Stage) -> None:
-        beside = await three(stage)
-        floor = Ballot(1, 2, 9, b"", 0, 0)
-        for number in (0, 1, 2):
-            node, batch = stage.world.node(number), Batch()
-            node.domain.tablets.agree(batch, stage.tablet, floor)
-            node.domain.tablets.submit(batch)
-        await beside.rounds()
-        assert beside.copy.standing(stage.keys[0]) == ZERO
-        assert beside.copy.floors[stage.tablet] == floor
-
-    staged(story, 3)
-
-
-@pytest.mark.parametrize("restarted", [False, True], ids=["goes on", "restarted"])
-def test_group_that_was_collected_during_the_round_is_told_at_the_floor_and_not_below_where_it_stood(
-    restarted: bool,
-) -> None:
-    async def story(stage: Stage) -> None:
-        beside = await three(stage)
-        k = stage.keys[0]
-        write(stage, k, 1, "old", 0, 1, 2, chosen=True)
-        await beside.rounds()
-        stood = beside.copy.standing(k)
-        asked: set[int] = set()
-
-        async def after(number: int, message: Struct) -> None:
-            if isinstance(message, AskChanges):
-                asked.add(number)
-            if asked == {0, 1, 2}:
-                asked.add(-1)
-                collected(stage, k)
-
-        beside.line.after = after
-        beside.copy.open(k, doubtful=True)
-        await beside.rounds()
-        if restarted:
-            beside.restart()
-            await beside.rounds(4)
-        assert beside.row(k) is None
-        assert beside.copy.told_at(k) == FLOOR > stood
-        await beside.rounds()
-        assert (beside.copy.standing(k), beside.copy.told_at(k)) == (ZERO, FLOOR)
-
-    staged(story, 3)
-
-
-def test_group_that_is_not_here_yet_is_not_told_at_a_floor_above_what_was_heard_of_it() -> None:
-    """It was made before the floor was raised; the follower knows the floor, but not yet whether it is chosen."""
-
-    async def story(stage: Stage) -> None:
-        beside = await three(stage)
-        k, other = stage.keys[:2]
-        write(stage, k, 1, "new", 0)
-        collected(stage, other)
-        beside.line.deaf = {1}
-        await beside.rounds()
-        assert beside.copy.floors[stage.tablet] == FLOOR
-        told = beside.copy.told_at(k)
-        write(stage, k, 1, "new", 1)
-        beside.line.deaf = set()
-        await beside.rounds()
-        assert beside.row(k) == value("new")
-        assert told <= beside.copy.told_at(k) < FLOOR
-
-    staged(story, 3)
-
-
-def test_coverage_is_noted_and_survives_a_restart_with_its_open_registers() -> None:
-    async def story(stage: Stage) -> None:
-        beside = await three(stage)
-        a, b = stage.keys[:2]
-        clock = stage.world.cluster.machines[0].clock
-        write(stage, a, 1, "chosen", 0, 1, 2, chosen=True)
-        await beside.rounds()
-        before = beside.copy.covered_s(a)
-        write(stage, b, 1, "perhaps", 0)
-        beside.line.deaf = {1}
-        await beside.wait()
-        await beside.rounds()
-        beside.copy.note(clock.monotonic(), clock.wall())
-        ahead_s = clock.wall() - clock.monotonic()
-        beside.restart()
-        beside.copy.note(clock.monotonic(), clock.wall())
-        noted = beside.copy.noted
-        assert noted.wall_s[stage.tablet] > before + ahead_s
-        assert noted.open == {b: pytest.approx(before + ahead_s)}
-
-    staged(story, 3)
 
 
 def test_change_log_forgets_the_oldest_and_tells_how_far_it_reaches_back() -> None:

@@ -14,8 +14,8 @@ from dht.domain.roster import check_step
 from dht.errors import Invalid, NotServing, RemoteProtocolError
 from dht.model import Ballot, NodeId, Struct
 from dht.world import Batch
+from tests.dht.domain.beside import Beside
 from tests.dht.domain.small_world import ROW, TABLETS, World, key, outcome, play, value
-from tests.dht.domain.test_follower import Beside
 from tests.dht.domain.test_recovery import link
 
 KEYS = [key(i) for i in range(20)]
