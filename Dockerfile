@@ -20,7 +20,7 @@ COPY lucd lucd
 COPY nova_bridge nova_bridge
 RUN make .venv/.demo PIP="/opt/lucd/.venv/bin/python -m pip --disable-pip-version-check --no-cache-dir" \
     && .venv/bin/lucd config sample > /etc/lucd/lucd.conf \
-    && ln -s /opt/lucd/.venv/bin/lucd /opt/lucd/.venv/bin/lucd-nova-conductor /usr/local/bin/
+    && ln -s /opt/lucd/.venv/bin/lucd /opt/lucd/.venv/bin/lucd-status /opt/lucd/.venv/bin/lucd-nova-conductor /usr/local/bin/
 
 USER lucd
 VOLUME /var/lib/lucd

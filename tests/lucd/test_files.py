@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
+import importlib.metadata
 import json
 import re
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,6 +21,10 @@ from lucd.conf.settings import load
 from tests.lucd.test_cli import STATUS
 
 ROOT = Path(__file__).parents[2]
+OF_NOVA = {"netaddr", "oslo-log", "oslo-serialization", "oslo-versionedobjects"}
+"""What Nova brings along, imported beside it only."""
+OF_KADEMLIA = {"rpcudp"}
+"""What is subclassed through kademlia."""
 
 
 def test_service_unit_starts_what_exists_and_gives_up_on_hopeless_errors() -> None:
@@ -32,12 +41,52 @@ def test_service_unit_starts_what_exists_and_gives_up_on_hopeless_errors() -> No
     assert settings.data_dir == Path("/var/lib") / service["StateDirectory"]
 
 
+def test_entry_points_name_what_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["scripts"], *project["entry-points"].values()]
+    for name, place in [pair for group in groups for pair in group.items()]:
+        module, thing = place.split(":")
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+        assert thing in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}, name
+
+
+def test_dependencies_are_what_is_imported_and_each_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {plain_name(text) for text in project["dependencies"]}
+    extra = {plain_name(text) for name in ("nova", "control-plane") for text in project["optional-dependencies"][name]}
+    imported = set()
+    for part in ("dht", "lucd", "nova_bridge"):
+        for file in (ROOT / part).rglob("*.py"):
+            imported |= {name.partition(".")[0] for name in imports_of(ast.parse(file.read_text()))}
+    found = importlib.metadata.packages_distributions()
+    used = {plain_name(name) for module in imported - sys.stdlib_module_names for name in found[module]} - {"lucd"}
+    assert used - declared - extra == OF_NOVA
+    assert declared - used == OF_KADEMLIA
+    pinned = {plain_name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert (declared | extra) - {"lucd"} <= pinned
+
+
+def plain_name(requirement: str) -> str:
+    """The distribution's name without version and extras, as it is compared."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=~ ]", requirement)[0]).lower()
+
+
+def imports_of(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
 def test_dockerfile_uses_the_default_ports_and_no_root() -> None:
     text = (ROOT / "Dockerfile").read_text()
     settings = load(None)
     assert f"EXPOSE {settings.listen.port}/tcp {settings.listen.port}/udp" in text
     assert f"http://127.0.0.1:{settings.admin.port}/readyz" in text
     assert text.index("USER lucd") < text.index("ENTRYPOINT")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert [name for name in scripts if f"/bin/{name} " not in text] == []
 
 
 def test_alerts_and_dashboard_ask_only_for_metrics_that_exist() -> None:
