@@ -35,8 +35,6 @@ class Chance(Protocol):
 
     def randbytes(self, n: int) -> bytes: ...
 
-    def getrandbits(self, k: int) -> int: ...
-
 
 class Network(Protocol):
     """Requests to peers. At most once delivery; a reply may be lost after the request was served."""

@@ -23,6 +23,7 @@ from dht.domain.joining import Standing
 from dht.domain.lookout import RETURN_AFTER_S, Lookout
 from dht.domain.membership import Membership
 from dht.domain.messages import (
+    LINKS_PER_PAGE,
     AskChanges,
     AskHeaders,
     AskJoin,
@@ -45,7 +46,7 @@ from dht.domain.messages import (
     TellLink,
     TellTablets,
 )
-from dht.domain.peers import LINKS_PER_PAGE, Peers
+from dht.domain.peers import Peers
 from dht.domain.repair import Repair
 from dht.domain.roster import Member
 from dht.domain.source import Source

@@ -7,7 +7,6 @@ told and then forgotten in a crash would not be.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 from dht.domain.chain import Chain
 from dht.domain.messages import AskChanges, AskMarks, Changes, Marks, RegisterMark, Served
@@ -21,7 +20,6 @@ from dht.world import Batch, Disk
 
 Admit = Callable[[int, int], None]
 """`Domain.admit`: (tablet, epoch), raises NotServing."""
-INSTANCE_BYTES: Final = 24
 
 
 class Followed:

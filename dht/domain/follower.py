@@ -29,6 +29,7 @@ from typing import Final, TypeVar
 from dht.domain.chain import Chain
 from dht.domain.copy import Copy, Coverage, is_chosen
 from dht.domain.messages import (
+    LINKS_PER_PAGE,
     AskChanges,
     AskHeaders,
     AskLinks,
@@ -58,7 +59,6 @@ HURRIED_S: Final = 0.1
 HURRIED_ROUNDS_MAX: Final = 3
 """After a round that left registers in doubt the next ones come sooner: most are chosen a moment later."""
 PAGE_TIMEOUT_S: Final = 10.0
-LINKS_PER_PAGE: Final = 100
 MARKS_ASKED_MAX: Final = 500
 SURVEYED_AT_ONCE: Final = 8
 NOTED_EVERY_S: Final = 5.0

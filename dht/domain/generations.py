@@ -11,6 +11,7 @@ import msgspec
 from dht.domain.asking import Ask, ask_each
 from dht.domain.chain import Chain
 from dht.domain.messages import (
+    LINKS_PER_PAGE,
     AskLinks,
     AskRecovery,
     AskStatus,
@@ -38,7 +39,6 @@ from dht.model import NodeId
 from dht.world import Clock, Disk
 
 log = logging.getLogger(__name__)
-LINKS_PER_PAGE = 100
 
 
 class Generations:

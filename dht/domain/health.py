@@ -56,20 +56,9 @@ def health(
         "epoch": roster.epoch,
         "members": [
             {
-                "node_id": m.node_id.hex(),
-                "pop": m.pop,
-                "failure_domain": m.failure_domain,
-                "address": m.address,
-                "leaving": m.leaving,
+                **_of_roster(roster, m),
                 "reachable": m.node_id in reachable,
-                "voter": m.node_id in roster.voters,
-                "tablets": len(roster.tablets_of(m.node_id)),
-                "to_take_over": sum(
-                    m.node_id in nodes
-                    and m.node_id not in unasked
-                    and not _initialised(marks, m.node_id, t, roster.tablet_epochs[t])
-                    for t, nodes in enumerate(roster.tablets)
-                ),
+                "to_take_over": 0 if m.node_id in unasked else _to_take_over(roster, marks, m.node_id),
                 "to_copy": to_copy.get(m.node_id, (0, 0))[0],
                 "to_copy_bytes": to_copy.get(m.node_id, (0, 0))[1],
             }
@@ -85,6 +74,26 @@ def health(
         "survivable": _survivable(working, need, {m.node_id: m for m in roster.members}),
         "warnings": _warnings(roster, len(working) - served, voters_heard),
     }
+
+
+def _of_roster(roster: Roster, member: Member) -> dict[str, object]:
+    return {
+        "node_id": member.node_id.hex(),
+        "pop": member.pop,
+        "failure_domain": member.failure_domain,
+        "address": member.address,
+        "leaving": member.leaving,
+        "voter": member.node_id in roster.voters,
+        "tablets": len(roster.tablets_of(member.node_id)),
+    }
+
+
+def _to_take_over(roster: Roster, marks: Mapping[NodeId, Mapping[int, TabletMark]], node: NodeId) -> int:
+    """How many of its tablets the member does not serve yet."""
+    return sum(
+        node in nodes and not _initialised(marks, node, t, roster.tablet_epochs[t])
+        for t, nodes in enumerate(roster.tablets)
+    )
 
 
 def _initialised(marks: Mapping[NodeId, Mapping[int, TabletMark]], node: NodeId, tablet: int, epoch: int) -> bool:
@@ -122,7 +131,7 @@ def _warnings(roster: Roster, unavailable: int, voters_heard: int) -> list[str]:
         out.append(f"{unavailable} tablets have no working majority: their groups can neither be read nor written")
     staying = [m for m in roster.members if not m.leaving]
     if len(staying) < REPLICAS:
-        out.append(f"{len(staying)} members keep this domain; add nodes until there are {REPLICAS}")
+        out.append(f"members of this domain: {len(staying)}; add nodes until there are {REPLICAS}")
     elif len({m.failure_domain for m in staying}) < REPLICAS:
         out.append("members share failure domains; one failure may stop tablets")
     return out

@@ -12,8 +12,7 @@ from typing import Final, Protocol
 
 from dht.domain.asking import Ask
 from dht.domain.chain import Chain
-from dht.domain.messages import AskJoin, AskLeave, AskLinks, Links, Newest
-from dht.domain.peers import LINKS_PER_PAGE
+from dht.domain.messages import LINKS_PER_PAGE, AskJoin, AskLeave, AskLinks, Links, Newest
 from dht.domain.roster import Member
 from dht.domain.wide import Wide, has_room
 from dht.errors import DhtError, Unavailable

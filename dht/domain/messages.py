@@ -5,6 +5,8 @@ A link travels whole: it is small (4 KiB with 64 tablets) and explains itself.
 
 from __future__ import annotations
 
+from typing import Final
+
 from dht.codec import Message, message
 from dht.domain.roster import Member, Roster
 from dht.domain.wide import Word
@@ -18,9 +20,12 @@ class DomainMessage(Message, frozen=True):
     domain: str
 
 
+LINKS_PER_PAGE: Final = 100
+
+
 @message
 class AskLinks(DomainMessage, frozen=True, tag=50):
-    """The links after an epoch, at most `limit`, in order."""
+    """The links after an epoch, at most `limit` and LINKS_PER_PAGE, in order: fewer are all that there are."""
 
     after: int
     limit: int

@@ -19,7 +19,16 @@ from typing import Final
 
 from dht.codec import Message
 from dht.domain.chain import Chain
-from dht.domain.messages import AskHeaders, AskJoin, AskLeave, AskLinks, AskRegisters, DomainMessage, Links
+from dht.domain.messages import (
+    LINKS_PER_PAGE,
+    AskHeaders,
+    AskJoin,
+    AskLeave,
+    AskLinks,
+    AskRegisters,
+    DomainMessage,
+    Links,
+)
 from dht.domain.roster import FIRST_EPOCH, Roster
 from dht.domain.tablets import Tablets
 from dht.domain.wide import Wide, is_large, neighbours
@@ -30,7 +39,6 @@ from dht.world import Network
 
 JOIN_TIMEOUT_S: Final = 15.0
 PAGE_TIMEOUT_S: Final = 10.0
-LINKS_PER_PAGE: Final = 100
 
 
 class Peers:

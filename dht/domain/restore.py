@@ -19,6 +19,7 @@ from dht.domain.asking import Ask, ask_each
 from dht.domain.copy import Copy
 from dht.domain.follower import Follower
 from dht.domain.messages import (
+    LINKS_PER_PAGE,
     AskCopy,
     AskCopyLinks,
     AskCopyPage,
@@ -35,7 +36,6 @@ from dht.model import Ballot, GroupKey, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Disk
 
-LINKS_PER_PAGE: Final = 100
 PAGE_KEYS_MAX: Final = 500
 QUESTIONS: Final = (AskCopy, AskCopyLinks, AskCopyPage)
 STANDING_S_MAX: Final = 5.0

@@ -41,6 +41,7 @@ from dht.overlay.messages import (
 from dht.overlay.protocol import Address, OverlayProtocol
 from dht.overlay.sealing import OverlayCounters, Sealing
 from dht.overlay.state import load_contacts, save_contacts
+from dht.overlay.table import ID_BITS
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ PUBLISHED_MAX: Final = 100_000
 HINT_REPLICAS: Final = 5
 HINT_ANSWERS: Final = 3
 WILDCARDS: Final = ("", "0.0.0.0", "::")
-_ID_BITS: Final = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +186,12 @@ class Overlay:
         ranges = [(prefix, 32)]
         while ranges:
             value, bits = ranges.pop()
-            target = (value << (_ID_BITS - bits)).to_bytes(20, "big")
+            target = (value << (ID_BITS - bits)).to_bytes(20, "big")
             near = await self._crawl(target)
-            inside = [c for c in near if int.from_bytes(c.id, "big") >> (_ID_BITS - bits) == value]
+            inside = [c for c in near if int.from_bytes(c.id, "big") >> (ID_BITS - bits) == value]
             found.update({contact.id: contact for contact in inside})
             # A full answer may have cut some off: look into both halves of the range.
-            if len(inside) >= self._settings.ksize and bits < _ID_BITS:
+            if len(inside) >= self._settings.ksize and bits < ID_BITS:
                 ranges += [(value << 1, bits + 1), (value << 1 | 1, bits + 1)]
         return [found[node_id] for node_id in sorted(found) if found[node_id].pop == pop]
 
@@ -203,10 +203,6 @@ class Overlay:
         while len(self._published) > PUBLISHED_MAX:
             self._published.popitem(last=False)
         return await self._publish(key)
-
-    def withdraw_hint(self, group: GroupKey) -> None:
-        """Publish the hint no longer; what was published is forgotten within the hour."""
-        self._published.pop(hint_key(group), None)
 
     async def find_hint(self, group: GroupKey) -> str | None:
         """The PoP in which the group is said to live; None if nobody says. The newest of a few answers."""

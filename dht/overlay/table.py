@@ -17,7 +17,7 @@ from kademlia.routing import KBucket, RoutingTable
 from dht.model import NodeId
 from dht.overlay.messages import Contact
 
-_ID_BITS = 160
+ID_BITS = 160
 _SPLIT_LEVELS = 5
 
 
@@ -36,7 +36,7 @@ class Bucket(KBucket):  # type: ignore[misc]
 
     def depth(self) -> int:
         span: int = self.range[1] - self.range[0] + 1
-        return _ID_BITS - (span.bit_length() - 1)
+        return ID_BITS - (span.bit_length() - 1)
 
     def distance(self, aim: int) -> int:
         """Of the nearest id that can be in it."""
@@ -61,7 +61,7 @@ class Table(RoutingTable):  # type: ignore[misc]
         self._peers: dict[NodeId, Peer] = {}
 
     def flush(self) -> None:
-        self.buckets = [Bucket(0, 2**_ID_BITS - 1, self.ksize)]
+        self.buckets = [Bucket(0, 2**ID_BITS - 1, self.ksize)]
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -100,7 +100,7 @@ class Table(RoutingTable):  # type: ignore[misc]
                 return True
             # Split where this node itself lives, and elsewhere down to the next multiple of 5 bits.
             splits = bucket.has_in_range(self.node) or bucket.depth() % _SPLIT_LEVELS != 0
-            if not splits or bucket.depth() >= _ID_BITS:
+            if not splits or bucket.depth() >= ID_BITS:
                 return False
             bucket.replacement_nodes.pop(node.id, None)
             self.split_bucket(index)

@@ -27,13 +27,11 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from dht.domain.roster import TabletReplicas, quorums
 from dht.errors import DhtError, Invalid, NotServing, Unavailable
-from dht.limits import PEER_TIMEOUT_S
 from dht.model import GroupKey, NodeId
 from dht.register import group
-from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.group import Delta
-from dht.register.messages import Accept, Accepted, AskFence, Fenced, Verdict
+from dht.register.messages import Accept, AskFence, Fenced, Verdict
 from dht.register.operations import decode_intent
 from dht.register.resolver import Resolver
 from dht.register.rounds import Rounds, Standing, expect
@@ -53,11 +51,8 @@ Confirm = Callable[[str, int], Awaitable[int]]
 class Fence:
     """Raises fences for whoever asks at this node, and confirms those of others."""
 
-    def __init__(
-        self, context: Context, acceptor: Acceptor, rounds: Rounds, resolver: Resolver, confirm: Confirm
-    ) -> None:
+    def __init__(self, context: Context, rounds: Rounds, resolver: Resolver, confirm: Confirm) -> None:
         self._context = context
-        self._acceptor = acceptor
         self._rounds = rounds
         self._resolver = resolver
         self._confirm = confirm
@@ -240,21 +235,14 @@ class Fence:
 
     async def _accept_at(self, standing: Standing, node: NodeId, request: Accept, whole: Accept) -> bool:
         try:
-            reply = await self._send(node, request)
+            reply = await self._rounds.send_accept(node, request)
             if reply.verdict == Verdict.NEED_WHOLE:
-                reply = await self._send(node, whole)
+                reply = await self._rounds.send_accept(node, whole)
         except DhtError:
             self._context.count("settlements_lost")
             return False
         standing.hear(reply.promise)
         return reply.verdict == Verdict.ACCEPTED
-
-    async def _send(self, node: NodeId, request: Accept) -> Accepted:
-        if node == self._context.node:
-            reply, number = self._acceptor.accept(request)
-            await self._acceptor.durable(number, request.key)
-            return reply
-        return expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), Accepted)
 
     async def _end(self, key: GroupKey, id: bytes, deadline: float) -> bool:
         """Wait until the intent is gone, or end it. Whether it is."""

@@ -98,7 +98,7 @@ class StoreNode:
         self._databases = Databases(context, acceptor, self._router, self._reader, self._transactions)
         self._sequences = Sequences(context, self._reader, self._transactions, self._databases.mark)
         self._salvage = Salvage(context, acceptor, self._reader, self._resolver, self._transactions)
-        self._fence = Fence(context, acceptor, rounds, self._resolver, self._databases.confirm)
+        self._fence = Fence(context, rounds, self._resolver, self._databases.confirm)
         self._find_server = FindServer(context, acceptor, self._databases.learn_soon)
         self._finder = Finder(context, self._find_server, self._reader, rounds, reach)
         self._answers: dict[type[Struct], Callable[[Any], Awaitable[Message]]] = {

@@ -228,14 +228,14 @@ class Rounds:
             sent = request
             if node in standing.behind:
                 sent = self._whole(standing, request) or request
-            reply = await self._send_accept(node, sent)
+            reply = await self.send_accept(node, sent)
             if reply.verdict == Verdict.NEED_WHOLE:
                 whole = self._whole(standing, request)
                 if whole is None:
                     # The state has moved on meanwhile; the next accept brings this replica the whole.
                     standing.behind[node] = None
                 else:
-                    reply = await self._send_accept(node, whole)
+                    reply = await self.send_accept(node, whole)
         except DhtError as error:
             self._failed(error)
             # A replica that does not serve the tablet, or has no disk, has nothing to finish the group with.
@@ -254,7 +254,8 @@ class Rounds:
             self._laggards.note(node, request.key, request.ballot)
         tally.vote(node, reply.verdict == Verdict.ACCEPTED)
 
-    async def _send_accept(self, node: NodeId, request: Accept) -> Accepted:
+    async def send_accept(self, node: NodeId, request: Accept) -> Accepted:
+        """The replica's reply; this node's own is durable then, too."""
         if node == self._context.node:
             reply, number = self._acceptor.accept(request)
             await self._acceptor.durable(number, request.key)

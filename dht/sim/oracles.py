@@ -7,7 +7,7 @@ linear in the history's length and always decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,6 @@ from dht.sim.history import (
     Content,
     Find,
     History,
-    Read,
     RowName,
     after_part,
     content_of,
@@ -438,8 +437,3 @@ def _holds(constraint: Constraint, value: Any) -> bool:
         Comparison.GE: lambda: value >= wanted[0],
     }
     return tests[constraint.comparison]()
-
-
-def unread(reads: Iterable[Read]) -> list[str]:
-    """Final reads that failed although everything runs again: the cluster did not come back."""
-    return [f"group {group_name(r.key)} cannot be read after the faults ended" for r in reads if r.content is None]

@@ -15,14 +15,13 @@ from dht.errors import Conflict
 from dht.model import Change, FindQuery, GroupKey, Guard, GuardKind, Op, Part, Scope
 from dht.model import Transaction as StoreTransaction
 from dht.register.catalog import sequence_group
+from dht.register.local_ids import SEQUENCE_JUMP_IDS
 from dht.rows import decode_row, split_group_key
 from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW, owner_columns
 from nova_bridge.sql.commit import ENTRY_ROW
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Place, Record, Table, Unique
 from nova_bridge.sql.transaction import Transaction
-
-SEQUENCE_JUMP_IDS = 1_000_000
 
 Taken = dict[GroupKey, list[tuple[Table, Unique, Record]]]
 """By entry: the rows that have its values."""

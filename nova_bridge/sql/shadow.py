@@ -101,24 +101,7 @@ class Introspection:
             number, self.next_table = self.next_table, self.next_table + 1
             rule = rule_of(name, set(number_of), self._home())
         else:
-            number = old.number
-            by_number = {c.number: c.name.lower() for c in columns}
-            for column in old.columns:
-                if column.number in old.family_columns and column.number not in by_number:
-                    raise sqlite3.NotSupportedError(
-                        f"table {name}: column {column.name} says in which group a row is, and cannot be dropped; copy "
-                        "the rows to a table without it, and rename that"
-                    )
-            rule = Rule(
-                old.family,
-                tuple(by_number[n] for n in old.family_columns),
-                old.whole,
-                tuple(by_number[n] for n in old.merge if n in by_number),
-                old.trusted,
-                old.home,
-                old.root,
-                old.read,
-            )
+            number, rule = old.number, _kept_rule(name, old, columns)
         foreign = self._foreign(name, number_of)
         family_columns = tuple(number_of[c] for c in rule.key)
         deleted = _deleted(columns)
@@ -240,6 +223,27 @@ class Introspection:
         if rule.whole or (family_columns and set(family_columns) <= set(columns)):
             return "plain" if columns == primary else "group"
         return "trusted" if columns in trusted else "entry"
+
+
+def _kept_rule(name: str, old: TableDef, columns: tuple[ColumnDef, ...]) -> Rule:
+    """The rule that the table was created with. Raises where a column of it is gone."""
+    by_number = {c.number: c.name.lower() for c in columns}
+    for column in old.columns:
+        if column.number in old.family_columns and column.number not in by_number:
+            raise sqlite3.NotSupportedError(
+                f"table {name}: column {column.name} says in which group a row is, and cannot be dropped; copy the "
+                "rows to a table without it, and rename that"
+            )
+    return Rule(
+        old.family,
+        tuple(by_number[n] for n in old.family_columns),
+        old.whole,
+        tuple(by_number[n] for n in old.merge if n in by_number),
+        old.trusted,
+        old.home,
+        old.root,
+        old.read,
+    )
 
 
 def _deleted(columns: Iterable[ColumnDef]) -> set[int]:

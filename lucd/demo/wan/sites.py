@@ -204,10 +204,6 @@ class WanDaemons(Daemons):
         site, host = divmod(number - 1, self.per_pop)
         return WanNode(self.wan, site, host, number, path, bootstrap, f"pop{site}", options)
 
-    def of_pop(self, pop: int) -> list[LocalNode]:
-        """The daemons of one PoP."""
-        return self.nodes[pop * self.per_pop : (pop + 1) * self.per_pop]
-
     def stop(self) -> None:
         super().stop()
         self.wan.close()

@@ -31,7 +31,6 @@ class Daemon:
     def __init__(self):
         self.asked = []
         self.lose = 0
-        self.lose_also_serves = True
         self.outcomes = []
         self.committed = 0
         self.fails_after = None
