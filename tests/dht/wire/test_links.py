@@ -41,7 +41,7 @@ async def test_peers_error_comes_back_as_its_class():
 async def test_unexpected_exception_is_logged_and_told(caplog):
     async with nodes(2) as (a, b):
         a.knows(b)
-        with pytest.raises(Exception, match="ZeroDivisionError: bug") as caught:
+        with pytest.raises(DhtError, match="ZeroDivisionError: bug") as caught:
             await a.network.call(b.id, Ask("bug"), 3.0)
         assert caught.value.code == "error"
         assert [record.exc_info is not None for record in caplog.records] == [True]

@@ -356,6 +356,8 @@ def test_each_pool_gets_each_notification_once(url):
         for n in range(10):
             notifier(url).info({}, "e", {"n": n})
         until(lambda: len(alone.got) == len(bar.got) == len(foo1.got) + len(foo2.got) == 10)
+        time.sleep(0.1)
+        assert len(alone.got) == len(bar.got) == len(foo1.got) + len(foo2.got) == 10
 
 
 @pytest.mark.parametrize(
