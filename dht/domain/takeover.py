@@ -132,7 +132,7 @@ class Takeover:
         if self._tablets.state(tablet).current != before.epoch:
             return True  # nothing of the old epoch is here: this is a new replica, or one as empty as a new one
         replicas = newest.replicas(tablet)
-        if set(replicas.nodes) <= set(before.nodes) and not self._reborn(tablet, replicas, before):
+        if set(replicas.nodes) <= set(before.nodes) and not self._reborn(replicas, before):
             return True
         epoch, since_s = self._pending_since_s.get(tablet, (0, 0.0))
         now_s = self._clock.monotonic()
@@ -141,7 +141,7 @@ class Takeover:
             return False
         return now_s - since_s >= PATIENCE_S
 
-    def _reborn(self, tablet: int, replicas: TabletReplicas, before: TabletReplicas) -> bool:
+    def _reborn(self, replicas: TabletReplicas, before: TabletReplicas) -> bool:
         """Whether a replica kept its node but lost its disk."""
         old, new = self._chain.link(before.epoch), self._chain.link(replicas.epoch)
         incarnations = {m.node_id: m.incarnation for m in old.members}
