@@ -151,6 +151,17 @@ def test_every_rule_with_a_switch_is_in_the_protocol_and_every_switch_is_a_rule(
     assert f"{len(DIRECTED)} others" in PROTOCOL
 
 
+def test_table_of_planted_bugs_names_for_each_rule_the_test_that_notices() -> None:
+    table = (ROOT / "docs" / "benchmarks" / "planted-bugs.md").read_text()
+    rows = {rule: row for row in table.splitlines() for rule in RULES if f"| `{rule}` |" in row}
+    assert rows.keys() == set(RULES)
+    for rule, (scenario, seeds) in CAUGHT.items():
+        assert f"random runs of `{scenario}`" in rows[rule], rule
+        assert f"within {seeds} |" in rows[rule], rule
+    for rule, (module, *tests) in DIRECTED.items():
+        assert f"a schedule: {module.rpartition('.')[2]}, `{tests[-1]}`" in rows[rule], rule
+
+
 def test_options_are_named_in_full_with_their_units() -> None:
     known = {option.dest for group in options.GROUPS.values() for option in group}
     for file in DOCS:
