@@ -163,32 +163,7 @@ class Daemon:
         self.own.domain.on_change.append(self._roster_changed)
         self._global_known = asyncio.Event()
         self.wide.domain.on_change.append(self._global_changed)
-        pop_recoverer = self._pop_recoverer()
-        self._report = Report(
-            Parts(
-                identity=self.identity,
-                cluster_id=cluster.cluster_id,
-                address=str(settings.advertise),
-                failure_domain=settings.failure_domain,
-                state=lambda: self._state,
-                own=self.own,
-                wide=self.wide,
-                store=self.homed,
-                home=self.homed.home,
-                locate=self.places.locate,
-                hint=self.overlay.find_hint,
-                far=self.pops.store,
-                recover_pop=pop_recoverer.order,
-                free_seats=pop_recoverer.free_seats,
-                copies=self.followers.lines,
-                ask=self.network.call,
-                holders=lambda: self._holders(self._members()),
-                alive=self.network.alive,
-                contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},
-                counters=self._counters,
-                warnings=self._warnings,
-            )
-        )
+        self._report = Report(self._parts(cluster.cluster_id))
         # Drawn at each start, and with room for a thousand million million numbers below what a message may carry.
         self._bus = Bus(int.from_bytes(self.identity.start_id) >> 3)
         self._reach = Reach(self.node_id, self.identity.boot, settings.pop, clock, self.network, self.pops, self._bus)
@@ -196,6 +171,33 @@ class Daemon:
         self._workers = WorkerSupervisor(self._worker_command(), settings.nova.workers)
         self._door = Door(self.homed, self._bus, self._report.answer, self.homed.home)
         self._local = LocalDoor(settings.socket, self._door.answer, settings.socket_mode)
+
+    def _parts(self, cluster_id: str) -> Parts:
+        """Where the report reads, and whom it has do what it is ordered."""
+        settings, pop_recoverer = self.settings, self._pop_recoverer()
+        return Parts(
+            identity=self.identity,
+            cluster_id=cluster_id,
+            address=str(settings.advertise),
+            failure_domain=settings.failure_domain,
+            state=lambda: self._state,
+            own=self.own,
+            wide=self.wide,
+            store=self.homed,
+            home=self.homed.home,
+            locate=self.places.locate,
+            hint=self.overlay.find_hint,
+            far=self.pops.store,
+            recover_pop=pop_recoverer.order,
+            free_seats=pop_recoverer.free_seats,
+            copies=self.followers.lines,
+            ask=self.network.call,
+            holders=lambda: self._holders(self._members()),
+            alive=self.network.alive,
+            contacts=lambda: {c.id: (c.pop, format_address(c.host, c.port)) for c in self.overlay.contacts()},
+            counters=self._counters,
+            warnings=self._warnings,
+        )
 
     async def start(self) -> None:
         """Raises a DhtError, after which `stop` is due, when this node cannot start as configured."""
