@@ -18,6 +18,7 @@ import yaml
 from dht.errors import BY_CODE
 from lucd.admin import StatusCollector
 from lucd.conf.settings import load
+from nova_bridge.rpc.options import OPTIONS
 from tests.lucd.test_cli import STATUS
 
 ROOT = Path(__file__).parents[2]
@@ -117,3 +118,9 @@ def test_nova_snippets_name_the_default_socket() -> None:
     for name in ("sql-door.conf", "rpc-door.conf", "transport.conf"):
         text = (ROOT / "config" / "nova" / name).read_text()
         assert socket in text, name
+
+
+def test_options_of_the_rpc_door_that_its_snippet_names_exist() -> None:
+    text = (ROOT / "config" / "nova" / "rpc-door.conf").read_text()
+    group = text[text.index("[lucd]") : text.index("\n# [database]")]
+    assert {option.dest for option in OPTIONS} == set(re.findall(r"^#?(\w+) = ", group, re.MULTILINE))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lucd.demo.daemons import LocalNode
 from lucd.demo.wan.sites import Traffic, Wan, WanNode, why_not
 from tests.cluster import Cluster
 
-__all__ = ["Traffic", "Wan", "WanCluster", "WanNode", "why_not"]
+__all__ = ["Traffic", "Wan", "WanCluster", "WanNode", "fastest_s", "why_not"]
 
 
 class WanCluster(Cluster):
@@ -28,3 +29,13 @@ class WanCluster(Cluster):
         site = self.layout[number - 1]
         host = self.layout[: number - 1].count(site)
         return WanNode(self.wan, site, host, number, path, bootstrap, f"pop{site}" if self.pops else pop, options)
+
+
+def fastest_s(ask: Callable[[], object], count: int = 15) -> float:
+    """Of some: what the ways cost, whatever else the machine does."""
+    took = []
+    for _ in range(count):
+        began_s = time.monotonic()
+        ask()
+        took.append(time.monotonic() - began_s)
+    return min(took)

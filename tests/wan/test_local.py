@@ -19,7 +19,7 @@ from lucd import messages
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database
 from tests.laboratory import wait_until
-from tests.wan.sites import Wan, WanCluster, why_not
+from tests.wan.sites import Wan, WanCluster, fastest_s, why_not
 
 pytestmark = pytest.mark.cluster
 RTT_S = 0.06
@@ -79,16 +79,6 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
         for pop in (A, B, C):
             made.ask(pop, INSERT, f"first-{pop}")
         yield made
-
-
-def fastest_s(ask: Callable[[], object], count: int) -> float:
-    """Of some: what the ways cost, whatever else the machine does."""
-    took = []
-    for _ in range(count):
-        began_s = time.monotonic()
-        ask()
-        took.append(time.monotonic() - began_s)
-    return min(took)
 
 
 def test_row_made_in_one_pop_is_read_and_changed_from_another_and_listed_from_the_third(doors: Doors) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ from nova_bridge.sql import dbapi
 from nova_bridge.sql.database import Database
 from tests.laboratory import wait_until
 from tests.oslo_bus import Clients, Served, oslo_messaging
-from tests.wan.sites import Wan, WanCluster, why_not
+from tests.wan.sites import Wan, WanCluster, fastest_s, why_not
 
 pytestmark = pytest.mark.cluster
 RTT_S = 0.06
@@ -53,16 +53,6 @@ def read(store: BlockingStore) -> object:
     assert found.rows, "an acknowledged row is not there"
     (row,) = found.rows.values()
     return decode_row(row)[0]
-
-
-def fastest_s(ask: Callable[[], object], count: int = 15) -> float:
-    """Of some: what the ways cost, whatever else the machine does."""
-    took = []
-    for _ in range(count):
-        began_s = time.monotonic()
-        ask()
-        took.append(time.monotonic() - began_s)
-    return min(took)
 
 
 def passed_on(cluster: WanCluster, number: int) -> int:
