@@ -90,7 +90,7 @@ def key_show(config: Path | None, data_dir: Path | None) -> None:
     click.echo(directory.cluster_key(_directory(config, data_dir)).text())
 
 
-@key.command("new")
+@key.command("new", short_help="Print a new key for this cluster.")
 @config_option
 @_data_dir
 def key_new(config: Path | None, data_dir: Path | None) -> None:
@@ -98,7 +98,7 @@ def key_new(config: Path | None, data_dir: Path | None) -> None:
     click.echo(directory.cluster_key(_directory(config, data_dir)).renewed().text())
 
 
-@key.command("import")
+@key.command("import", short_help="Replace the key of this node, which must not run.")
 @click.argument("key_file")
 @config_option
 @_data_dir

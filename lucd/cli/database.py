@@ -51,7 +51,7 @@ def _order(
     return reply.changed
 
 
-@database.command("list")
+@database.command("list", short_help="Their names, and where they live.")
 @socket_option
 @format_option
 def database_list(config: Path | None, socket: Path | None, form: str) -> None:
@@ -64,7 +64,7 @@ def database_list(config: Path | None, socket: Path | None, form: str) -> None:
         show_table(("DATABASE", "HOME"), [(name, _shown(home)) for name, home in homes.items()])
 
 
-@database.command("create")
+@database.command("create", short_help="Create a database.")
 @click.argument("name")
 @click.option(
     "--home", default="", metavar="pop:NAME|global|local", help="Where it lives (default: the PoP of this node)."
@@ -105,7 +105,7 @@ def database_drop(name: str, yes: bool, config: Path | None, socket: Path | None
     click.echo(f"Dropped database {name}.")
 
 
-@database.command("check")
+@database.command("check", short_help="Compare unique entries and sequences with the rows.")
 @click.argument("name")
 @click.option("--repair", is_flag=True, help="Mend what is found, too.")
 @socket_option

@@ -37,7 +37,7 @@ def config_sample() -> None:
     click.echo(render(), nl=False)
 
 
-@lucd.command()
+@lucd.command(short_help="Show it on this machine: daemons, Nova, a kill or a cut.")
 @click.option(
     "--keep", is_flag=True, help="Keep the daemons' directories and logs afterwards and print where they are."
 )

@@ -30,7 +30,7 @@ def _best(lines: tuple[messages.CopyLine, ...], *, where: bool) -> str:
     return ", ".join(f"{pop}: {_age(line)}" if where else _age(line) for pop, line in sorted(best.items())) or "none"
 
 
-@pop.command("list")
+@pop.command("list", short_help="All PoPs, and who keeps which copy of them.")
 @socket_option
 @format_option
 def pop_list(config: Path | None, socket: Path | None, form: str) -> None:
@@ -58,7 +58,7 @@ def _show_silent(silent: tuple[str, ...]) -> None:
         click.echo(f"\nwhat these keep is not known, for they do not answer: {' '.join(silent)}")
 
 
-@pop.command("show")
+@pop.command("show", short_help="One PoP: index, members of global, copies.")
 @click.argument("name")
 @socket_option
 @format_option
@@ -83,7 +83,7 @@ def pop_show(name: str, config: Path | None, socket: Path | None, form: str) -> 
     _show_silent(reply.silent)
 
 
-@pop.command("recover")
+@pop.command("recover", short_help="All disks of a PoP are gone: begin it anew.")
 @click.argument("name")
 @click.option("--accept-data-loss", is_flag=True, help="Really do it: what the copies do not cover is gone.")
 @click.option(

@@ -108,7 +108,7 @@ def node_list(config: Path | None, socket: Path | None, form: str) -> None:
         show_table(_NODE_HEAD, [_node_row(line) for line in reply.nodes])
 
 
-@node.command("drain")
+@node.command("drain", short_help="Move the tablets away from a node, so that it can leave.")
 @click.argument("node_id")
 @click.option(
     "--timeout", default=600.0, show_default=True, type=Seconds(), help="Seconds to wait for its tablets to move."
@@ -136,7 +136,7 @@ def _lists(reply: object, node_id: str) -> bool:
     return isinstance(reply, messages.DomainReply) and any(m.node_id == node_id for m in reply.members)
 
 
-@node.command("remove")
+@node.command("remove", short_help="Take a node that is lost for good out of the roster.")
 @click.argument("node_id")
 @socket_option
 def node_remove(node_id: str, config: Path | None, socket: Path | None) -> None:
@@ -158,7 +158,7 @@ def domain() -> None:
     """The domains: which nodes keep which groups."""
 
 
-@domain.command("show")
+@domain.command("show", short_help="How a domain is: members, tablets, what may be lost.")
 @click.argument("name", default="")
 @socket_option
 @format_option
@@ -205,7 +205,7 @@ def show_recoveries(recoveries: tuple[messages.RecoveryLine, ...]) -> None:
             click.echo(f"  {text}")
 
 
-@domain.command("recover")
+@domain.command("recover", short_help="A majority is lost for good: go on with the survivors.")
 @click.argument("name", default="")
 @click.option("--accept-data-loss", is_flag=True, help="Really do it: what only the lost members had is gone.")
 @click.option(
@@ -289,7 +289,7 @@ def _value(text: str) -> Value:
     return int(text)
 
 
-@data.command("where")
+@data.command("where", short_help="Where a group lives, and who keeps it.")
 @click.argument("key")
 @socket_option
 @format_option

@@ -406,3 +406,11 @@ def test_database_create_list_drop(lucd: Run, socket: str) -> None:
     assert "--yes" in err
     assert lucd("database", "drop", "nova", "--yes", "--socket", socket)[0] == 0
     assert lucd("database", "drop", "nova", "--yes", "--socket", socket)[0] == 66
+
+
+def test_each_command_is_told_in_one_line_of_its_groups_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for group in ((), ("config",), ("data",), ("database",), ("domain",), ("key",), ("node",), ("pop",)):
+        main([*group, "--help"])
+        listed = capsys.readouterr().out.partition("\nCommands:\n")[2]
+        assert listed, group
+        assert "..." not in listed, group
