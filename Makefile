@@ -74,10 +74,10 @@ planted: $(VENV)/.test
 races: $(VENV)/.test
 	LUCD_RACE_ROUNDS=$(ROUNDS) LUCD_CLAIM_ROUNDS=100 $(PY) -m pytest --durations=5 tests/races
 
-# Random statements and interleaved transactions of the SQL door beside stock SQLite.
+# Random statements, queries and interleaved transactions of the SQL door beside stock SQLite.
 sql-random: $(VENV)/.test
 	LUCD_SQL_SEEDS=$(SEEDS) $(PY) -m pytest tests/nova_bridge/sql/test_random_statements.py \
-	  tests/nova_bridge/sql/test_random_transactions.py
+	  tests/nova_bridge/sql/test_random_queries.py tests/nova_bridge/sql/test_random_transactions.py
 
 # Frames, datagrams and data files damaged at random, and whole messages with senseless values. SEED=n makes the same cases again; each says how to run one alone.
 fuzz: $(VENV)/.test

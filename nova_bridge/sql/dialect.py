@@ -12,7 +12,7 @@ from sqlalchemy import pool
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.sql import elements, functions, operators, selectable
+from sqlalchemy.sql import elements, functions, operators, selectable, sqltypes
 from sqlalchemy.sql.compiler import InsertmanyvaluesSentinelOpts
 
 from nova_bridge.sql import dbapi, filters, regexp, rerun
@@ -20,6 +20,7 @@ from nova_bridge.sql.errors import UnavailableError
 from nova_bridge.sql.values import EQ_OR_NULL
 
 _OPTIONS = {"socket": str, "timeout": float}
+_NUMBERS = (sqltypes.Boolean, sqltypes.Integer, sqltypes.Numeric)
 
 
 class LucdCompiler(SQLiteCompiler):
@@ -76,7 +77,8 @@ class LucdCompiler(SQLiteCompiler):
 def _with_null(disjunction: Any) -> Any:
     """`c != x OR c IS NULL` or `c = x OR c IS NULL` as one comparison; None for anything else.
 
-    x is a literal that is not NULL, and of an equation a truth value: a function's arguments get no column's affinity.
+    x is a literal that is not NULL, and of an equation a truth value, and c a number: a function's arguments get no
+    column's affinity.
     """
     if disjunction.operator is not operators.or_ or len(disjunction.clauses) != 2:
         return None
@@ -88,15 +90,20 @@ def _with_null(disjunction: Any) -> Any:
         null.operator is not operators.is_
         or not isinstance(null.right, elements.Null)
         or not isinstance(column, elements.ColumnClause)
-        or not column.compare(null.left)
+        or not _is_same(column, null.left)
     ):
         return None
     truth = isinstance(value, (elements.True_, elements.False_))
-    if compared.operator is operators.eq and truth:
+    if compared.operator is operators.eq and truth and issubclass(column.type._type_affinity, _NUMBERS):
         return functions.Function(EQ_OR_NULL, column, value)
     if compared.operator is operators.ne and (truth or _is_literal(value)):
         return column.is_distinct_from(value)
     return None
+
+
+def _is_same(column: elements.ColumnClause[Any], other: Any) -> bool:
+    """Whether it is the same column of the same table: to `compare`, two unnamed aliases of a table are the same."""
+    return column.compare(other) and hash(column.table) == hash(other.table)
 
 
 def _is_literal(value: Any) -> bool:
@@ -104,7 +111,10 @@ def _is_literal(value: Any) -> bool:
 
 
 def _implied_range(disjunction: Any) -> Any:
-    """See the compiler's last rewriting; None for any other condition. The values differ from one run to the next."""
+    """See the compiler's last rewriting; None for any other condition. The values differ from one run to the next.
+
+    They are of the column's type: of values of several SQLite's max takes the text, whatever it would be as a number.
+    """
     if disjunction.operator is not operators.or_ or len(disjunction.clauses) < 2:
         return None
     bounds = [_first_of_conjunction(clause) for clause in disjunction.clauses]
@@ -113,8 +123,9 @@ def _implied_range(disjunction: Any) -> Any:
         isinstance(bound, elements.BinaryExpression)
         and isinstance(bound.left, elements.ColumnClause)
         and _is_literal(bound.right)
+        and bound.right.type._type_affinity is bound.left.type._type_affinity
         and (bound is outer or bound.operator is operators.eq)
-        and bound.left.compare(outer.left)
+        and _is_same(bound.left, outer.left)
         for bound in bounds
     ):
         return None

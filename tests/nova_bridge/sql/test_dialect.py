@@ -217,6 +217,60 @@ def test_condition_that_is_rewritten_or_not_same_rows_as_stock_sqlite(
     assert written in str(query.compile(engine))
 
 
+ONE, OTHER = orm.aliased(Server), orm.aliased(Server)
+
+
+@pytest.mark.parametrize(
+    ("condition", "written"),
+    [
+        (sa.or_(ONE.state != "gone", OTHER.state == sa.null()), "servers_1.state != ? OR servers_2.state IS NULL"),
+        (sa.or_(ONE.hidden == sa.false(), OTHER.hidden == sa.null()), "servers_1.hidden = 0 OR servers_2.hidden IS"),
+        (sa.or_(ONE.id < 2, sa.and_(OTHER.id == 2, ONE.id > 3)), "servers_1.id < ? OR servers_2.id = ?"),
+        (sa.or_(ONE.state != "gone", ONE.state == sa.null()), "servers_1.state IS NOT ?"),
+    ],
+)
+def test_condition_on_two_aliases_of_a_table_is_not_written_as_one_on_one(
+    engine: sa.Engine, condition: sa.ColumnElement[bool], written: str
+) -> None:
+    pairs = orm.join(ONE, OTHER, ONE.id != OTHER.id)
+    query = sa.select(ONE.id, OTHER.id).select_from(pairs).where(condition).order_by(ONE.id, OTHER.id)
+    stock = sa.create_engine("sqlite://")
+    answers = []
+    for each in (stock, engine):
+        Base.metadata.create_all(each)
+        with orm.Session(each) as session, session.begin():
+            for number in range(1, 6):
+                state, hidden = ("gone", "here", None)[number % 3], (True, False, None)[number // 2 % 3]
+                session.add(Server(id=number, state=state, hidden=hidden))
+        with each.connect() as connection:
+            answers.append(connection.execute(query).fetchall())
+    stock.dispose()
+    assert answers[0] == answers[1]
+    assert written in str(query.compile(engine))
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (sa.or_(Server.state == sa.true(), Server.state == sa.null()), [1, 4]),
+        (sa.or_(Server.state < sa.literal(9), sa.and_(Server.state == "10", Server.id == 3)), [1, 3, 10]),
+        (sa.or_(Server.id < 10, sa.and_(Server.id == sa.literal("2"), Server.state == "5")), [1, 3, 4]),
+    ],
+)
+def test_condition_with_a_value_of_another_type_than_the_column_same_rows_as_stock_sqlite(
+    engine: sa.Engine, condition: sa.ColumnElement[bool], expected: list[int]
+) -> None:
+    stock = sa.create_engine("sqlite://")
+    for each in (stock, engine):
+        Base.metadata.create_all(each)
+        with orm.Session(each) as session, session.begin():
+            session.add_all([Server(id=n, state=state) for n, state in ((1, "1"), (3, "10"), (4, None), (10, "5"))])
+        with each.connect() as connection:
+            query = sa.select(Server.id).where(condition).order_by(Server.id)
+            assert connection.execute(query).scalars().all() == expected, each
+    stock.dispose()
+
+
 def test_savepoints_of_the_orm(engine: sa.Engine) -> None:
     with orm.Session(engine) as session, session.begin():
         session.add(Group(name="kept"))

@@ -1,7 +1,8 @@
 """Random statements of the shapes that Nova and Placement send, with keys on, beside stock sqlite3.
 
-Subselects in SET and WHERE, INSERT ... SELECT, WITH, UPDATE ... FROM, joins, groups, LIMIT, values of the wrong type,
-several rows in a statement of which one fails, savepoints. Rows, counts, lastrowid and errors have to be the same.
+Subselects in SET and WHERE, INSERT ... SELECT, RETURNING, WITH, UPDATE ... FROM, joins, groups, LIMIT, values of the
+wrong type, several rows in a statement of which one fails, savepoints. Rows, counts, lastrowid and errors have to be
+the same.
 Longer: `make sql-random SEEDS=5000`.
 """
 
@@ -119,7 +120,8 @@ class Statements:
                 rows = chance.choice([1, 1, 1, 3])
                 one = f"({', '.join('?' * len(columns))})"
                 values = [self.value(c) for _ in range(rows) for c in columns]
-                return f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([one] * rows)}", values
+                returning = f" RETURNING {column}, {table}.id AS number" if chance.random() < 0.3 else ""
+                return f"INSERT INTO {table} ({', '.join(columns)}) VALUES {', '.join([one] * rows)}{returning}", values
             case 4:
                 return f"UPDATE {table} SET {column} = ? WHERE {where}", [self.value(column), *arguments]
             case 5:
