@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from dht.errors import Invalid
 from dht.model import Comparison, Constraint, Order, Value
-from nova_bridge.sql.schema import Place, Record, Table
+from nova_bridge.sql.schema import Record, Table
 
 PAGE_ROWS = 1000
 SLACK_ROWS = 16
@@ -83,9 +83,12 @@ def _up_to_key(columns: tuple[int, ...], primary: list[int]) -> tuple[int, ...]:
 def in_pages(
     ask: Ask, table: Table, constraints: tuple[Constraint, ...], order: Order, limit: int | None
 ) -> list[Record]:
-    """The first `limit` rows in this order, all if None. Raises Invalid if a row does not fit a frame by itself."""
+    """The first `limit` rows in this order, all if None. Raises Invalid if a row does not fit a frame by itself.
+
+    A row that moves on behind the next page is there as it was, and once more as it is.
+    """
     walk = Walk(ask, table, constraints, order)
-    found: dict[Place, Record] = {}
+    found: list[Record] = []
     size, fitted = PAGE_ROWS, 0
     while not walk.ended and (limit is None or len(found) < limit):
         rows = size if limit is None else min(size, limit - len(found))
@@ -96,13 +99,11 @@ def in_pages(
                 raise
             size, fitted = rows // 2, 0
             continue
-        for record in page:
-            found.pop((record.group, record.key), None)
-            found[record.group, record.key] = record
+        found += page
         fitted += 1
         if fitted == GROW_AFTER:
             size, fitted = min(2 * size, PAGE_ROWS), 0
-    return list(found.values())
+    return found
 
 
 def as_they_are_read(walk: Walk, first: int) -> Iterator[list[Record]]:

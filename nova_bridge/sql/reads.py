@@ -27,12 +27,14 @@ from dht.rows import decode_row
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.groups import GroupView
 from nova_bridge.sql.marks import Marks
-from nova_bridge.sql.matching import order_records
+from nova_bridge.sql.matching import matches, order_records
 from nova_bridge.sql.pages import in_pages
 from nova_bridge.sql.schema import Record, Schema, Table
 
 SIBLINGS_PER_READ_MAX = 500
 FINDS_KEPT_MAX = 512
+WALKS_MAX = 12
+"""Through a list with a limit that needs several pages, whose rows change meanwhile."""
 WHOLE_ANYWAY_MAX = 2
 WHOLE_ENOUGH = 50
 """So many groups of a family brought along by finds: further ones of the transaction most likely find the same again,
@@ -122,11 +124,14 @@ class Reads(abc.ABC):
         if missing:
             if self._asked:
                 self._learn(missing)
-            for view in self.database.read_groups(missing, self.schema.version, near):
-                self._admit(view)
+            self._fetch(missing, near)
             if near:
                 self._near.update(missing)
             self._tell_moves()
+
+    def _fetch(self, keys: list[GroupKey], near: bool = False) -> None:
+        for view in self.database.read_groups(keys, self.schema.version, near):
+            self._admit(view)
 
     def begins(self, table: Table, group: GroupKey) -> bool:
         """Whether a new row of the table makes its group, which nobody has as far as this process ever saw.
@@ -274,15 +279,55 @@ class Reads(abc.ABC):
     def _ask_pages(
         self, table: Table, constraints: tuple[Constraint, ...], order: Order | None, limit: int | None, scope: Scope
     ) -> list[Record]:
-        def ask(narrowed: tuple[Constraint, ...], walk: Order, rows: int) -> list[Record]:
-            return self._ask_once(table, narrowed, walk, rows, False, scope)
-
-        # Of all rows it does not matter in which order they come, and that of the primary key is at hand.
-        walk = Order(()) if limit is None or order is None else order
-        found = in_pages(ask, table, constraints, walk, limit if order is not None else None)
-        if order is not None and walk is not order:
-            order_records(table, found, order)
+        """Each page is of a moment of its own; of each group all is of one ballot."""
+        known, told = dict(self._ballots), self._moved
+        if order is None or limit is None:
+            found = self._all_in_pages(table, constraints, scope)
+            if order is not None:
+                order_records(table, found, order)
+        else:
+            found = self._first_in_pages(table, constraints, order, limit, scope)
+        # What the pages alone have met, nothing was shown of at another ballot.
+        self._moved = told or any(self._ballots[key] != ballot for key, ballot in known.items())
         return found
+
+    def _all_in_pages(self, table: Table, constraints: tuple[Constraint, ...], scope: Scope) -> list[Record]:
+        # Of all rows it does not matter in which order they come, and that of the primary key is at hand.
+        found, moved = self._walk(table, constraints, Order(()), None, scope)
+        if moved:
+            # While so many rows are read there may always be one that changes, so it is not begun anew.
+            self._fetch([key for key in moved if key not in self._views])
+            found = [record for record in found if record.group not in moved]
+            for key in moved:
+                found += [r for r in self._views[key].records(table).values() if matches(table, r, constraints)]
+            order_records(table, found, None)
+        return found
+
+    def _first_in_pages(
+        self, table: Table, constraints: tuple[Constraint, ...], order: Order, limit: int, scope: Scope
+    ) -> list[Record]:
+        for _ in range(WALKS_MAX):
+            found, moved = self._walk(table, constraints, order, limit, scope)
+            if not moved:
+                return found
+        raise Conflict("groups kept changing while a list of their rows was read; run the transaction again")
+
+    def _walk(
+        self, table: Table, constraints: tuple[Constraint, ...], order: Order, limit: int | None, scope: Scope
+    ) -> tuple[list[Record], list[GroupKey]]:
+        """The rows, and the groups that two pages have met at different ballots."""
+        met: dict[GroupKey, Ballot] = {}
+        moved: dict[GroupKey, None] = {}
+
+        def ask(narrowed: tuple[Constraint, ...], walk: Order, rows: int) -> list[Record]:
+            page = self._ask_once(table, narrowed, walk, rows, False, scope)
+            for record in page:
+                ballot = self._ballots[record.group]
+                if met.setdefault(record.group, ballot) != ballot:
+                    moved[record.group] = None
+            return page
+
+        return in_pages(ask, table, constraints, order, limit), list(moved)
 
     def _ask_once(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 from collections.abc import Callable
 from typing import Any
@@ -131,6 +132,112 @@ def test_row_that_moves_on_between_two_pages_is_there_once(
     assert moved
     assert sorted(ids) == list(range(1, 41))
     assert ids[-1] == moved[0]
+
+
+@pytest.fixture
+def grouped(connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> Connection:
+    """Rows 1 to 20, of two groups in turn; of any table the store gives three rows at most."""
+    connection = connect(isolation_level=None)
+    connection.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, uuid VARCHAR(36), UNIQUE (uuid))")
+    connection.execute("CREATE TABLE instance_metadata (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36), n INTEGER)")
+    connection.execute("INSERT INTO instances VALUES (1, 'u0'), (2, 'u1')")
+    rows = [(number, f"u{number % 2}") for number in range(1, 21)]
+    connection.executemany("INSERT INTO instance_metadata VALUES (?, ?, 0)", rows)
+    find = store.find
+
+    def small_find(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        if len(result.rows) > ROWS_MAX:
+            raise Invalid("larger than a frame may be")
+        return result
+
+    monkeypatch.setattr(store, "find", small_find)
+    return connection
+
+
+@pytest.mark.parametrize("limits", ["", " ORDER BY id LIMIT 15", " ORDER BY n, id LIMIT 100"])
+def test_rows_of_a_group_that_changes_between_two_pages_are_of_one_state(
+    grouped: Connection, connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch, limits: str
+) -> None:
+    other, find, pages = connect(isolation_level=None), store.find, list[int]()
+
+    def moving(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        pages.append(len(result.rows))
+        if len(pages) == 2:
+            other.execute("UPDATE instance_metadata SET n = 1 WHERE instance_uuid = 'u1'")
+        return result
+
+    monkeypatch.setattr(store, "find", moving)
+    grouped.execute("BEGIN")
+    found = grouped.execute(f"SELECT id, n FROM instance_metadata{limits}").fetchall()
+    assert len(pages) > 2
+    assert len(found) == (15 if "15" in limits else 20)
+    assert {n for number, n in found if number % 2} == {1}
+    assert sorted(number for number, _ in found) == list(range(1, len(found) + 1))
+
+
+def test_list_whose_rows_move_on_before_every_page_is_a_conflict(
+    grouped: Connection, connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, find, asked = connect(isolation_level=None), store.find, list[int]()
+
+    def moving(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        if query.order is not None and query.order.columns:
+            asked.append(len(result.rows))
+            assert len(asked) < 1000
+            numbers = [decode_row(row.row)[1] for row in result.rows]
+            listed = ", ".join(map(str, numbers))
+            other.execute(f"UPDATE instance_metadata SET n = n + 1000 + {len(asked)} WHERE id IN ({listed or 0})")
+        return result
+
+    monkeypatch.setattr(store, "find", moving)
+    with pytest.raises(sqlite3.OperationalError, match="groups kept changing"):
+        grouped.execute("SELECT id FROM instance_metadata ORDER BY n, id LIMIT 100").fetchall()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_reads_while_others_write_show_each_group_at_one_state(
+    grouped: Connection, connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whoever changes one row of a group changes all of them by the same, and they move in the lists' orders."""
+    grouped.execute("INSERT INTO instances VALUES (3, 'u2')")
+    grouped.executemany("INSERT INTO instance_metadata VALUES (?, 'u2', 0)", [(number,) for number in range(21, 24)])
+    chance, other, find, left = random.Random(seed), connect(isolation_level=None), store.find, [0]
+
+    def moving(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        if left[0] and chance.random() < 0.4:
+            left[0] -= 1
+            change = f"UPDATE instance_metadata SET n = n + {chance.choice([1, -1])} WHERE instance_uuid = ?"
+            other.execute(change, [f"u{chance.randint(0, 2)}"])
+        return result
+
+    monkeypatch.setattr(store, "find", moving)
+    joined = "instances i LEFT JOIN instance_metadata m ON m.instance_uuid = i.uuid"
+    for _ in range(12):
+        left[0] = chance.randint(0, 4)
+        order, rows = chance.choice(["n", "n DESC", "id", "id DESC"]), chance.randint(1, 23)
+        sql = chance.choice(
+            [
+                "SELECT instance_uuid, n FROM instance_metadata",
+                f"SELECT instance_uuid, n FROM instance_metadata ORDER BY {order}",
+                f"SELECT instance_uuid, n FROM instance_metadata ORDER BY {order}, id LIMIT {rows}",
+                f"SELECT i.uuid, m.n FROM {joined} WHERE i.id = 1 OR m.id > 2 ORDER BY m.{order} LIMIT {rows}",
+                f"SELECT instance_uuid, n FROM instance_metadata m LEFT JOIN instances i ON i.uuid = m.instance_uuid"
+                f" WHERE m.id < 15 OR i.id IS NOT 2 ORDER BY m.{order} LIMIT {rows}",
+                "SELECT instance_uuid, n FROM instance_metadata WHERE id < 12 UNION ALL"
+                " SELECT instance_uuid, n FROM instance_metadata WHERE id >= 12",
+            ]
+        )
+        if chance.random() < 0.7:
+            grouped.execute("BEGIN")
+        found = grouped.execute(sql).fetchall()
+        assert len(set(found)) == len({uuid for uuid, _ in found}), sql
+        assert "LIMIT" in sql or len(found) == 23, sql
+        if grouped.in_transaction:
+            grouped.execute("COMMIT")
 
 
 @pytest.fixture
