@@ -86,7 +86,8 @@ def search(
     descending = query.order is not None and query.order.descending
 
     def matches(plan: Plan, entries_max: int | None = None) -> Iterator[Match]:
-        entries = itertools.islice(_entries(disk, plan, descending), entries_max)
+        entries = _entries(disk, plan, descending)
+        entries = entries if entries_max is None else _first_entries(entries, entries_max)
         return _matches(entries, indexes, known, query, tablets)
 
     rows: list[Match] = []
@@ -222,6 +223,17 @@ def _entries(disk: Disk, plan: Plan, descending: bool) -> Iterator[tuple[bytes, 
         return
     streams = [_stream(disk, stretch, descending) for stretch in stretches]
     for _, entry, value in heapq.merge(*streams, reverse=descending):
+        yield entry, value
+
+
+def _first_entries(entries: Iterator[tuple[bytes, bytes]], count: int) -> Iterator[tuple[bytes, bytes]]:
+    """So many, and those behind them of the last one's primary key, which `_in_order` sorts together."""
+    last = None
+    for number, (entry, value) in enumerate(entries, 1):
+        if number > count and split_tail(entry, value)[0] != last:
+            return
+        if number == count:
+            last, _ = split_tail(entry, value)
         yield entry, value
 
 

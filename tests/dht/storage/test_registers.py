@@ -504,6 +504,25 @@ def test_find_in_an_order_behind_the_key_sorts_rows_of_one_key_in_several_groups
 
 
 @pytest.mark.parametrize("descending", [False, True])
+def test_find_that_gives_an_index_up_among_rows_of_one_key_has_the_first_of_them(descending: bool) -> None:
+    """For two rows eight entries are looked at, of which the last are two of the four rows of one key."""
+    disk, file = make()
+    batch = Batch()
+    file.set_specs(batch, "db", 2, (TableSpec(1, (0,), (IndexSpec(4, (1,)),)),))
+    disk.submit(batch)
+    for number in range(6):
+        put(file, disk, group(number), {row_key(1, (number,)): row(number, "a", None, "n")})
+        put(file, disk, group(number), {row_key(1, (14 - number,)): row(14 - number, "a", None, "n")})
+    for number, letter in enumerate("dcab" if descending else "cdba"):
+        put(file, disk, group(number), {row_key(1, (7,)): row(7, "z", None, letter)})
+    for number in range(100, 120):
+        behind = -number if descending else number
+        put(file, disk, group(number), {row_key(1, (behind,)): row(behind, "z", None, "n")})
+    found = rows_found(file, Constraint(1, Comparison.GT, ("a",)), order=Order((0, 3), descending), limit=1)
+    assert [r[3] for r in found] == ["d" if descending else "a"]
+
+
+@pytest.mark.parametrize("descending", [False, True])
 def test_find_in_an_order_that_no_index_has_keeps_no_more_rows_than_it_gives(descending: bool) -> None:
     disk, file = make()
     for number in range(300):
