@@ -190,10 +190,11 @@ class Pops:
         for contact in found:
             if contact.id in nodes:
                 self._network.set_address(contact.id, contact.host, contact.port)
-        for node in before:
-            if node not in nodes and not self._needed(node):
-                self._network.forget(node)
         self._gateways[pop] = nodes
+        for node in before:
+            # Who serves this domain no more may be the gateway of another one.
+            if not self._needed(node) and not self.passes_on_to(node):
+                self._network.forget(node)
 
     def refused(self, domain: str, node: NodeId) -> None:
         """It was asked and does not serve the domain: a recovery left it out, it was removed, or is yet to join."""

@@ -225,6 +225,20 @@ async def test_members_of_global_in_the_own_pop_are_asked_first_and_others_not_a
     assert await pops.gateways(GLOBAL) == [member(3, "nice").node_id, member(2, "nice").node_id]
 
 
+async def test_gateway_that_serves_its_pop_no_more_keeps_its_link_as_that_of_global(world: World, pops: Pops) -> None:
+    """A recovery of its PoP's domain left it out; requests to `global` are under way on the link."""
+    world.members = [member(1, "lyon")]
+    assert await pops.gateways(GLOBAL) == [contact(1).id]
+    world.there = [contact(1)]
+    world.heard = {contact(1).id}
+    assert await pops.gateways("lyon") == [contact(1).id]
+    pops.refused("lyon", contact(1).id)
+    world.there = [contact(2), contact(3), contact(4)]
+    world.now_s += pops_module.LOOK_SOON_S + 0.1
+    assert contact(1).id not in await pops.gateways("lyon")
+    assert contact(1).id in world.addresses
+
+
 async def test_global_is_none_of_the_other_pops(world: World, pops: Pops) -> None:
     world.members = [member(1, "lyon")]
     world.there = [contact(1)]
