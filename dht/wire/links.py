@@ -32,11 +32,12 @@ from dht.wire.strangers import Strangers
 from dht.world import Answer
 
 LINK_PATH = "/link"
-DIAL_TIMEOUT_S = 1.0
 CONNECT_TIMEOUT_S = 0.5
 """Of a dial, for the other host's kernel to answer: it would repeat a lost packet after a second only, and while a
 network is cut that is the longest part of what it costs once it has healed."""
 HANDSHAKE_TIMEOUT_S = 2.0
+"""Three round trips, of which each may take half a second."""
+DIAL_TIMEOUT_S = CONNECT_TIMEOUT_S + HANDSHAKE_TIMEOUT_S
 ADDRESSES_MAX = 10_000
 REDIAL_MIN_S = 0.05
 REDIAL_MAX_S = 0.5

@@ -11,7 +11,7 @@ import aiohttp
 import aiohttp.test_utils
 import aiohttp.web
 import pytest
-from wire_nodes import Ask, Node, Told, nodes, until
+from wire_nodes import Ask, Node, Told, long_way, nodes, until
 
 from dht.errors import DhtError, Indeterminate, Invalid, NotServing, RemoteProtocolError, Unavailable
 from dht.requests import Done, ListDatabases, ListDatabasesReply, ReadGroups
@@ -152,6 +152,13 @@ async def test_host_that_answers_nothing_is_dialled_again_before_a_dial_s_whole_
         (a,) = await stack.enter_async_context(nodes(1))
         a.network.set_address(bytes(20), *full.getsockname())
         await until(lambda: a.network.counters["dials"] >= 3, 10.0)
+
+
+async def test_nodes_at_the_other_end_of_the_world_get_a_link():
+    """Where a round trip takes 0.6 s, and a handshake three."""
+    async with nodes(2) as (a, b), long_way(b.network.port) as port:
+        a.network.set_address(b.id, "127.0.0.1", port)
+        await until(lambda: a.network.alive(b.id), 15.0)
 
 
 async def test_two_nodes_that_dial_at_once_keep_one_link(monkeypatch):

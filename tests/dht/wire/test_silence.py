@@ -8,7 +8,7 @@ import struct
 import time
 
 import pytest
-from wire_nodes import Ask, nodes, until
+from wire_nodes import Ask, nodes, thin_way, until
 
 from dht.errors import Indeterminate
 from dht.limits import PEER_TIMEOUT_S
@@ -107,35 +107,6 @@ async def test_silent_peer_of_another_pop_has_four_round_trips_for_a_request(mon
             assert ours.alive
             ours.tick(now_s + short_s + trips * 0.2 + 0.05)
             assert not ours.alive
-
-
-@contextlib.asynccontextmanager
-async def thin_way(port, *, back):
-    """The port of a way to that one, on which bytes take long in one direction: `back`, from the listener."""
-
-    ends = []
-
-    async def carry(reader, writer, thin):
-        with contextlib.suppress(OSError):
-            while data := await reader.read(16 * 1024):
-                writer.write(data)
-                await writer.drain()
-                await asyncio.sleep(0.02 if thin else 0)
-        writer.close()
-
-    async def connect(reader, writer):
-        there, to = await asyncio.open_connection("127.0.0.1", port)
-        ends.extend([to, writer])
-        await asyncio.gather(carry(reader, to, not back), carry(there, writer, back))
-
-    server = await asyncio.start_server(connect, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for end in ends:
-            end.close()
-        await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["request", "reply"])

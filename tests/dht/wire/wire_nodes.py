@@ -71,6 +71,56 @@ async def nodes(count, others="lyon"):
             await node.network.stop()
 
 
+def thin_way(port, *, back):
+    """The port of a way to that one, on which bytes take long in one direction: `back`, from the listener."""
+    return way(port, there=slow(0.0 if back else 0.02), back=slow(0.02 if back else 0.0))
+
+
+def long_way(port, delay_s=0.3):
+    """The same of one on which all take their time, in each direction."""
+
+    async def late(writer, data):
+        await asyncio.sleep(delay_s)
+        writer.write(data)
+
+    return way(port, there=late, back=late)
+
+
+def slow(pause_s):
+    async def carry(writer, data):
+        writer.write(data)
+        await writer.drain()
+        await asyncio.sleep(pause_s)
+
+    return carry
+
+
+@contextlib.asynccontextmanager
+async def way(port, *, there, back):
+    """A port that leads to that one. `there`, `back`: what carries a piece of what is sent."""
+    ends = []
+
+    async def carry_all(reader, writer, carry):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(16 * 1024):
+                await carry(writer, data)
+        writer.close()
+
+    async def connect(reader, writer):
+        from_there, to = await asyncio.open_connection("127.0.0.1", port)
+        ends.extend([to, writer])
+        await asyncio.gather(carry_all(reader, to, there), carry_all(from_there, writer, back))
+
+    server = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for end in ends:
+            end.close()
+        await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
+
+
 async def until(condition, timeout_s=5.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
