@@ -178,6 +178,23 @@ def test_full_disk_of_one_stops_its_votes_and_nothing_else(cluster: Cluster) -> 
     assert [text_of(third.store(), number) for number in range(800, 830)] == ["kept"] * 30
 
 
+def test_node_with_another_port_is_listed_at_it_in_both_domains(cluster: Cluster) -> None:
+    moved, other = cluster.nodes[0], cluster.nodes[1]
+    moved.close_clients()
+    moved.stop()
+    moved.port = free_port()
+    moved.write_config()
+    moved.start()
+
+    def listed(domain: str) -> bool:
+        reply = other.client().call(messages.AskDomain(domain), repeatable=True)
+        assert isinstance(reply, messages.DomainReply)
+        return moved.address in {member.address for member in reply.members if member.reachable}
+
+    eventually(lambda: listed("") and listed("global"))
+    cluster.wait_whole()
+
+
 def test_rolled_back_directory_is_kept_out_and_says_so(cluster: Cluster) -> None:
     third = cluster.nodes[2]
     assert third.stop() == 0
