@@ -197,6 +197,24 @@ def test_list_whose_rows_move_on_before_every_page_is_a_conflict(
         grouped.execute("SELECT id FROM instance_metadata ORDER BY n, id LIMIT 100").fetchall()
 
 
+def test_all_rows_of_a_table_that_never_stands_still_are_read_once(
+    grouped: Connection, connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, find, pages = connect(isolation_level=None), store.find, list[int]()
+
+    def moving(query: Any, timeout_s: float | None = None) -> Any:
+        result = find(query, timeout_s)
+        pages.append(len(result.rows))
+        other.execute("UPDATE instance_metadata SET n = n + 1 WHERE instance_uuid = 'u1'")
+        return result
+
+    monkeypatch.setattr(store, "find", moving)
+    found = grouped.execute("SELECT id, n FROM instance_metadata").fetchall()
+    assert [number for number, _ in found] == list(range(1, 21))
+    assert len({n for number, n in found if number % 2}) == 1
+    assert sum(pages) < 30
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_reads_while_others_write_show_each_group_at_one_state(
     grouped: Connection, connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch, seed: int
