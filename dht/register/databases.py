@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 import msgspec
 
 from dht.errors import Conflict, DhtError, Duplicate, Indeterminate, Unavailable
 from dht.limits import PEER_TIMEOUT_S
-from dht.model import Ballot, NodeId, Part, PopClaim, Transaction, Value
+from dht.model import Ballot, NodeId, Part, PopClaim, TableSpec, Transaction, Value
 from dht.register import catalog
 from dht.register.acceptor import Acceptor
 from dht.register.catalog import Registered
@@ -260,18 +261,33 @@ class Databases:
             if version is not None and version == file.spec_version(database):
                 return version
             key, told = catalog.catalog_group(database), -1
+            batch = Batch()
             while told != file.told_version(key):
                 # What is read has the word, and lowers the version that promises name. Not below one that came with a
                 # tablet meanwhile: the read may be older than that.
                 told = file.told_version(key)
+                if batch.writes:
+                    self._context.disk.submit(batch)
                 (group,) = await self._reader.read([key], None, deadline)
-            current, specs = catalog.catalog_of(group.rows or {})
+                current, specs = catalog.catalog_of(group.rows or {})
+                batch = await self._filled(database, specs)
             if version is None or current != file.spec_version(database):
-                batch = Batch()
                 file.set_specs(batch, database, current, specs, fill=self._context.rules.find_indexed)
                 self._following[database] = self._context.disk.submit(batch)
                 self._context.count("catalogs_learned")
             return file.spec_version(database)
+
+    async def _filled(self, database: str, specs: Sequence[TableSpec]) -> Batch:
+        """Fill the indexes that the specs add, piece by piece. The last one is returned: not submitted yet."""
+        context = self._context
+        batch = Batch()
+        while context.rules.find_indexed and not context.file.fill(batch, database, specs):
+            context.count("index_pieces")
+            # The next piece waits for the disk, so that not all of it waits to be written; others have the loop.
+            await context.disk.durable(context.disk.submit(batch))
+            await asyncio.sleep(0)
+            batch = Batch()
+        return batch
 
     async def announce(self, database: str) -> None:
         """Follow the changed catalog here, and tell all members to."""

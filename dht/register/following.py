@@ -83,14 +83,15 @@ class FollowedReads:
         return specs
 
     def version(self, database: str) -> int:
-        """Of the catalog that the copy has, and that its indexes follow then."""
+        """Of the catalog that the copy has, once its indexes follow that: they are filled, each call by a piece."""
         key = catalog.catalog_group(database)
         version, specs = catalog.catalog_of(self._rows(key))
         if version != self._file.spec_version(database):
             batch = Batch()
-            self._file.set_specs(batch, database, version, specs)
+            if self._file.fill(batch, database, specs):
+                self._file.set_specs(batch, database, version, specs)
             self._disk.submit(batch)
-        return version
+        return self._file.spec_version(database)
 
     def find(self, query: FindQuery, covered_s: float | None = None) -> tuple[FindResult | None, float]:
         """The rows that match here, and how far they are covered; None where the voters have to be asked in any case.

@@ -7,12 +7,17 @@ An entry lies in Space.INDEX under
 so that entries sort by the index's columns, then by primary key, then by group, and never collide. Its value says
 where the tail's parts begin (`ENTRY`), so an entry is read without decoding it. Index 0 has the primary key itself for
 columns (not twice) and is kept for each row of each application table, with or without a spec.
+
+A new index of a table with many rows is filled in pieces (`fill`), between which others write. From before its first
+piece a change of a row enters the row there too, and a piece enters the rows as they are by then; so behind the last
+one the index is whole, and only then do the specs say so. A start forgets what was begun: it begins again, and what was
+left of the time before is cleared first, as nobody kept it meanwhile.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,6 +33,8 @@ ENTRY: Final = struct.Struct(">HII")
 PREFIX_END: Final = b"\xff"
 """Sorts behind whatever may follow a complete encoded value, as every value's first byte is lower."""
 TABLE_PREFIX_BYTES: Final = len(table_prefix(0))
+FILL_ROWS_MAX: Final = 500
+"""In one piece: some milliseconds in which the loop does nothing else."""
 _SCAN_PAIRS_FIRST: Final = 64
 _SCAN_PAIRS_MAX: Final = 4096
 _MISSING: Final = encode_value(None)
@@ -56,23 +63,36 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class TableIndexes:
-    """`primary.columns` is empty while no spec has told the primary key's columns."""
+    """`primary.columns` is empty while no spec has told the primary key's columns. `written`: what a change of a row is
+    entered in besides the primary one: `others`, which searches read, and those that are being filled."""
 
     primary: Index
     others: tuple[Index, ...]
+    written: tuple[Index, ...]
+
+
+@dataclass(slots=True)
+class Filling:
+    """The new indexes of a table, entered up to `cursor` in the primary one. `leftover`: to be cleared before."""
+
+    added: tuple[Index, ...]
+    leftover: list[Index]
+    cursor: bytes
+    whole: bool = False
 
 
 @dataclass(slots=True)
 class DatabaseIndexes:
     """`specs` and `tables`: by the table's encoded number, the latter of those that were asked for since the start.
 
-    `told`: the newest version known, followed by the indexes or not.
+    `told`: the newest version known, followed by the indexes or not. `fillings`: by table, of specs yet to come.
     """
 
     version: int
     specs: dict[bytes, TableSpec]
     told: int = 0
     tables: dict[bytes, TableIndexes] = field(default_factory=dict)
+    fillings: dict[bytes, Filling] = field(default_factory=dict)
 
 
 def database_prefix(group: GroupKey) -> bytes:
@@ -144,11 +164,11 @@ class Indexes:
             batch.put(Space.INDEX, indexes.primary.prefix + tail, value)
         elif new is None and old is not None:
             batch.delete(Space.INDEX, indexes.primary.prefix + tail)
-        if not indexes.others:
+        if not indexes.written:
             return
         before = None if old is None else decode_row(old)
         after = None if new is None else decode_row(new)
-        for index in indexes.others:
+        for index in indexes.written:
             if before is not None and after is not None and _surely_same(before, after, index.columns):
                 continue
             was = None if before is None else _encoded_columns(before, index.columns)
@@ -170,32 +190,90 @@ class Indexes:
         name = encode_value(database)
         known = self._databases.get(name, DatabaseIndexes(0, {}))
         new = _by_table(specs)
-        if self._disk.range(Space.INDEX, name, name + PREFIX_END, limit=1):
-            self._change_entries(batch, name, known.specs, new, fill)
+        if self._has_rows(name):
+            self._change_entries(batch, name, known, new, fill)
         if version or specs:
             value = msgspec.msgpack.encode(StoredSpecs(version, tuple(specs)))
             batch.put(Space.SPEC, name, value)
         else:
             batch.delete(Space.SPEC, name)
         # A catalog changes in a table or two: what was made of the others stays.
-        kept = {table: made for table, made in known.tables.items() if known.specs.get(table) == new.get(table)}
+        kept = {
+            table: made
+            for table, made in known.tables.items()
+            if known.specs.get(table) == new.get(table) and table not in known.fillings
+        }
         self._databases[name] = DatabaseIndexes(version, new, version, kept)
 
+    def _has_rows(self, database: bytes) -> bool:
+        return bool(self._disk.range(Space.INDEX, database, database + PREFIX_END, limit=1))
+
     def _change_entries(
-        self, batch: Batch, database: bytes, old: dict[bytes, TableSpec], new: dict[bytes, TableSpec], fill: bool
+        self, batch: Batch, database: bytes, known: DatabaseIndexes, new: dict[bytes, TableSpec], fill: bool
     ) -> None:
         """Into the batch: what becomes of the entries of rows that are there when these specs follow on those."""
-        for table in dict.fromkeys([*old, *new]):
-            before, after = old.get(table), new.get(table)
-            if before == after:
+        old = known.specs
+        for table in dict.fromkeys([*old, *new, *known.fillings]):
+            before, after, filling = old.get(table), new.get(table), known.fillings.get(table)
+            if before == after and filling is None:
                 continue
             had, has = _indexes_of(database, table, before), _indexes_of(database, table, after)
-            for index in had.others:
+            begun = () if filling is None else (*filling.added, *filling.leftover)
+            for index in dict.fromkeys([*had.others, *begun]):
                 if index not in has.others:
                     for key, _ in scan(self._disk, Space.INDEX, index.prefix, index.prefix + PREFIX_END):
                         batch.delete(Space.INDEX, key)
+            whole = filling.added if filling is not None and filling.whole else ()
             if fill:
-                self._fill(batch, table, has, [index for index in has.others if index not in had.others])
+                self._fill(batch, table, has, [i for i in has.others if i not in had.others and i not in whole])
+
+    def fill(self, batch: Batch, database: str, specs: Sequence[TableSpec]) -> bool:
+        """Into the batch: one piece of the entries that these specs will need. Whether they are all there then.
+
+        The batch has to be submitted before the next piece, or before `set_specs` of the same specs, or with it.
+        """
+        name = encode_value(database)
+        if not self._has_rows(name):
+            return True
+        known = self._databases.setdefault(name, DatabaseIndexes(0, {}))
+        new = _by_table(specs)
+        left = FILL_ROWS_MAX
+        for table in [table for table in new if known.specs.get(table) != new[table]]:
+            filling = self._filling(known, name, table, new[table])
+            while not filling.whole and left > 0:
+                left -= self._step(batch, table, filling, _indexes_of(name, table, None).primary.prefix, left)
+            if not filling.whole:
+                return False
+        return True
+
+    def _filling(self, known: DatabaseIndexes, database: bytes, table: bytes, spec: TableSpec) -> Filling:
+        """Goes on with the one that was begun, if it is of the same indexes. From now on changes are entered there."""
+        had = _indexes_of(database, table, known.specs.get(table))
+        added = tuple([i for i in _indexes_of(database, table, spec).others if i not in had.others])
+        filling = known.fillings.get(table)
+        if filling is None or filling.added != added:
+            begun = () if filling is None else (*filling.added, *filling.leftover)
+            leftover = list(dict.fromkeys([*added, *begun]))
+            filling = known.fillings[table] = Filling(added, leftover, had.primary.prefix, not added and not leftover)
+            known.tables[table] = TableIndexes(had.primary, had.others, had.others + added)
+        return filling
+
+    def _step(self, batch: Batch, table: bytes, filling: Filling, start: bytes, rows_max: int) -> int:
+        """One piece, of up to so many rows or entries; how many it took, at least 1."""
+        if filling.leftover:
+            low = filling.leftover[-1].prefix
+            pairs = self._disk.range(Space.INDEX, low, low + PREFIX_END, limit=rows_max)
+            for key, _ in pairs:
+                batch.delete(Space.INDEX, key)
+            if len(pairs) < rows_max:
+                filling.leftover.pop()
+            return max(1, len(pairs))
+        pairs = self._disk.range(Space.INDEX, filling.cursor, start + PREFIX_END, limit=rows_max)
+        self._enter(batch, table, start, filling.added, pairs)
+        if pairs:
+            filling.cursor = pairs[-1][0] + b"\x00"
+        filling.whole = len(pairs) < rows_max
+        return max(1, len(pairs))
 
     def told(self, database: bytes) -> int:
         """The newest catalog version that this node knows of; the argument encoded. 0 before the first."""
@@ -215,10 +293,15 @@ class Indexes:
             batch.put(Space.SPEC, database, value)
 
     def _fill(self, batch: Batch, table: bytes, indexes: TableIndexes, added: list[Index]) -> None:
-        if not added:
-            return
-        start = indexes.primary.prefix
-        for entry, value in scan(self._disk, Space.INDEX, start, start + PREFIX_END):
+        if added:
+            start = indexes.primary.prefix
+            self._enter(batch, table, start, added, scan(self._disk, Space.INDEX, start, start + PREFIX_END))
+
+    def _enter(
+        self, batch: Batch, table: bytes, start: bytes, added: Sequence[Index], pairs: Iterable[tuple[bytes, bytes]]
+    ) -> None:
+        """Into the batch: the entries of these rows, which are told by their entries in the primary index."""
+        for entry, value in pairs:
             tail = entry[len(start) :]
             pk, group = split_tail(tail, value)
             row = decode_row(self.row_of_entry(group, table + pk))
@@ -264,6 +347,6 @@ def _indexes_of(database: bytes, table: bytes, spec: TableSpec | None) -> TableI
     """The indexes that the spec says; without one, index 0 alone."""
     place = database + table
     if spec is None:
-        return TableIndexes(Index(0, (), place + _PRIMARY), ())
+        return TableIndexes(Index(0, (), place + _PRIMARY), (), ())
     others = tuple([Index(i.id, i.columns, place + encode_value(i.id)) for i in spec.indexes])
-    return TableIndexes(Index(0, spec.pk_columns, place + _PRIMARY), others)
+    return TableIndexes(Index(0, spec.pk_columns, place + _PRIMARY), others, others)

@@ -234,9 +234,13 @@ class RegisterFile:
         """Into the batch: the table specs, new indexes filled from the rows, and old ones dropped.
 
         The batch must not hold changes of the database's application rows. In force at once. Version 0 without specs
-        forgets the database.
+        forgets the database. Where there may be many rows, `fill` comes before: what it has filled is not filled again.
         """
         self._indexes.set_specs(batch, database, version, specs, fill)
+
+    def fill(self, batch: Batch, database: str, specs: Sequence[TableSpec]) -> bool:
+        """Into the batch: one piece of what `set_specs` would fill, and whether it was the last. See `Indexes.fill`."""
+        return self._indexes.fill(batch, database, specs)
 
     def find_local(
         self, query: FindQuery, tablets: Collection[int] | None = None, limit: int | None = None

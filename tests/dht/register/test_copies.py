@@ -24,6 +24,7 @@ from dht.model import (
     FoundRow,
     GroupKey,
     GroupRead,
+    IndexSpec,
     NodeId,
     Op,
     Order,
@@ -444,6 +445,26 @@ def test_find_of_another_catalog_version_is_asked_of_the_voters() -> None:
     async def story() -> None:
         bed = Bed()
         assert await bed.asked_of_voters(bed.store.find(msgspec.structs.replace(QUERY, catalog_version=2)))
+
+    play(story())
+
+
+def test_new_index_of_a_copy_is_filled_a_piece_at_each_find_and_used_when_it_is_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dht.storage.indexes.FILL_ROWS_MAX", 2)
+
+    async def story() -> None:
+        following = Following()
+        following.put(FLAVORS, 2, {row_key(FLAVOR, (n,)): encode_row({0: n, 1: "m1"}) for n in range(8)})
+        indexed = msgspec.structs.replace(SPECS[0], indexes=(IndexSpec(1, (1,)),))
+        rows = {row_key(0, (s.table,)): encode_row({0: msgspec.msgpack.encode(s)}) for s in (indexed, *SPECS[1:])}
+        following.put(CATALOG, 2, {row_key(0, (0,)): encode_row({0: 2}), **rows})
+        following.cover()
+        answers = [following.reads.find(msgspec.structs.replace(QUERY, catalog_version=2))[0] for _ in range(8)]
+        assert answers[:3] == [None] * 3, "all at once"
+        assert answers[-1] is not None
+        assert len(answers[-1].rows) == 8
 
     play(story())
 

@@ -128,6 +128,46 @@ async def test_older_catalog_is_told_to_reload_and_new_index_is_used(cluster):
         assert await found(store, query) == [1]
 
 
+async def test_new_index_of_many_rows_is_filled_in_pieces_between_which_others_write(monkeypatch):
+    monkeypatch.setattr("dht.storage.indexes.FILL_ROWS_MAX", 10)
+    cluster = Cluster(1, 1)
+    store = cluster[0]
+    await store.create_database("db")
+    await store.commit(transaction(catalog(1, IndexSpec(1, (1,)))))
+    await asyncio.gather(*(store.commit(transaction(insert(n, {1: 0, 2: 7}))) for n in range(60)))
+    file, turns, begun = store._databases._context.file, 0, asyncio.Event()
+    fill, pieces = file.fill, []
+
+    def counted(*args) -> bool:
+        pieces.append(turns)
+        if len(pieces) == 3:
+            begun.set()
+        return fill(*args)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(file, "fill", counted)
+    waiting = asyncio.ensure_future(others())
+    changed = catalog(2, IndexSpec(1, (1,)), IndexSpec(2, (2,)), op=Op.UPDATE)
+    published = asyncio.ensure_future(store.commit(transaction(changed)))
+    await asyncio.wait_for(begun.wait(), 10.0)
+    await store.commit(transaction(insert(100, {1: 0, 2: 7}), version=0))
+    await store.commit(transaction(update(59, {2: 8}), version=0))
+    await published
+    await store._databases.learn("db", 2, store._deadline(5.0))
+    waiting.cancel()
+    assert len(pieces) > 6
+    assert len(set(pieces)) == len(pieces), "the loop was held from one piece to the next"
+    assert store.counters["index_pieces"] == len(pieces) - 1
+    query = FindQuery("db", 1, 2, (Constraint(2, Comparison.EQ, (7,)),))
+    assert sorted(await found(store, query)) == [*range(59), 100]
+    await cluster.stop()
+
+
 async def test_find_is_right_with_one_replica_behind_and_with_one_down():
     cluster = Cluster(3)
     await cluster[0].create_database("db")

@@ -247,6 +247,79 @@ def test_set_specs_with_new_index_fills_it_and_drops_the_old() -> None:
     assert file.spec_version("db") == 3
 
 
+def entries_of(disk: MemoryDisk, specs: tuple[TableSpec, ...]) -> list[tuple[bytes, bytes]]:
+    """Of the rows on that disk, where the specs were known before the first of them."""
+    other, file = make(specs)
+    source = RegisterFile(disk)
+    for tablet in range(64):
+        for key in source.keys(tablet):
+            put(file, other, key, dict(source.rows(key)))
+    return list(other.range(Space.INDEX, b"", None))
+
+
+def fill_piece(file: RegisterFile, disk: MemoryDisk, specs: tuple[TableSpec, ...]) -> bool:
+    batch = Batch()
+    last = file.fill(batch, "db", specs)
+    assert len(batch.writes) <= 10 * 4
+    if last:
+        file.set_specs(batch, "db", 2, specs)
+    disk.submit(batch)
+    return last
+
+
+def change_some(file: RegisterFile, disk: MemoryDisk, chance: random.Random) -> None:
+    for n in chance.sample(range(70), 12):
+        new = None if chance.random() < 0.3 else row(n, chance.randint(0, 5), chance.randint(0, 5), n % 7)
+        put(file, disk, group(n % 20), {row_key(1, (n,)): new})
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("crash", [False, True])
+def test_index_that_is_filled_in_pieces_has_what_is_changed_between_them(
+    monkeypatch: pytest.MonkeyPatch, seed: int, crash: bool
+) -> None:
+    """Also where the node stops in the midst, and rows change before it begins again."""
+    monkeypatch.setattr("dht.storage.indexes.FILL_ROWS_MAX", 10)
+    chance = random.Random(seed)
+    disk, file = make((TableSpec(1, (0,), SPEC.indexes[:1]),))
+    for n in range(60):
+        put(file, disk, group(n % 20), {row_key(1, (n,)): row(n, n % 5, n % 3, n % 7)})
+    pieces = 1
+    while not fill_piece(file, disk, (SPEC,)):
+        pieces += 1
+        change_some(file, disk, chance)
+        assert len(rows_found(file, Constraint(2, Comparison.GE, (0,)))) == len(rows_found(file))
+        if crash and pieces == 4:
+            file = RegisterFile(disk)
+            change_some(file, disk, chance)
+    assert pieces >= 5
+    assert file.spec_version("db") == RegisterFile(disk).spec_version("db") == 2
+    assert list(disk.range(Space.INDEX, b"", None)) == entries_of(disk, (SPEC,))
+    change_some(file, disk, chance)
+    assert list(disk.range(Space.INDEX, b"", None)) == entries_of(disk, (SPEC,))
+
+
+@pytest.mark.parametrize("then", [SPEC.indexes[:1], SPEC.indexes[1:2], SPEC.indexes[:2]], ids=["none", "one", "other"])
+def test_index_that_is_gone_before_it_is_filled_leaves_no_entries(
+    monkeypatch: pytest.MonkeyPatch, then: tuple[IndexSpec, ...]
+) -> None:
+    monkeypatch.setattr("dht.storage.indexes.FILL_ROWS_MAX", 10)
+    disk, file = make((TableSpec(1, (0,), SPEC.indexes[:1]),))
+    for n in range(60):
+        put(file, disk, group(n % 20), {row_key(1, (n,)): row(n, n % 5, n % 3, n % 7)})
+    for _ in range(3):
+        assert not fill_piece(file, disk, (SPEC,))
+    specs = (TableSpec(1, (0,), then),)
+    batch = Batch()
+    while not file.fill(batch, "db", specs):
+        disk.submit(batch)
+        batch = Batch()
+    file.set_specs(batch, "db", 2, specs)
+    disk.submit(batch)
+    change_some(file, disk, random.Random(1))
+    assert list(disk.range(Space.INDEX, b"", None)) == entries_of(disk, specs)
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_set_specs_looks_at_each_index_only_where_the_database_has_rows(rows: int) -> None:
     disk, file = make()
