@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy.dialects import registry
 
+from dht.errors import Invalid
 from dht.model import FindQuery, FindResult
 from dht.register.memory import MemoryStore
 from nova_bridge.sql.connection import Connection
@@ -54,3 +56,16 @@ def connect(store: CountingStore) -> Iterator[Callable[..., Connection]]:
 
 registry.register("lucd", "nova_bridge.sql.dialect", "LucdDialect")
 registry.register("lucd.memory", "nova_bridge.sql.dialect", "LucdMemoryDialect")
+
+
+def small_frames(store: Any, rows_max: int) -> None:
+    """From now on an answer of more rows is larger than a frame."""
+    find = store.find
+
+    def small_find(query: FindQuery, timeout_s: float | None = None) -> FindResult:
+        result: FindResult = find(query, timeout_s)
+        if len(result.rows) > rows_max:
+            raise Invalid("larger than a frame may be")
+        return result
+
+    store.find = small_find

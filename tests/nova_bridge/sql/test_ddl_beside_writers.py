@@ -176,9 +176,9 @@ def test_unique_index_whose_process_died_is_finished_by_the_same_statement(
         other.execute("CREATE UNIQUE INDEX ua ON t (a)")
 
 
-def test_unfinished_unique_index_that_a_script_drops_and_makes_again_is_there(
-    door: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _leave_index_unfinished(door: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Index `ua` is published, and no row is entered in it."""
+
     def die(*args: object) -> None:
         raise Died
 
@@ -186,6 +186,12 @@ def test_unfinished_unique_index_that_a_script_drops_and_makes_again_is_there(
     with pytest.raises(Died):
         door.execute("CREATE UNIQUE INDEX ua ON t (a)")
     monkeypatch.undo()
+
+
+def test_unfinished_unique_index_that_a_script_drops_and_makes_again_is_there(
+    door: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _leave_index_unfinished(door, monkeypatch)
     door.executescript("DROP INDEX ua; CREATE UNIQUE INDEX ua ON t (a)")
     with pytest.raises(sqlite3.IntegrityError, match=r"UNIQUE constraint failed: t\.a"):
         door.execute("INSERT INTO t (a) VALUES ('x')")
@@ -230,13 +236,7 @@ def test_unique_index_is_gone_on_with_while_another_thread_changes_its_table(
 ) -> None:
     """What the process knows of the table by then is not what was read of the catalog."""
 
-    def die(*args: object) -> None:
-        raise Died
-
-    monkeypatch.setattr(unique_rows, "_reserve", die)
-    with pytest.raises(Died):
-        door.execute("CREATE UNIQUE INDEX ua ON t (a)")
-    monkeypatch.undo()
+    _leave_index_unfinished(door, monkeypatch)
     database = door.database
     other = Connection(database, None, True)
     reload = database.reload

@@ -14,14 +14,14 @@ from dht.model import Comparison
 from dht.rows import decode_row
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.pages import PAGE_ROWS
-from tests.nova_bridge.sql.conftest import CountingStore
+from tests.nova_bridge.sql.conftest import CountingStore, small_frames
 
 Connect = Callable[..., Connection]
 ROWS_MAX = 3
 
 
 @pytest.fixture
-def filled(connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> Connection:
+def filled(connect: Connect, store: CountingStore) -> Connection:
     """Rows with equal values and NULLs in what they are ordered by; of any table the store gives three rows at most."""
     connection = connect(isolation_level=None)
     connection.execute("CREATE TABLE servers (id INTEGER PRIMARY KEY, host TEXT, launched TEXT, size INTEGER)")
@@ -36,15 +36,7 @@ def filled(connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPat
         connection.execute("INSERT INTO users VALUES (?, 'm')", (f"u{number * 7 % 40:02}",))
         connection.execute("INSERT INTO links VALUES (?, ?)", (number // 8, f"b{number % 8}"))
     connection.execute("COMMIT")
-    find = store.find
-
-    def small_find(query: Any, timeout_s: float | None = None) -> Any:
-        result = find(query, timeout_s)
-        if len(result.rows) > ROWS_MAX:
-            raise Invalid("larger than a frame may be")
-        return result
-
-    monkeypatch.setattr(store, "find", small_find)
+    small_frames(store, ROWS_MAX)
     return connection
 
 
@@ -135,7 +127,7 @@ def test_row_that_moves_on_between_two_pages_is_there_once(
 
 
 @pytest.fixture
-def grouped(connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPatch) -> Connection:
+def grouped(connect: Connect, store: CountingStore) -> Connection:
     """Rows 1 to 20, of two groups in turn; of any table the store gives three rows at most."""
     connection = connect(isolation_level=None)
     connection.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, uuid VARCHAR(36), UNIQUE (uuid))")
@@ -143,15 +135,7 @@ def grouped(connect: Connect, store: CountingStore, monkeypatch: pytest.MonkeyPa
     connection.execute("INSERT INTO instances VALUES (1, 'u0'), (2, 'u1')")
     rows = [(number, f"u{number % 2}") for number in range(1, 21)]
     connection.executemany("INSERT INTO instance_metadata VALUES (?, ?, 0)", rows)
-    find = store.find
-
-    def small_find(query: Any, timeout_s: float | None = None) -> Any:
-        result = find(query, timeout_s)
-        if len(result.rows) > ROWS_MAX:
-            raise Invalid("larger than a frame may be")
-        return result
-
-    monkeypatch.setattr(store, "find", small_find)
+    small_frames(store, ROWS_MAX)
     return connection
 
 

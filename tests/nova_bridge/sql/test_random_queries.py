@@ -18,8 +18,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
-from dht.errors import Invalid
 from nova_bridge.sql import dbapi, pages
+from tests.nova_bridge.sql.conftest import small_frames
 
 SEEDS = int(os.environ.get("LUCD_SQL_SEEDS", "12"))
 QUERIES = 60
@@ -268,20 +268,6 @@ def engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     dbapi.forget_memory(name)
 
 
-def small_frames(connection: sa.Connection, rows_max: int) -> None:
-    """Answers of more rows do not fit."""
-    store = connection.connection.dbapi_connection.database.store  # type: ignore[union-attr]
-    find = store.find
-
-    def small_find(query: Any, timeout_s: float | None = None) -> Any:
-        result = find(query, timeout_s)
-        if len(result.rows) > rows_max:
-            raise Invalid("larger than a frame may be")
-        return result
-
-    store.find = small_find
-
-
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_random_queries_same_as_stock_sqlite(
     seed: int, engines: list[sa.Engine], monkeypatch: pytest.MonkeyPatch
@@ -298,7 +284,7 @@ def test_random_queries_same_as_stock_sqlite(
     monkeypatch.setattr(pages, "PAGE_GROWTH", chance.choice([1, 2, 8]))
     stock, door = (engine.connect() for engine in engines)
     if seed % 3 == 0:
-        small_frames(door, chance.choice([3, 7]))
+        small_frames(door.connection.dbapi_connection.database.store, chance.choice([3, 7]))
     for step in range(QUERIES):
         if chance.random() < 0.1:
             changed = queries.change()
