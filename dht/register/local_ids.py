@@ -8,18 +8,19 @@ left, not the same each time, and long before the end the daemon says that it co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from dht.errors import Invalid
 from dht.limits import IDS_APART, SPANNING_ID_MAX
-from dht.model import GroupKey
-from dht.register.catalog import SEQUENCE_IDS_MAX
+from dht.model import GroupKey, RowKey
+from dht.register.catalog import SEQUENCE_IDS_MAX, sequence_jumped, sequence_next
 from dht.requests import Store
 from dht.rows import LOCAL_MARK, is_local
 
 LOCAL_IDS_MAX: Final = SPANNING_ID_MAX // IDS_APART
 """The greatest k, whatever the PoP's index."""
+FIRST_GENERATION: Final = 1
 SEQUENCE_JUMP_IDS: Final = 1_000_000
 LOCAL_JUMP_SHARE: Final = 16
 WARN_AT_SHARE: Final = 0.75
@@ -39,6 +40,19 @@ def jump_ids(key: GroupKey, following: int) -> int:
     if not is_local(key):
         return SEQUENCE_JUMP_IDS
     return max(SEQUENCE_IDS_MAX, (LOCAL_IDS_MAX - following) // LOCAL_JUMP_SHARE)
+
+
+def following_in(generation: int, key: GroupKey, rows: Mapping[RowKey, bytes]) -> int | None:
+    """Where the sequence goes on in this generation of its domain; None if it was never used.
+
+    It jumps once for each that began since it jumped last: of a generation that was lost as a whole nobody knows which
+    ids it has given out, but that it had jumped once itself.
+    """
+    following = sequence_next(rows)
+    if following is not None:
+        for _ in range(generation - (sequence_jumped(rows) or FIRST_GENERATION)):
+            following += jump_ids(key, following)
+    return following
 
 
 def left_ids(following: int) -> int:

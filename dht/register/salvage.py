@@ -3,7 +3,8 @@
 The survivors may stand where acknowledged writes had not reached them yet. So sequences jump by more than anybody can
 have taken from them unseen, and intents are ended: by the decision that their primary still records, else by an abort.
 
-A sequence notes the generation in which it jumped last: an order that broke off and is given again jumps no further.
+A sequence notes the generation in which it jumped last: an order that broke off and is given again jumps no further,
+and whoever took ids before its turn came has had it jump by then (`dht.register.sequence`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dht.register import catalog
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.group import APPLIED
-from dht.register.local_ids import LOCAL_IDS_MAX, jump_ids, left_ids
+from dht.register.local_ids import LOCAL_IDS_MAX, following_in, left_ids
 from dht.register.messages import ListDoubtful, ListDoubtfulReply
 from dht.register.operations import decode_intent
 from dht.register.reader import Reader
@@ -92,12 +93,11 @@ class Salvage:
         while True:
             (group,) = await self._reader.read([key], None, deadline)
             rows = group.rows or {}
-            current = catalog.sequence_next(rows)
-            if current is None:
+            current, following = catalog.sequence_next(rows), following_in(generation, key, rows)
+            if current is None or following is None:
                 return f"sequence {_named(key)} has no value"
             if catalog.sequence_jumped(rows) == generation:
                 return f"sequence {_named(key)} jumped in this generation already; it stands at {current}"
-            following = current + jump_ids(key, current)
             part = catalog.sequence_moved(key, current, following, generation)
             try:
                 await self._transactions.commit(

@@ -1,6 +1,10 @@
 """Sequences: each node takes blocks of ids from the sequence's group and gives them out from memory (DESIGN section 7).
 
 Ids are unique, not dense: what is left of a block is lost when the node stops or a caller needs ids above it.
+
+A recovery may have lost that ids were taken. So the first block that is taken in a generation lies beyond a jump
+(`dht.register.local_ids.following_in`), which the sequence notes: nobody waits for those who see to the data then, and
+none of their ids was given out before.
 """
 
 from __future__ import annotations
@@ -9,9 +13,10 @@ import asyncio
 from collections.abc import Callable
 
 from dht.errors import Conflict, Unavailable
-from dht.model import Transaction, Value
+from dht.model import GroupRead, Transaction, Value
 from dht.register import catalog
 from dht.register.context import Context
+from dht.register.local_ids import FIRST_GENERATION, following_in
 from dht.register.reader import Reader
 from dht.register.transaction import Transactions
 
@@ -59,11 +64,15 @@ class Sequences:
         block = self._block(database, name)
         async with block.lock:
             block.next = max(block.next, above + 1)
-            current, key = await self._current(database, name, deadline)
-            while above >= (current or 1):
-                if await self._move(database, key, current, above + 1, deadline):
+            while True:
+                group, generation = await self._read(database, name, deadline)
+                current = catalog.sequence_next(group.rows or {})
+                if above < (current or 1):
                     return
-                current, key = await self._current(database, name, deadline)
+                # One that is there jumps when the next block is taken, from wherever it stands.
+                jumped = generation if current is None else None
+                if await self._move(database, group.key, current, above + 1, jumped, deadline) is not None:
+                    return
 
     def forget(self, database: str) -> None:
         """Drop the blocks of a database that is gone."""
@@ -81,31 +90,44 @@ class Sequences:
 
     async def _fetch(self, block: _Block, database: str, name: str, count: int, above: int, deadline: float) -> None:
         while True:
-            current, key = await self._current(database, name, deadline)
-            first = max(current or 1, above + 1)
+            group, generation = await self._read(database, name, deadline)
+            current = catalog.sequence_next(group.rows or {})
+            stands = current
+            if self._context.rules.sequence_jumps:
+                stands = following_in(generation, group.key, group.rows or {})
+            first = max(stands or 1, above + 1)
             following = first + catalog.block_of(count)
-            if await self._move(database, key, current, following, deadline):
-                block.next, block.end = first, following
-                self._context.count("sequence_blocks")
-                return
+            moved_in = await self._move(database, group.key, current, following, generation, deadline)
+            if moved_in is None or moved_in > generation:
+                # Another node was faster; or a generation has begun meanwhile, in which the sequence has yet to jump.
+                continue
+            block.next, block.end = first, following
+            self._context.count("sequence_blocks")
+            return
 
-    async def _current(self, database: str, name: str, deadline: float) -> tuple[int | None, bytes]:
-        key = catalog.sequence_group(database, name)
-        (group,) = await self._reader.read([key], None, deadline)
-        return catalog.sequence_next(group.rows or {}), key
+    async def _read(self, database: str, name: str, deadline: float) -> tuple[GroupRead, int]:
+        """The sequence's group, and the generation that it was read in or an earlier one."""
+        generation = self._context.domain.generation
+        (group,) = await self._reader.read([catalog.sequence_group(database, name)], None, deadline)
+        return group, generation
 
-    async def _move(self, database: str, key: bytes, current: int | None, following: int, deadline: float) -> bool:
-        """Compare-and-set; False when another node was faster. An unknown outcome costs at most a block."""
-        part = catalog.sequence_moved(key, current, following)
+    async def _move(
+        self, database: str, key: bytes, current: int | None, following: int, jumped: int | None, deadline: float
+    ) -> int | None:
+        """Compare-and-set; the generation in which it was done, None when another node was faster.
+
+        `jumped`: see `catalog.sequence_jumped`. An unknown outcome costs at most a block.
+        """
+        part = catalog.sequence_moved(key, current, following, jumped if jumped != FIRST_GENERATION else None)
         transaction = Transaction(self._context.chance.randbytes(16), database, 0, (part,))
         try:
-            await self._transactions.commit(transaction, 0, deadline)
+            applied = await self._transactions.commit(transaction, 0, deadline)
         except Conflict:
             if self._context.remaining(deadline) <= 0:
                 raise Unavailable("the sequence is contended and no time is left; try again") from None
             await self._context.back_off()
-            return False
-        return True
+            return None
+        return applied.ballots[0].generation
 
 
 def _take(block: _Block, count: int, above: int) -> int | None:

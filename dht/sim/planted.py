@@ -14,10 +14,9 @@ from dht.sim.scenarios import scenario
 WORLD: Final[dict[str, dict[str, bool]]] = {
     "boots_checked": {"boots_checked": False},
     "flush_awaited": {"lying_disks": True},
-    "salvaged": {"salvaged": False},
 }
 """Rules of what the protocol stands on, as fields of a scenario: peers refuse a directory that was copied or rolled
-back (`dht.wire.boots`); what a disk calls durable is flushed; a recovery ends with a repair of the data."""
+back (`dht.wire.boots`); what a disk calls durable is flushed."""
 RULES: Final = (
     *Rules.__struct_fields__,
     *DomainRules.__struct_fields__,
@@ -91,7 +90,7 @@ CAUGHT: Final[dict[str, tuple[str, int]]] = {
     "highest_ballot_wins": ("drain", 60),
     "boots_checked": ("rolled-back", 20),
     "flush_awaited": ("single", 60),
-    "salvaged": ("recovered", 20),
+    "sequence_jumps": ("recovered", 20),
 }
 """rule: (scenario, seeds within which a random run shows that it is off)."""
 

@@ -86,7 +86,7 @@ BUGS: Final = {
     "generation_begins_again": "a follower keeps what a recovery of its domain lost",
     "epoch_checked": "a stale roster's frame is accepted",
     "boots_checked": "a copied or rolled-back data directory is accepted",
-    "salvaged": "a recovery that does not jump the sequences",
+    "sequence_jumps": "ids are taken after a recovery from where the survivors' sequence stands",
     "flush_awaited": "the disk lies: durable before the flush",
 }
 

@@ -83,7 +83,6 @@ class Scenario:
     follow_rules: tuple[str, ...] = ()
     lying_disks: bool = False
     boots_checked: bool = True
-    salvaged: bool = True
     slowness: float = 1.0
     operations: int | None = None
     variant: int | None = None

@@ -91,7 +91,8 @@ async def recovered(now: Run) -> None:
     """Two of three members are gone for good, with the newest ids of a sequence; the third goes on by order (rule 8).
 
     The survivor has all that was written, and missed the blocks of ids that the others gave out since: those must not
-    be given out again. One of the lost comes back with its disk, serves nothing, and is wiped.
+    be given out again, neither before the data is seen to nor after. One of the lost comes back with its disk, serves
+    nothing, and is wiped.
     """
     cluster, bench = now.cluster, now.bench
     clock = cluster.machines[0].clock
@@ -111,11 +112,12 @@ async def recovered(now: Run) -> None:
         cluster.crash(number)
     cluster.heal()
     await clock.sleep(1.0)
-    await cluster.recover(survivor, salvage=now.scenario.salvaged)
+    drawer.machine = survivor
+    for salvage in (False, True):
+        await cluster.recover(survivor, salvage=salvage)
+        for _ in range(2):
+            await drawer.draw()
     await cluster.start(lost[0])
-    for _ in range(4):
-        drawer.machine = survivor
-        await drawer.draw()
     for number in lost:
         cluster.wipe(number)
         await cluster.start(number)
