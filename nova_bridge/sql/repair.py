@@ -15,7 +15,7 @@ from dht.errors import Conflict
 from dht.model import Change, FindQuery, GroupKey, Guard, GuardKind, Op, Part, Scope
 from dht.model import Transaction as StoreTransaction
 from dht.register.catalog import sequence_group
-from dht.register.local_ids import SEQUENCE_JUMP_IDS
+from dht.register.local_ids import jump_ids
 from dht.rows import decode_row, split_group_key
 from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW, owner_columns
 from nova_bridge.sql.commit import ENTRY_ROW
@@ -56,7 +56,9 @@ def _check_sequence(database: Database, table: Table, records: list[Record], rep
     following: Any = next((decode_row(row).get(0) for row in (group.rows or {}).values()), 1)
     if numbers and following * table.id_step <= max(numbers):
         if repair:
-            database.raise_sequence(table, max(numbers) + SEQUENCE_JUMP_IDS)
+            # In the sequence's own steps: of a table whose rows live in several PoPs it gives out every 256th id.
+            taken = max(numbers) // table.id_step
+            database.raise_sequence(table, (taken + jump_ids(key, taken + 1)) * table.id_step)
         yield f"the sequence of {table.name} stands at {following}, a row has id {max(numbers)}"
 
 

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from dht.errors import Invalid
-from dht.limits import IDS_APART
+from dht.limits import IDS_APART, SPANNING_ID_MAX
 from dht.model import ZERO, Applied, Ballot, GroupKey, GroupRead, Reading, Scope, Transaction
+from dht.register.catalog import sequence_group
+from dht.register.local_ids import jump_ids
 from dht.rows import group_key, is_local
 from nova_bridge.sql import families, plan
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database, _above
+from nova_bridge.sql.repair import check
 from tests.nova_bridge.sql.conftest import NAME, CountingStore
 
 MAPPINGS = """CREATE TABLE instance_mappings (
@@ -239,6 +242,26 @@ def test_ids_of_local_tables_are_drawn_in_steps(connect: Callable[..., Connectio
     found = [n for (n,) in connection.execute("SELECT id FROM instance_mappings ORDER BY id").fetchall()]
     assert found == [7 + IDS_APART * k for k in range(1, 6)]
     assert {name for name, _, _ in asked} == {f"~{connection.database.schema.tables['instance_mappings'].number}"}
+
+
+def test_lost_sequence_of_a_local_table_is_raised_by_what_a_recovery_leaves_out_of_it(
+    connect: Callable[..., Connection], store: SpanningStore
+) -> None:
+    connection = connect(foreign_keys=False)
+    connection.execute(MAPPINGS)
+    connection.execute("INSERT INTO instance_mappings (id, instance_uuid) VALUES (?, 'u')", (7 + 500 * IDS_APART,))
+    connection.commit()
+    raised: list[int] = []
+
+    def raise_sequence(database: str, name: str, above: int, timeout_s: float | None = None) -> None:
+        raised.append(above)
+
+    store.raise_sequence = raise_sequence  # type: ignore[method-assign]
+    store.behind = sequence_group(NAME, connection.database.schema.tables["instance_mappings"].sequence)
+    (text,) = check(Database(store, NAME), repair=True)
+    assert "a row has id 128007" in text
+    assert raised == [(500 + jump_ids(store.behind, 501)) * IDS_APART]
+    assert raised[0] < SPANNING_ID_MAX
 
 
 @pytest.mark.parametrize(
