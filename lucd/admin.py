@@ -60,6 +60,7 @@ class StatusCollector(Collector):
             ("tablets_whole", "Tablets with all replicas working", status.tablets.get("whole", 0)),
             ("tablets_degraded", "Tablets with a majority of replicas working", status.tablets.get("degraded", 0)),
             ("tablets_unavailable", "Tablets without a majority", status.tablets.get("unavailable", 0)),
+            ("survives_node", "1 when any one node of the PoP may be lost", "node" in status.survivable),
             ("copying", "Groups that this node still copies", status.to_copy),
             ("global_joined", "1 when the node is a member of domain global", shared.joined),
             ("global_members", "Members of domain global", shared.members),

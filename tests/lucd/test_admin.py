@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from dht.errors import Invalid, Unavailable
@@ -20,6 +23,7 @@ from lucd.turnstile import Turnstile
 from nova_bridge.rpc.bus import Bus
 from tests.lucd.test_cli import STATUS
 
+ROOT = Path(__file__).parents[2]
 OF_THE_ROSTER = {f"lucd_domain_{name}" for name in ("members", "members_reachable", "epoch", "generation")}
 
 
@@ -74,6 +78,21 @@ async def test_metrics_are_what_prometheus_reads(served: tuple[Now, Endpoint]) -
     assert families["lucd_disk_pending_bytes"].type == "gauge"
     assert families["lucd_links_links"].type == "gauge"
     assert families["lucd_ready"].samples[0].value == 1
+
+
+async def test_pop_of_five_whose_next_loss_stops_a_tablet_is_one_that_the_alert_is_about(
+    served: tuple[Now, Endpoint],
+) -> None:
+    """Three of five nodes are reachable, and the two that are not share a tablet's replicas."""
+    now, where = served
+    alerts = yaml.safe_load((ROOT / "config" / "prometheus" / "alerts.yml").read_text())
+    rules = {rule["alert"]: rule["expr"] for group in alerts["groups"] for rule in group["rules"]}
+    for survivable, fires in ((("node", "failure_domain"), False), ((), True)):
+        now.value = msgspec.structs.replace(STATUS, members=5, reachable=3, survivable=survivable)
+        text = (await get(where, "/metrics"))[1]
+        values = {f.name: f.samples[0].value for f in text_string_to_metric_families(text)}
+        expression = rules["LucdOneFailureFromStopping"]
+        assert eval(expression, {name: values[name] for name in re.findall(r"lucd_\w+", expression)}) is fires
 
 
 async def test_age_of_the_copy_of_global_is_a_metric_that_goes_up_and_down(served: tuple[Now, Endpoint]) -> None:
