@@ -301,7 +301,8 @@ class Daemon:
         return await self.own.answer(sender, message)
 
     def _hints_are_asked(self) -> bool:
-        return self.places.pops_known > FEW_POPS
+        """Somewhere, of what lives here: this node need not have clients that ask."""
+        return len({member.pop for member in self._members()}) > FEW_POPS
 
     def _registry(self) -> Registry:
         """Domain `global`'s store: this node's own where it is a member, else through one that is."""

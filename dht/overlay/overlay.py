@@ -67,6 +67,7 @@ class OverlaySettings:
     contacts_per_host_max: int = 64
     hint_keys_max: int = HINT_KEYS_MAX
     republish_interval_s: float = 1200.0
+    republish_pause_s: float = 0.1
     save_interval_s: float = 60.0
 
 
@@ -369,7 +370,10 @@ class Overlay:
         return taken
 
     async def _keep_published(self) -> None:
-        """Publish each hint again before the nodes that keep it forget it."""
+        """Publish each hint again before the nodes that keep it forget it; of more than there is time for, some later.
+
+        Each costs a look-up, and a daemon that has been up for long has published as many as it remembers.
+        """
         interval = self._settings.republish_interval_s
         while True:
             await asyncio.sleep(interval / 20)
@@ -378,6 +382,7 @@ class Overlay:
                 if key in self._published:
                     self._published[key] = self._now()
                     await self._publish(key)
+                    await asyncio.sleep(self._settings.republish_pause_s)
 
     async def _keep_saved(self) -> None:
         while True:

@@ -126,11 +126,6 @@ class Places:
         """Those that the last answer named."""
         return self._shards[database][1] if database in self._shards else ()
 
-    @property
-    def pops_known(self) -> int:
-        """How many PoPs have rows of one database, as far as this node has heard."""
-        return max((len(pops) for _, pops in self._shards.values()), default=0)
-
     async def locate(self, key: GroupKey) -> str:
         """The PoP that has the group now, or the own one, where it would be made."""
         await self.read([key])

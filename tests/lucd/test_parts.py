@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from dht import requests
 from dht.codec import Message
 from dht.errors import Conflict, Invalid, NotFound, StorageError
 from dht.model import Struct
+from dht.register.places import FEW_POPS
 from dht.requests import Store
 from dht.storage.memory import MemoryDisk
 from dht.wire.boots import BootBook
@@ -177,19 +179,39 @@ async def test_background_work_that_breaks_off_is_logged(caplog: pytest.LogCaptu
     assert "background work of the daemon broke off" in caplog.text
 
 
-async def test_daemon_needs_links_to_members_and_gateways_alone_and_its_door_makes_the_socket_with_its_mode(
-    tmp_path: Path,
-) -> None:
-    """Before anybody can connect, that is."""
+def daemon_in(tmp_path: Path) -> tuple[Daemon, directory.OpenDirectory]:
+    """Not started."""
     config = tmp_path / "lucd.conf"
     config.write_text(f"[DEFAULT]\ndata_dir = {tmp_path}/data\nsocket_mode = 600\n")
     settings = load(config)
     directory.found(settings.data_dir)
     opened = directory.start(settings.data_dir, settings.pop)
-    daemon = Daemon(settings, opened)
+    return Daemon(settings, opened), opened
+
+
+async def test_daemon_needs_links_to_members_and_gateways_alone_and_its_door_makes_the_socket_with_its_mode(
+    tmp_path: Path,
+) -> None:
+    """Before anybody can connect, that is."""
+    daemon, opened = daemon_in(tmp_path)
     gateway, stranger = b"g" * 20, b"s" * 20
     daemon.pops._gateways["lyon"] = [gateway]
     assert (daemon.network.needed(gateway), daemon.network.needed(stranger)) == (True, False)
     await daemon.stop()
     opened.close()
     assert daemon._local.mode == 0o600
+
+
+async def test_hints_are_kept_alive_where_there_are_many_pops_also_by_a_node_whose_clients_ask_for_none(
+    tmp_path: Path,
+) -> None:
+    """It coordinates groups that others look for."""
+    daemon, opened = daemon_in(tmp_path)
+    asked = []
+    for pops in (FEW_POPS, FEW_POPS + 1):
+        newest = SimpleNamespace(members=[SimpleNamespace(pop=str(number)) for number in range(pops)] * 2)
+        daemon.wide.domain.chain = SimpleNamespace(newest=newest)  # type: ignore[assignment]
+        asked.append(daemon.hints._worth_it())
+    assert asked == [False, True]
+    await daemon.stop()
+    opened.close()

@@ -343,6 +343,26 @@ async def test_hint_is_found_by_all_and_gone_publishers_do_not_matter() -> None:
         assert await overlays[0].find_hint(b"unknown") is None
 
 
+async def test_many_hints_are_published_again_in_turns_with_pauses_between_them() -> None:
+    """Each costs a look-up over all PoPs, and a daemon that has been up for long has many."""
+    settings = replace(QUICK, republish_interval_s=0.1, republish_pause_s=0.05)
+    async with cluster("a", "a", settings=settings) as (overlay, _):
+        published: list[bytes] = []
+
+        async def publish(key: bytes) -> int:
+            published.append(key)
+            return 1
+
+        overlay._publish = publish  # type: ignore[method-assign]
+        keys = [hint_key(b"%d" % number) for number in range(20)]
+        for number in range(20):
+            await overlay.publish_hint(b"%d" % number)
+        del published[:]
+        began_s = time.monotonic()
+        await until(lambda: set(published) == set(keys))
+        assert time.monotonic() - began_s > 0.8
+
+
 async def test_forged_hint_is_refused_and_counted() -> None:
     async with cluster("a", "a") as (overlay, peer):
         hint = signed_hint(hint_key(b"g"), "a", 1, Member("a").node_id, Member("a").private_key)
