@@ -1,11 +1,12 @@
 """The copies that this node keeps of domains that it follows: `global`, and PoPs whose backup its own PoP is.
 
 A member of `global` follows all of it, so that every PoP reads it without asking another one; and the members of
-`global` in a PoP keep the copies of the PoPs that it backs up (`dht.domain.backups`). Each copy is a file of its own in
-the data directory; the voting code never answers from one. A copy that is not wanted any more, because other PoPs
-came, is deleted after a while, if its domain was there to be copied by those all the while. Until then, and that of a
-PoP which is gone or lost its disks for ever, it is kept and handed over like the others, after a restart too: it may be
-the only one.
+`global` in a PoP keep the copies of the PoPs that it backs up (`dht.domain.backups`). Each copy is a file of its own
+in the data directory; the voting code never answers from one. A copy that is not wanted any more, because other PoPs
+came, is deleted after a while, if its domain was there to be copied by those all the while. Until then, and that of a PoP which is gone or lost its disks for ever, it is kept and handed over like the
+others, after a restart too: it may be the only one. For the same reason a complete copy of a PoP that goes on in
+another generation, as after a recovery, stays beside the one that is begun then until that is complete, if the file
+system has room for both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from dht.domain.backups import followed_by
 from dht.domain.domain import Domain
 from dht.domain.follower import Follower
 from dht.domain.messages import DomainMessage
+from dht.domain.restore import BEFORE
 from dht.domain.roster import Roster
 from dht.domain.wide import GLOBAL_TABLETS
 from dht.errors import DhtError
@@ -34,9 +37,10 @@ from dht.model import GLOBAL, NodeId, Struct
 from dht.register import copies
 from dht.register.following import FollowedReads
 from dht.storage.disk import SqliteDisk
+from dht.storage.write_ahead_log import log_path
 from dht.wire.identity import NodeIdentity
 from dht.wire.links import parse_address
-from dht.world import Chance, Clock, Network
+from dht.world import Batch, Chance, Clock, Network
 from lucd.conf.settings import Settings
 from lucd.counters import Counters
 from lucd.domain_node import open_file
@@ -68,7 +72,10 @@ class Addresses(Network, Protocol):
 
 @dataclass(slots=True)
 class Kept:
-    """One copy. `nodes`: those that it is pulled from, by address. `since_s`: kept by this process since then."""
+    """One copy. `nodes`: those that it is pulled from, by address. `since_s`: kept by this process since then.
+
+    Under the name of a domain with `BEFORE` behind it: what another generation has outlived; nobody is asked for more.
+    """
 
     disk: SqliteDisk
     follower: Follower
@@ -115,6 +122,7 @@ class Followers:
         self._kept: dict[str, Kept] = {}
         self._failed: dict[str, Failed] = {}
         self._unwanted_s: dict[str, float] = {}
+        self._not_set_aside: dict[str, None] = {}
         self._looking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -164,6 +172,8 @@ class Followers:
         node, pop = self._identity.node_id.hex(), self._settings.pop
         out = []
         for name, kept in sorted(self._kept.items()):
+            if name.endswith(BEFORE):
+                continue
             age_s, copy = self.age_s(name), kept.follower.copy
             shown = round(age_s, 1) if age_s < float("inf") else -1.0
             out.append(CopyLine(name, shown, copy.open_count(), copy.noted.generation, node, pop))
@@ -186,6 +196,8 @@ class Followers:
     def _behind(self, name: str) -> str:
         """What is to be said of a copy that has not been covered for long; empty for any other."""
         kept, now_s = self._kept[name], self._clock.monotonic()
+        if name.endswith(BEFORE):
+            return ""
         copy = kept.follower.copy
         age_s = now_s - copy.tablets_covered_s()
         if min(age_s, now_s - kept.since_s) <= SILENT_AFTER_S:
@@ -197,6 +209,8 @@ class Followers:
             what = f"does not cover what was acknowledged after {moment}"
         else:
             what = "was never complete"
+            if name + BEFORE in self._kept:
+                what += ", so that of a generation before is kept beside it"
         return f"the copy of domain {name} {what}: see whether its nodes can be reached from here"
 
     @property
@@ -225,14 +239,22 @@ class Followers:
     async def _run(self) -> None:
         while True:
             # Members of `global` alone are asked for copies, also where their PoP is the only one that is left in it.
-            for name in dict.fromkeys((*self.wanted(), *self._on_disk())) if self._wide.joined else ():
+            for name in self._due():
                 if name not in self._kept and self._may_begin(name):
                     await self._begin(name)
             try:
+                await self._set_outlived_aside()
+                await self._drop_before()
                 await self._drop_unwanted()
             except OSError as error:
                 log.error("a copy that is not wanted any more cannot be deleted: %s", error)
             await self._clock.sleep(LOOK_EVERY_S * self._chance.uniform(0.8, 1.2))
+
+    def _due(self) -> list[str]:
+        """What is to be kept now: what is wanted, what is there, and what follows on one of a generation before."""
+        there = self._on_disk()
+        every = dict.fromkeys((*self.wanted(), *there, *(name.removesuffix(BEFORE) for name in there)))
+        return list(every) if self._wide.joined else []
 
     async def _drop_unwanted(self) -> None:
         """Copies of PoPs that others back up now; not that of a PoP which `global` knows no more, or whose domain
@@ -249,9 +271,57 @@ class Followers:
         for name in unwanted:
             if now_s - self.age_s(name) - self._unwanted_s[name] >= UNWANTED_AFTER_S:
                 log.info("domain %s is followed by other PoPs now; its copy here is deleted", name)
-                await self._end(name)
-                for path in self._directory.glob(f"{self._path(name).name}*"):
-                    path.unlink(missing_ok=True)
+                await self._delete(name)
+                await self._delete(name + BEFORE)
+
+    async def _delete(self, name: str) -> None:
+        if name in self._kept:
+            await self._end(name)
+        for path in self._directory.glob(f"{self._path(name).name}*"):
+            path.unlink(missing_ok=True)
+
+    # ---- what another generation has outlived
+
+    def _may_set_aside(self, name: str) -> bool:
+        """Nobody begins `global` anew with a copy; and of a full file system the node's own files have more need."""
+        if name == GLOBAL or name in self._not_set_aside:
+            return False
+        try:
+            return shutil.disk_usage(self._directory).free > 2 * self._path(name).stat().st_size
+        except OSError:
+            return False
+
+    async def _set_outlived_aside(self) -> None:
+        """Rename the files; the domain is followed into a new one then."""
+        for name in [name for name, kept in self._kept.items() if kept.follower.outlived]:
+            await self._end(name)
+            path = self._path(name)
+            log_file = log_path(path)
+            if log_file.exists() and log_file.stat().st_size:
+                log.error("the copy of domain %s cannot be set aside, for its log was not folded into it", name)
+                self._not_set_aside[name] = None
+                continue
+            await self._delete(name + BEFORE)
+            path.rename(self._path(name + BEFORE))
+            log.warning("domain %s goes on in another generation; its copy is kept until the new one is complete", name)
+
+    async def _drop_before(self) -> None:
+        """The copy of a generation before goes when that of the present one is complete, and its file says so."""
+        for name in [name for name in self._kept if name.endswith(BEFORE)]:
+            follows = self._kept.get(name.removesuffix(BEFORE))
+            if follows is None or follows.follower.outlived or not self._covers_all(follows):
+                continue
+            try:
+                await follows.disk.durable(follows.disk.submit(Batch()))
+            except DhtError:
+                continue
+            log.info("the copy of domain %s is complete; the one before is deleted", name.removesuffix(BEFORE))
+            await self._delete(name)
+
+    @staticmethod
+    def _covers_all(kept: Kept) -> bool:
+        copy = kept.follower.copy
+        return copy.complete and all(copy.noted.open.values())
 
     def _on_disk(self) -> list[str]:
         return sorted(unquote(path.name.removesuffix(_SUFFIX)) for path in self._directory.glob(f"*{_SUFFIX}"))
@@ -275,7 +345,8 @@ class Followers:
             disk = await asyncio.to_thread(open_file, self._path(name), self._identity, 0, COPY_RESERVE_BYTES)
             try:
                 kept = self._copy(name, disk)
-                await kept.follower.start()
+                if not name.endswith(BEFORE):
+                    await kept.follower.start()
             except BaseException:
                 disk.close()
                 raise
@@ -292,13 +363,14 @@ class Followers:
 
     def _copy(self, name: str, disk: SqliteDisk) -> Kept:
         """Raises StorageError for a file that cannot be read."""
+        domain = name.removesuffix(BEFORE)
         nodes: dict[NodeId, str] = {}
 
         async def contacts() -> Sequence[NodeId]:
-            return await self._contacts(name)
+            return await self._contacts(domain)
 
         follower = Follower(
-            name,
+            domain,
             self._clock,
             self._chance,
             self._global_network if name == GLOBAL else self._network,
@@ -308,6 +380,7 @@ class Followers:
             interval_s=self._settings.follow_interval_s,
             bytes_per_s=self._settings.copy_bytes_per_s,
             on_roster=lambda roster: self._acquaint(nodes, roster),
+            sets_aside=lambda: self._may_set_aside(name),
         )
         return Kept(disk, follower, FollowedReads(follower.copy, disk), nodes, self._clock.monotonic())
 

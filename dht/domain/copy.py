@@ -229,6 +229,11 @@ class Copy:
 
     # ---- for humans
 
+    @property
+    def complete(self) -> bool:
+        """Whether all tablets were covered once, by what the file says: a PoP can be begun anew with that."""
+        return len(self.noted.wall_s) == self.tablets and all(self.noted.wall_s)
+
     def note(self, now_s: float, wall_s: float) -> None:
         """Put into the file what is covered now; what came before the start counts until a tablet is covered anew."""
         ahead_s = wall_s - now_s

@@ -15,7 +15,9 @@ would have been sealed by then, and one that is sealed does not say that it serv
 
 What changed is kept by a replica in memory, as far back as there is room. One that started again, or forgot too much,
 is compared with as a whole, page by page, and counts for nothing until that is done. So it is with all of them when the
-follower starts. A recovered domain goes on without some of what it had: the copy begins again.
+follower starts. A recovered domain goes on without some of what it had: the copy begins again. Where it is asked to,
+the follower ends instead with the copy as it is, and is `outlived`: until another one is complete, that may be the only
+one.
 """
 
 from __future__ import annotations
@@ -68,7 +70,10 @@ Contacts = Callable[[], Awaitable[Sequence[NodeId]]]
 
 
 class Follower:
-    """Of the domain `name`, into a disk of its own. `on_roster`: told of every newer link."""
+    """Of the domain `name`, into a disk of its own. `on_roster`: told of every newer link.
+
+    `sets_aside`: whether a copy that is complete is to stay as it is when its domain goes on in another generation.
+    """
 
     def __init__(
         self,
@@ -83,8 +88,10 @@ class Follower:
         interval_s: float = FOLLOW_INTERVAL_S,
         bytes_per_s: int = COPY_BYTES_PER_S,
         on_roster: Callable[[Roster], None] = lambda roster: None,
+        sets_aside: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
+        self.outlived = False
         self.chain = Chain(name, disk)
         self.copy = Copy(disk, tablets, rules)
         self.counters = {"rounds": 0, "surveys": 0, "examined": 0, "begun_again": 0}
@@ -97,6 +104,7 @@ class Follower:
         self._interval_s = interval_s
         self._pace = Pace(clock, bytes_per_s)
         self._on_roster = on_roster
+        self._sets_aside = sets_aside
         self._cursors: dict[NodeId, tuple[bytes, int]] = {}
         self._served: dict[NodeId, dict[int, Served]] = {}
         self._surveyed: dict[NodeId, set[int]] = {}
@@ -122,12 +130,14 @@ class Follower:
             self.copy.note(self._clock.monotonic(), self._clock.wall())
 
     async def _run(self) -> None:
-        while self._disk.failed is None:
+        while self._disk.failed is None and not self.outlived:
             try:
                 await self.round()
             except DhtError as error:
                 log.info("domain %s is not followed now: %s", self.name, error)
             await self._clock.sleep(self._pause_s())
+        if self.outlived:
+            return
         log.error("domain %s is followed no more: %s", self.name, self._disk.failed)
 
     def _pause_s(self) -> float:
@@ -149,6 +159,8 @@ class Follower:
         self.counters["rounds"] += 1
         if self._rules.generation_begins_again and self.copy.noted.generation < self._generation():
             # The link that begins the generation came to the disk, and the node stopped before all was forgotten.
+            if self._outlives():
+                return
             await self._begin_again(self._generation())
         begin_s = self._clock.monotonic()
         nodes = self._replicas()
@@ -159,7 +171,7 @@ class Follower:
             return
         await self._follow_links(told)
         newest = self.chain.newest
-        if newest is None:
+        if newest is None or self.outlived:
             return
         heard = {node: answer for node, answer in told.items() if answer[-1].generation == newest.generation}
         for node, answer in heard.items():
@@ -464,7 +476,7 @@ class Follower:
             )
         higher = link.generation > max(self._generation(), self.copy.noted.generation)
         if self.chain.append(link):
-            if higher and self._rules.generation_begins_again:
+            if higher and self._rules.generation_begins_again and not self._outlives():
                 await self._begin_again(link.generation)
             self._on_roster(link)
 
@@ -479,6 +491,8 @@ class Follower:
         if not links or (links[-1].generation, branch_of(links)) <= (self._generation(), self.chain.branch):
             return
         log.warning("domain %s goes on in generation %d; its copy begins again", self.name, links[-1].generation)
+        if self._outlives():
+            return
         await self._begin_again(0)
         batch = Batch()
         for key, _ in self._disk.range(Space.ROSTER, b"", None):
@@ -488,6 +502,15 @@ class Follower:
         for link in links:
             await self._take(link)
         await self.chain.durable()
+
+    def _outlives(self) -> bool:
+        """Whether this copy stays as it is from now on, because the domain goes on in another generation."""
+        if not self.outlived and self._sets_aside():
+            self.noted()
+            self.outlived = self.copy.complete
+            if self.outlived and self._surveying is not None:
+                self._surveying.cancel()
+        return self.outlived
 
     async def _begin_again(self, generation: int) -> None:
         if self.copy.noted.generation:

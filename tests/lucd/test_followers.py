@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from dht.domain.backups import backups_of
+from dht.domain.restore import BEFORE
 from dht.errors import StorageError
 from dht.model import GLOBAL
+from dht.storage.write_ahead_log import log_path
 from lucd import followers as followers_module
 from lucd.followers import OPEN_AGAIN_S_MAX, SILENT_AFTER_S, UNWANTED_AFTER_S, Followers
 
@@ -28,7 +30,7 @@ class Kept:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
         self.alive: set[str] = set()
-        self.noted = SimpleNamespace(wall_s=())
+        self.noted = SimpleNamespace(wall_s=(), open={}, generation=1)
         self._covered_s: dict[str, float] = {}
         self._directory = directory
         self.pops = [OWN, LOST]
@@ -49,12 +51,15 @@ class Kept:
     @property
     def members(self) -> list[Any]:
         """Of domain `global`."""
-        return [SimpleNamespace(pop=pop) for pop in self.pops]
+        return [SimpleNamespace(pop=pop, node_id=pop.encode(), address="h:1") for pop in self.pops]
 
     @staticmethod
     def _opened(path: Path) -> Any:
+        async def durable(number: int) -> None:
+            return None
+
         path.touch()
-        return SimpleNamespace(close=lambda: None)
+        return SimpleNamespace(close=lambda: None, submit=lambda batch: 1, durable=durable)
 
     def _follower(self, name: str, *more: object, **named: object) -> Any:
         async def nothing() -> None:
@@ -63,8 +68,14 @@ class Kept:
         def covered_s(prefix: bytes = b"") -> float:
             return self._covered_s.get(name, float("-inf"))
 
-        copy = SimpleNamespace(prefix_covered_s=covered_s, tablets_covered_s=covered_s, noted=self.noted)
-        return SimpleNamespace(copy=copy, start=nothing, stop=nothing)
+        copy = SimpleNamespace(
+            prefix_covered_s=covered_s,
+            tablets_covered_s=covered_s,
+            noted=self.noted,
+            complete=False,
+            open_count=lambda: 0,
+        )
+        return SimpleNamespace(copy=copy, start=nothing, stop=nothing, outlived=False, **named)
 
     async def _sleep(self, delay_s: float) -> None:
         self._covered_s |= dict.fromkeys(self.alive, self.now_s)
@@ -109,6 +120,65 @@ async def test_copy_of_a_domain_that_nobody_can_copy_any_more_stays_whoever_come
     assert LOST in kept.followers.names(), "it is there again, and others begin only now"
     await kept.run(30.0)
     assert LOST not in kept.followers.names()
+
+
+async def test_copy_that_a_generation_has_outlived_is_kept_until_the_next_one_is_complete(kept: Kept) -> None:
+    """A PoP that was begun anew lives on one disk at first: until it is copied, the copy before may be the only one."""
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    old = kept.followers.kept(LOST)
+    assert old is not None
+    kept.followers._path(LOST).write_bytes(b"generation 1")
+    old.follower.outlived = True
+    await kept.run(10.0)
+    assert kept.followers.names() == (GLOBAL, LOST, LOST + BEFORE)
+    assert kept.followers._path(LOST + BEFORE).read_bytes() == b"generation 1"
+    assert kept.followers._path(LOST).read_bytes() == b""
+    assert [line.domain for line in kept.followers.lines()] == [GLOBAL, LOST]
+    kept.start()
+    await kept.run(10.0)
+    assert kept.followers.names() == (GLOBAL, LOST, LOST + BEFORE)
+    new = kept.followers.kept(LOST)
+    assert new is not None
+    kept.noted.open = {b"never covered": 0.0}
+    new.follower.copy.complete = True  # type: ignore[misc]
+    await kept.run(10.0)
+    assert LOST + BEFORE in kept.followers.names()
+    kept.noted.open = {b"being written": 1.0}
+    await kept.run(10.0)
+    assert kept.followers.names() == (GLOBAL, LOST)
+    assert kept.followers._on_disk() == [GLOBAL, LOST]
+
+
+async def test_copy_is_set_aside_where_there_is_room_for_another_and_that_of_global_never(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+
+    def asks(name: str) -> bool:
+        found: Any = kept.followers.kept(name)
+        return bool(found.follower.sets_aside())
+
+    kept.followers._path(LOST).write_bytes(b"x" * 100)
+    free = SimpleNamespace(free=201)
+    monkeypatch.setattr(followers_module.shutil, "disk_usage", lambda path: free)
+    assert [asks(LOST), asks(GLOBAL)] == [True, False]
+    free.free = 200
+    assert not asks(LOST)
+
+
+async def test_copy_whose_log_is_not_in_it_is_not_set_aside_but_followed_on(kept: Kept) -> None:
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    old: Any = kept.followers.kept(LOST)
+    old.follower.outlived = True
+    log_path(kept.followers._path(LOST)).write_bytes(b"commits")
+    await kept.run(10.0)
+    assert kept.followers.names() == (GLOBAL, LOST)
+    again: Any = kept.followers.kept(LOST)
+    assert again is not old
+    assert not again.follower.sets_aside()
 
 
 async def test_copy_that_others_are_to_keep_now_is_there_after_a_restart(kept: Kept) -> None:

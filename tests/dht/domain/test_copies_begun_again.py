@@ -57,6 +57,35 @@ def test_follower_that_stops_between_a_generations_link_and_beginning_again_begi
     play(story)
 
 
+def test_complete_copy_that_is_to_be_set_aside_stays_as_it_is_when_its_domain_was_recovered() -> None:
+    """After a restart in between too, for then it is not set aside yet."""
+
+    async def story(world: World) -> None:
+        await world.grow(3)
+        k = key(0)
+        await world.put(0, k, "before")
+        beside, incomplete = Beside(world), Beside(world)
+        await beside.rounds(3)
+        world.cluster.crash(0)
+        world.cluster.crash(1)
+        await world.domain(2).generations.recover([], accept_data_loss=True)
+        await world.until(lambda: all(world.domain(2).tablets.serves(t) for t in range(TABLETS)), what="serving")
+        await world.put(2, k, "after")
+        for _ in range(2):
+            beside.follower._sets_aside = lambda: True
+            await beside.rounds(6)
+            assert beside.follower.outlived
+            assert beside.row(k) == value("before")
+            assert (beside.copy.noted.generation, beside.copy.complete) == (1, True)
+            beside.restart()
+        incomplete.follower._sets_aside = lambda: True
+        await incomplete.rounds(6)
+        assert not incomplete.follower.outlived
+        assert incomplete.row(k) == value("after")
+
+    play(story)
+
+
 def test_copy_that_begins_again_forgets_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """All at once would keep the node from everything else meanwhile, and wait in its memory for the disk."""
     monkeypatch.setattr(copy_module, "ERASE_KEYS", 3)

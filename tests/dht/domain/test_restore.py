@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dht.domain.messages import AskCopyPage, DomainMessage
-from dht.domain.restore import STANDING_S_MAX, Restoration, find_copies, floors_after, hand_over
+from dht.domain.messages import AskCopy, AskCopyPage, DomainMessage
+from dht.domain.restore import BEFORE, STANDING_S_MAX, Restoration, find_copies, floors_after, hand_over
 from dht.domain.roster import check_step
 from dht.errors import Invalid, NotServing, RemoteProtocolError
 from dht.model import Ballot, NodeId, Struct
@@ -200,6 +200,42 @@ def test_restore_begins_a_generation_above_any_that_a_copy_has_heard_of() -> Non
         world.domain(number).met(node_id)
         await world.until(lambda: bool(world.domain(0).generations.stopped), 60.0, "stopping")
         assert world.domain(number).joined
+
+    play(story)
+
+
+def test_restore_of_a_domain_that_is_lost_again_before_it_was_copied_takes_the_copy_of_before() -> None:
+    async def story(world: World) -> None:
+        await world.grow(1)
+        for i, k in enumerate(KEYS):
+            await world.put(0, k, f"v{i}")
+        old, new = Beside(world), Beside(world)
+        await old.rounds(3)
+        old.follower._sets_aside = lambda: True
+        world.cluster.shut(0)
+        second = await world.add()
+        await restore(world, second, old)
+        await old.rounds(2)
+        await new.follower.round()
+        assert old.follower.outlived
+        world.cluster.shut(second)
+        third = await world.add()
+
+        async def ask(node: NodeId, question: DomainMessage) -> Struct:
+            return hand_over((old if question.domain.endswith(BEFORE) else new).follower, question)
+
+        node = world.node(third)
+        asked = AskCopy(node.domain.name + BEFORE)
+        found = await find_copies(node.domain.name, ask, [b"h" * 20])
+        assert (found.generation, found.heard) == (1, 2)
+        await found.fetch(node.registers, node.boot.disk, node.domain.check_unknown)
+        alone = Restoration(node.domain.name, ask, {}, before={b"h" * 20: hand_over(old.follower, asked)})  # type: ignore[dict-item]
+        before = await alone.links()
+        assert (alone.generation, alone.heard) == (1, 2), "also where nobody follows the new one yet"
+        await world.domain(third).restore(before, floors_after(before[-1]), found.heard + 1)
+        assert world.domain(third).generation == 3
+        for i, k in enumerate(KEYS):
+            assert await world.get(third, k) == value(f"v{i}")
 
     play(story)
 
