@@ -3,7 +3,8 @@
 A member of `global` follows all of it, so that every PoP reads it without asking another one; and the members of
 `global` in a PoP keep the copies of the PoPs that it backs up (`dht.domain.backups`). Each copy is a file of its own
 in the data directory; the voting code never answers from one. A copy that is not wanted any more, because other PoPs
-came, is deleted after a while, if its domain was there to be copied by those all the while. Until then, and that of a PoP which is gone or lost its disks for ever, it is kept and handed over like the
+came, is deleted after a while, if its domain was there to be copied by those all the while, and they say that they
+have it. Until then, and that of a PoP which is gone or lost its disks for ever, it is kept and handed over like the
 others, after a restart too: it may be the only one. For the same reason a complete copy of a PoP that goes on in
 another generation, as after a recovery, stays beside the one that is begun then until that is complete, if the file
 system has room for both.
@@ -24,7 +25,7 @@ from urllib.parse import quote, unquote
 
 from dht.codec import Message
 from dht.domain import restore
-from dht.domain.backups import followed_by
+from dht.domain.backups import backups_of, followed_by
 from dht.domain.domain import Domain
 from dht.domain.follower import Follower
 from dht.domain.messages import DomainMessage
@@ -32,7 +33,7 @@ from dht.domain.restore import BEFORE
 from dht.domain.roster import Roster
 from dht.domain.wide import GLOBAL_TABLETS
 from dht.errors import DhtError
-from dht.limits import TABLETS_PER_DOMAIN
+from dht.limits import PEER_TIMEOUT_S, TABLETS_PER_DOMAIN
 from dht.model import GLOBAL, NodeId, Struct
 from dht.register import copies
 from dht.register.following import FollowedReads
@@ -44,7 +45,7 @@ from dht.world import Batch, Chance, Clock, Network
 from lucd.conf.settings import Settings
 from lucd.counters import Counters
 from lucd.domain_node import open_file
-from lucd.messages import CopyLine
+from lucd.messages import AskCopies, CopiesReply, CopyLine
 
 log = logging.getLogger(__name__)
 COPIES: Final = "copies"
@@ -53,6 +54,7 @@ LOOK_EVERY_S: Final = 1.0
 OPEN_AGAIN_S_MAX: Final = 300.0
 """Between two attempts to open a damaged file, at most: each looks the whole file through."""
 UNWANTED_AFTER_S: Final = 600.0
+ASKED_AGAIN_S: Final = 60.0
 SILENT_AFTER_S: Final = 60.0
 """A copy that is not covered any further for so long is of a domain that nobody else can copy now either; humans are
 told of it."""
@@ -270,9 +272,29 @@ class Followers:
         self._unwanted_s = {n: now_s if n in silent else self._unwanted_s.get(n, now_s) for n in unwanted}
         for name in unwanted:
             if now_s - self.age_s(name) - self._unwanted_s[name] >= UNWANTED_AFTER_S:
+                if not await self._others_have(name, newest):
+                    self._unwanted_s[name] += ASKED_AGAIN_S
+                    continue
                 log.info("domain %s is followed by other PoPs now; its copy here is deleted", name)
                 await self._delete(name)
                 await self._delete(name + BEFORE)
+
+    async def _others_have(self, name: str, roster: Roster) -> bool:
+        """Whether somebody in each PoP that is to keep the copy has all of it, and goes on with it."""
+        keepers = backups_of(name, {m.pop for m in roster.members}, self._settings.backup_pops)
+        asked = [m for m in roster.members if m.pop in keepers]
+        answers = await asyncio.gather(*(self._has(m.node_id, m.address, name) for m in asked))
+        return set(keepers) == {m.pop for m, has in zip(asked, answers, strict=True) if has}
+
+    async def _has(self, node: NodeId, address: str, name: str) -> bool:
+        if not self._network.alive(node):
+            self._network.set_address(node, *parse_address(address))
+        try:
+            reply = await self._network.call(node, AskCopies(), PEER_TIMEOUT_S)
+        except DhtError:
+            return False
+        lines = reply.copies if isinstance(reply, CopiesReply) else ()
+        return any(line.domain == name and 0.0 <= line.age_s <= SILENT_AFTER_S for line in lines)
 
     async def _delete(self, name: str) -> None:
         if name in self._kept:

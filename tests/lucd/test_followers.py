@@ -13,11 +13,12 @@ import pytest
 
 from dht.domain.backups import backups_of
 from dht.domain.restore import BEFORE
-from dht.errors import StorageError
+from dht.errors import StorageError, Unavailable
 from dht.model import GLOBAL
 from dht.storage.write_ahead_log import log_path
 from lucd import followers as followers_module
-from lucd.followers import OPEN_AGAIN_S_MAX, SILENT_AFTER_S, UNWANTED_AFTER_S, Followers
+from lucd.followers import ASKED_AGAIN_S, OPEN_AGAIN_S_MAX, SILENT_AFTER_S, UNWANTED_AFTER_S, Followers
+from lucd.messages import CopiesReply, CopyLine
 
 OWN, LOST = "pop0", "lyon"
 NEWER = next(name for name in map("pop{}".format, range(1, 100)) if backups_of(LOST, [OWN, name], 1) == (name,))
@@ -31,6 +32,8 @@ class Kept:
         self.now_s = 0.0
         self.alive: set[str] = set()
         self.noted = SimpleNamespace(wall_s=(), open={}, generation=1)
+        self.others_age_s: float | None = 1.0
+        """How old the copies are that PoPs keep which are to; None: their nodes do not answer."""
         self._covered_s: dict[str, float] = {}
         self._directory = directory
         self.pops = [OWN, LOST]
@@ -45,13 +48,19 @@ class Kept:
         clock: Any = SimpleNamespace(monotonic=lambda: self.now_s, sleep=self._sleep)
         settings: Any = SimpleNamespace(pop=OWN, backup_pops=1, follow_interval_s=1.0, copy_bytes_per_s=1)
         wide: Any = SimpleNamespace(joined=True, chain=SimpleNamespace(newest=self))
-        parts: Any = [SimpleNamespace(node_id=b"n" * 20), settings, clock, random.Random(1), None, None, wide]
+        network = SimpleNamespace(call=self._copies_of, alive=lambda node: True)
+        parts: Any = [SimpleNamespace(node_id=b"n" * 20), settings, clock, random.Random(1), network, None, wide]
         self.followers = Followers(self._directory, *parts, None, lambda node: False)  # type: ignore[arg-type]
 
     @property
     def members(self) -> list[Any]:
         """Of domain `global`."""
         return [SimpleNamespace(pop=pop, node_id=pop.encode(), address="h:1") for pop in self.pops]
+
+    async def _copies_of(self, node: bytes, message: object, timeout_s: float) -> CopiesReply:
+        if self.others_age_s is None:
+            raise Unavailable("not heard")
+        return CopiesReply((CopyLine(LOST, self.others_age_s, 0, 1), CopyLine(GLOBAL, 1.0, 0, 1)))
 
     @staticmethod
     def _opened(path: Path) -> Any:
@@ -104,6 +113,20 @@ async def test_copy_that_others_keep_now_is_deleted_when_they_had_time_to_make_i
     await kept.run(20.0)
     assert LOST not in kept.followers.names()
     assert LOST not in kept.followers._on_disk()
+
+
+@pytest.mark.parametrize("age_s", [None, -1.0, SILENT_AFTER_S + 1.0], ids=["silent", "never complete", "behind"])
+async def test_copy_that_others_are_to_keep_now_stays_until_they_have_it(kept: Kept, age_s: float | None) -> None:
+    """A large one takes long, and a disk there may be full: until then this one may be the only one."""
+    kept.alive = {GLOBAL, LOST}
+    await kept.run(10.0)
+    kept.pops.append(NEWER)
+    kept.others_age_s = age_s
+    await kept.run(3 * UNWANTED_AFTER_S)
+    assert LOST in kept.followers.names()
+    kept.others_age_s = 1.0
+    await kept.run(ASKED_AGAIN_S + 5.0)
+    assert LOST not in kept.followers.names()
 
 
 async def test_copy_of_a_domain_that_nobody_can_copy_any_more_stays_whoever_comes(kept: Kept) -> None:
