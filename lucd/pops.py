@@ -86,6 +86,7 @@ class Pops:
         self._looked_s: dict[str, float] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._refused_s: dict[tuple[str, NodeId], float] = {}
+        self._chosen_s = float("-inf")
         self._doubt = ""
 
     async def stop(self) -> None:
@@ -229,16 +230,29 @@ class Pops:
         members = {m.node_id: m for m in self._members()}
         near = [n for n, m in members.items() if m.pop == self.name]
         chosen = [n for n in self._gateways.get(GLOBAL, []) if n in members and not self._network.parted(n)]
-        if not any(self._is_of_use(GLOBAL, n) for n in (*near, *chosen)):
+        if not any(self._is_of_use(GLOBAL, n) for n in (*near, *chosen)) and self._may_choose_again(chosen):
             rest = [n for n in members if n not in near and n not in chosen]
             heard = [n for n in rest if self._is_of_use(GLOBAL, n)]
             others = sorted((n for n in rest if n not in heard), key=lambda n: self._chance.random())
+            before = self._gateways.get(GLOBAL, [])
             chosen = [*chosen[-1:], *heard, *others][:GATEWAYS_MAX]
             self._gateways[GLOBAL] = chosen
+            for node in before:
+                # Else all members would be dialled in the end, again and again, while this PoP is cut off.
+                if not (self._network.alive(node) or self._needed(node) or self.passes_on_to(node)):
+                    self._network.forget(node)
         for node in (*near, *chosen):
             if not self._network.alive(node):
                 self._network.set_address(node, *parse_address(members[node].address))
         return self._best_first(GLOBAL, (*near, *chosen))
+
+    def _may_choose_again(self, chosen: Sequence[NodeId]) -> bool:
+        """Those who were chosen have the time of a link to come up, unless they are known to be cut off."""
+        now_s = self._clock.monotonic()
+        if chosen and now_s - self._chosen_s < LOOK_SOON_S:
+            return False
+        self._chosen_s = now_s
+        return True
 
     # ---- founding a PoP
 

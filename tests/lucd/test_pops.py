@@ -259,6 +259,17 @@ async def test_few_members_of_global_elsewhere_are_asked_where_the_own_pop_has_n
     assert not set(first).intersection(second)
 
 
+async def test_few_members_of_global_are_dialled_at_a_time_however_long_none_is_heard(world: World, pops: Pops) -> None:
+    """A PoP whose own members are away is cut off, and asks again and again."""
+    world.members = [member(n, f"pop{n}") for n in range(1, 100)]
+    tried = set()
+    for _ in range(600):
+        tried |= set(await pops.gateways(GLOBAL))
+        assert len(world.addresses) <= pops_module.GATEWAYS_MAX
+        world.now_s += 0.1
+    assert len(tried) > 50, "whoever is back first may be any of them"
+
+
 async def test_gateways_that_serve_nothing_any_more_stand_back_for_nodes_that_do(world: World, pops: Pops) -> None:
     """A PoP that was cut off was recovered elsewhere meanwhile: its nodes are heard, and have stopped."""
     stopped = [contact(1), contact(2), contact(3)]
