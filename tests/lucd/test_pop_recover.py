@@ -102,6 +102,12 @@ def test_destroyed_pop_begins_anew_on_a_new_node_and_the_old_one_stops_when_it_c
     assert new.store().reserve_ids("cell", "s", 1) >= ids + 5
     assert pops(first)["lyon"].founder == new.status()["node_id"]
 
+    aside = "its copy is kept until the new one is complete"
+    wait_until(lambda: any(aside in node.log_text() for node in cluster.nodes), 60.0, "what it began with is not kept")
+    wait_until(lambda: covered(first), 60.0, "nobody backs lyon up again")
+    left = "*~before*"
+    wait_until(lambda: not any(list(n.path.rglob(left)) for n in cluster.nodes), 30.0, "it is kept for ever")
+
     write(new.store(), KEYS[0], Op.UPDATE, 100)
     old.start(wait_ready=False)
     wait_until(
