@@ -7,16 +7,17 @@ every step is guarded by what it was decided on, and one that loses against a wr
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dht.errors import Conflict
+from dht.errors import Conflict, Invalid
 from dht.model import Change, FindQuery, GroupKey, Guard, GuardKind, Op, Part, Scope
 from dht.model import Transaction as StoreTransaction
 from dht.register.catalog import sequence_group
 from dht.register.local_ids import jump_ids
-from dht.rows import decode_row, split_group_key
+from dht.rows import decode_row, split_group_key, split_row_key
 from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW, owner_columns
 from nova_bridge.sql.commit import ENTRY_ROW
 from nova_bridge.sql.database import Database
@@ -40,8 +41,9 @@ def check(database: Database, *, repair: bool) -> Iterator[str]:
                     taken.setdefault(entry, []).append((table, unique, record))
     found = database.store.find(FindQuery(database.name, ENTRY_TABLE, schema.version), database.timeout_s)
     reserved = [row.group for row in found.rows if split_group_key(row.group)[1] == UNIQUE_FAMILY]
+    tables = {table.number: table for table in schema.tables.values()}
     for entry in dict.fromkeys([*taken, *reserved]):
-        yield from _check_entry(database, entry, taken.get(entry, []), repair)
+        yield from _check_entry(database, entry, taken.get(entry, []), tables, repair)
 
 
 def _check_sequence(database: Database, table: Table, records: list[Record], repair: bool) -> Iterator[str]:
@@ -63,7 +65,11 @@ def _check_sequence(database: Database, table: Table, records: list[Record], rep
 
 
 def _check_entry(
-    database: Database, entry: GroupKey, rows: list[tuple[Table, Unique, Record]], repair: bool
+    database: Database,
+    entry: GroupKey,
+    rows: list[tuple[Table, Unique, Record]],
+    tables: Mapping[int, Table],
+    repair: bool,
 ) -> Iterator[str]:
     tx = Transaction(database)
     raw = next(iter(tx.view(entry).raw(ENTRY_PREFIX).values()), None)
@@ -92,11 +98,38 @@ def _check_entry(
         names = ", ".join(table.column_names(unique.columns))
         text = f"row {record.pk} of {table.name} had no entry for its unique {names}"
     elif owner is not None:
-        parts = (Part(entry, None, (Change(Op.DELETE, ENTRY_TABLE, ENTRY_ROW, {}, owner_columns(owner)),)),)
+        guards = _without_the_values(tx, entry, owner, tables)
+        if guards is None:
+            return
+        gone = Part(entry, None, (Change(Op.DELETE, ENTRY_TABLE, ENTRY_ROW, {}, owner_columns(owner)),))
+        parts = (gone, Part(owner[0], None, (), guards)) if guards else (gone,)
         text = f"the unique entry {split_group_key(entry)[2]} named a row that is gone or has other values"
     else:
         return
     yield text + (_apply(database, parts) if repair else "")
+
+
+def _without_the_values(
+    tx: Transaction, entry: GroupKey, owner: Place, tables: Mapping[int, Table]
+) -> tuple[Guard, ...] | None:
+    """Guards that no row with the entry's values is where it says; None if there is one.
+
+    It came, or got these values, after the rows were read: a writer has reserved them.
+    """
+    number, id = split_group_key(entry)[2][:2]
+    table = tables.get(number) if isinstance(number, int) else None
+    unique = next((u for u in table.uniques if u.id == id), None) if table is not None else None
+    if table is None or unique is None:
+        return ()
+    record = tx.row(table, *owner)
+    if record is None:
+        with contextlib.suppress(Invalid):
+            return (Guard(GuardKind.ABSENT, table.number, split_row_key(owner[1])[1]),)
+        return ()  # of no row: nobody can make one of that key
+    if table.entry_key(unique, record.values) == entry:
+        return None
+    columns = {table.number_of(p): record.stored(p) for p in unique.columns}
+    return (Guard(GuardKind.HAS, table.number, record.pk, columns),)
 
 
 def _apply(database: Database, parts: tuple[Part, ...]) -> str:

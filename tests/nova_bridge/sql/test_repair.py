@@ -66,6 +66,48 @@ def test_entry_without_row_goes(store, table, connect):
     connect(isolation_level=None).execute("INSERT INTO things (name) VALUES ('c')")
 
 
+def beside(store, act) -> None:
+    """Have it done when the rows were read, and the entries were not."""
+    find = store.find
+
+    def then(query, *more):
+        if query.table == ENTRY_TABLE:
+            store.find = find
+            act()
+        return find(query, *more)
+
+    store.find = then
+
+
+def test_row_that_comes_after_the_rows_were_read_keeps_its_entry(store, table, connect):
+    """A recovery ends with a check, and services write again by then."""
+    writer = connect(isolation_level=None)
+    beside(store, lambda: writer.execute("INSERT INTO things (name) VALUES ('late')"))
+    assert found(store, repair=True) == []
+    with pytest.raises(sqlite3.IntegrityError):
+        writer.execute("INSERT INTO things (name) VALUES ('late')")
+
+
+def test_row_that_gets_other_values_after_the_rows_were_read_keeps_its_entry(store, table, connect):
+    writer = connect(isolation_level=None)
+    beside(store, lambda: writer.execute("UPDATE things SET name = 'z' WHERE name = 'a'"))
+    (text,) = found(store, repair=True)
+    assert "not mended, a writer was faster" in text
+    assert found(store) == []
+    with pytest.raises(sqlite3.IntegrityError):
+        writer.execute("INSERT INTO things (name) VALUES ('z')")
+
+
+def test_entry_whose_row_has_other_values_goes(store, table, connect):
+    schema = Database(store, "cell").schema.tables["things"]
+    place = connect(isolation_level=None).execute("SELECT id FROM things WHERE name = 'a'").fetchone()
+    owner = (group_key("cell", schema.family, place), schema.pk_key(place))
+    change = Change(Op.INSERT, ENTRY_TABLE, ENTRY_ROW, owner_columns(owner))
+    store.commit(Transaction(os.urandom(16), "cell", 0, (Part(entry_of(store, "c"), None, (change,)),)))
+    assert len(found(store, repair=True)) == 1
+    assert found(store) == []
+
+
 def test_entry_of_another_row_is_given_to_the_one_that_has_the_values(store, table):
     forget(store, "a")
     other = owner_columns((group_key("cell", "row", (16, 99)), b"x"))
