@@ -37,6 +37,7 @@ from dht.wire.handshake import PeerIdentity
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.links import LinkNetwork, format_address, parse_address
 from dht.wire.local import LocalDoor
+from dht.wire.tls import LinkTls
 from lucd.admin import AdminDoor, port_error
 from lucd.conf.settings import Settings
 from lucd.counters import Counters, counters_of
@@ -75,13 +76,14 @@ class Daemon:
         self._state = "starting"
         self._steps = contextlib.AsyncExitStack()
         self._met: dict[NodeId, None] = {}
+        tls = LinkTls() if settings.link_tls else None
         clock, chance = LoopClock(), random.SystemRandom()
         disk = self._open(opened.store_file, settings.pop, opened.stored_boot)
         global_disk = self._open(
             opened.global_file, GLOBAL, opened.stored_boot if opened.global_stored else 0, GLOBAL_RESERVE_BYTES
         )
         cluster = Cluster(opened.cluster.cluster_id, opened.cluster.secret)
-        self.network = LinkNetwork(self.identity, cluster, BootBook(disk).accept)
+        self.network = LinkNetwork(self.identity, cluster, BootBook(disk).accept, tls)
         world = self.identity, settings, clock, chance
         self.own = DomainNode(settings.pop, TABLETS_PER_DOMAIN, disk, *world, self.network, self._contacts)
         self._global_network = DomainNetwork(GLOBAL, self.network, self._begin_link)
@@ -204,6 +206,8 @@ class Daemon:
         settings = self.settings
         await note_boot((self.own.disk, self.wide.disk), self._opened)
         await self._keep(AdminDoor(settings.admin, self._report.status))
+        if not settings.link_tls:
+            log.warning("link_tls = false: links to the other nodes are not encrypted by lucd")
         await self.network.start(settings.listen.host, settings.listen.port, str(settings.advertise))
         self._steps.push_async_callback(self.network.stop)
         await self._start_overlay()

@@ -8,12 +8,14 @@
 
 A Hello states everything about its sender and a fresh nonce. A Proof is an HMAC with the cluster key and a signature
 with the node key, both over the transcript: the protocol's name, the prover's role, both Hellos as sent (dialer's
-first) and the channel binding (empty until links have TLS). Fresh nonces on both sides defeat replay; the role in the
-transcript and the refusal of one's own id defeat reflection. Nothing that a Hello says is believed, and `accept_boot`
-is not asked, before its sender's Proof holds.
+first) and the channel binding (`dht.wire.tls`; empty where links have no TLS). Fresh nonces on both sides defeat
+replay; the role in the transcript and the refusal of one's own id defeat reflection; the binding defeats who ends TLS
+between the two. Nothing that a Hello says is believed, and `accept_boot` is not asked, before its sender's Proof holds.
+A Hello names its sender's binding too, so that who ends TLS and changes nothing is told from a wrong key; one who
+changes that breaks both Proofs.
 
-Refusals raise RemoteProtocolError with detail `reason`: garbage, version, other_cluster, wrong_key, node_id, own_id,
-unexpected_node, signature, boot, or refused (the other side refused us; its text says why).
+Refusals raise RemoteProtocolError with detail `reason`: garbage, version, other_cluster, channel, wrong_key, node_id,
+own_id, unexpected_node, signature, boot, or refused (the other side refused us; its text says why).
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ PROTOCOL_VERSION = 1
 FEATURE_LEVEL = 3
 HANDSHAKE_BYTES_MAX = 4096
 NONCE_BYTES = 32
+CHANNEL_BYTES_MAX = 32
 ADDRESS_CHARS_MAX = 300
 REASON_CHARS_MAX = 500
 
@@ -61,7 +64,10 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Hello(Struct, frozen=True, tag=1, forbid_unknown_fields=False):
-    """What a node says of itself. `address`: host:port where it listens. Unproven until its Proof."""
+    """What a node says of itself. `address`: host:port where it listens. Unproven until its Proof.
+
+    `channel`: the channel's binding, as it is at its end.
+    """
 
     version: int
     cluster_id: Annotated[str, msgspec.Meta(max_length=64)]
@@ -74,6 +80,7 @@ class Hello(Struct, frozen=True, tag=1, forbid_unknown_fields=False):
     start_id: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
     feature_level: _Count
     nonce: _Nonce
+    channel: Annotated[bytes, msgspec.Meta(max_length=CHANNEL_BYTES_MAX)]
 
 
 class Proof(Struct, frozen=True, tag=2):
@@ -157,6 +164,7 @@ class Handshake:
                 identity.start_id,
                 FEATURE_LEVEL,
                 secrets.token_bytes(NONCE_BYTES),
+                channel_binding,
             )
         )
         self._peer_hello = b""
@@ -206,6 +214,11 @@ class Handshake:
         if hello.cluster_id != self._cluster.cluster_id:
             text = f"it belongs to cluster {hello.cluster_id}, this node to {self._cluster.cluster_id}"
             raise _refusal("other_cluster", f"{text}: correct `bootstrap`, or join that cluster with an empty data_dir")
+        if hello.channel != self._channel_binding:
+            text = (
+                "it has another TLS at its end than this node at its own: a proxy on the way, or somebody who listens"
+            )
+            raise _refusal("channel", f"{text} there, ends it; let the nodes reach each other without that")
         if hello.node_id == self._identity.node_id:
             raise _refusal("own_id", "it has this node's own id: a node dialled itself, or a data directory was copied")
         if hello.node_id != node_id_of(hello.pop, hello.public_key):
@@ -221,7 +234,8 @@ class Handshake:
             raise _refusal("garbage", "Proof is out of turn")
         transcript = self._transcript(Role.LISTENER if self._role is Role.DIALER else Role.DIALER)
         if not hmac.compare_digest(proof.mac, hmac.digest(self._cluster.key, transcript, "sha256")):
-            raise _refusal("wrong_key", "it does not hold the cluster's key: copy the key again (`lucd key show`)")
+            text = "it does not hold the cluster's key: copy the key again (`lucd key show`)"
+            raise _refusal("wrong_key", f"{text}; or somebody on the way changes what the two say")
         if not signed_by(claim.public_key, proof.signature, transcript):
             raise _refusal("signature", "it does not hold the private key of its node id")
         try:

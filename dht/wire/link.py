@@ -234,7 +234,7 @@ class Link:
             return
         arrives = overdue = False
         if silent_s > SIGN_WHILE_SERVING_S:
-            known = tcp.read(self._socket.get_extra_info("socket"))
+            known = tcp.read(tcp.socket_of(self._socket))
             arrives = self._take_note_of_arrival(known.received_bytes, now_s)
             overdue = self._echo_is_overdue(known, now_s)
             silent_s = now_s - self.heard_s

@@ -1,4 +1,4 @@
-"""Links to peers over aiohttp WebSockets: `dht.world.Network` for production (DESIGN section 10).
+"""Links to peers over aiohttp WebSockets and TLS: `dht.world.Network` for production (DESIGN section 10).
 
 One link per pair of nodes. Links to all nodes of the address book are kept up: dialled at once, and again with growing
 pauses when lost, for as long as they are needed. If both nodes dial at the same time, the link that the node with the
@@ -17,26 +17,24 @@ from typing import Any
 
 import aiohttp
 from aiohttp import WSMsgType, web
-from aiohttp.abc import AbstractAccessLogger
-from yarl import URL
 
 from dht.codec import Failure
 from dht.errors import DhtError, Invalid, RemoteProtocolError, Unavailable
 from dht.model import NodeId, Struct
-from dht.wire import frames
-from dht.wire.handshake import HANDSHAKE_BYTES_MAX, AcceptBoot, Handshake, PeerIdentity, Role
+from dht.wire import dialing, frames
+from dht.wire.dialing import CONNECT_TIMEOUT_S
+from dht.wire.entrance import Entrance
+from dht.wire.handshake import AcceptBoot, Handshake, PeerIdentity, Role
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, TICK_S, DialedSocket, Link, WebSocket, awake_until_s
+from dht.wire.refusals import Refusals
 from dht.wire.serving import answer_in_time
 from dht.wire.strangers import Strangers
+from dht.wire.tls import LinkTls
 from dht.world import Answer
 
-LINK_PATH = "/link"
-CONNECT_TIMEOUT_S = 0.5
-"""Of a dial, for the other host's kernel to answer: it would repeat a lost packet after a second only, and while a
-network is cut that is the longest part of what it costs once it has healed."""
-HANDSHAKE_TIMEOUT_S = 2.0
-"""Three round trips, of which each may take half a second."""
+HANDSHAKE_TIMEOUT_S = 2.5
+"""Four round trips, of which each may take half a second, with some room: TLS, HTTP's upgrade, Hellos, Proofs."""
 DIAL_TIMEOUT_S = CONNECT_TIMEOUT_S + HANDSHAKE_TIMEOUT_S
 ADDRESSES_MAX = 10_000
 REDIAL_MIN_S = 0.05
@@ -53,9 +51,6 @@ FAR_LEVEL_MIN = 3
 ANY_HOST = ("0.0.0.0", "::", "")
 
 log = logging.getLogger(__name__)
-_http_log = logging.getLogger(__name__ + ".http")
-# aiohttp reports every malformed request as an error with its bytes; here they are counted, and nothing else.
-_http_log.setLevel(logging.CRITICAL)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -91,14 +86,15 @@ class _Peer:
 
 
 class LinkNetwork:
-    """The network of one node.
+    """The network of one node. `tls`: None where links have none, which has to be the same on all nodes.
 
     `counters` since the start: links (now), frames_in, frames_out, bytes_in, bytes_out, dials, lost, refused
-    (handshakes), garbage, shed (messages not taken because the peer is too slow). `on_link` callbacks get each proven
-    peer when a link to it comes up, and when one to its next start takes the place of a link that was not missed yet.
+    (handshakes, and dials that had none because one end has TLS and the other not), garbage, shed (messages not taken
+    because the peer is too slow). `on_link` callbacks get each proven peer when a link to it comes up, and when one to
+    its next start takes the place of a link that was not missed yet.
     """
 
-    def __init__(self, identity: NodeIdentity, cluster: Cluster, accept_boot: AcceptBoot) -> None:
+    def __init__(self, identity: NodeIdentity, cluster: Cluster, accept_boot: AcceptBoot, tls: LinkTls | None) -> None:
         self.identity = identity
         names = "links frames_in frames_out bytes_in bytes_out dials lost refused garbage shed"
         self.counters = dict.fromkeys(names.split(), 0)
@@ -112,8 +108,10 @@ class LinkNetwork:
         self._peers: dict[NodeId, _Peer] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._retired: dict[Link, None] = {}
+        self._tls = tls
         self._strangers = Strangers()
-        self._runner: web.AppRunner | None = None
+        self._refusals = Refusals()
+        self._entrance: Entrance | None = None
         self._session: aiohttp.ClientSession | None = None
         self._ticking: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
@@ -130,34 +128,16 @@ class LinkNetwork:
         `advertise`: the host:port at which peers reach this node, if not host:port. Raises Invalid when the address
         cannot be listened on.
         """
-        app = web.Application(client_max_size=HANDSHAKE_BYTES_MAX)
-        app.router.add_get(LINK_PATH, self._accept)
-        counters = self.counters
-
-        class CountBadRequests(AbstractAccessLogger):
-            def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-                if response.status >= 400:
-                    counters["garbage"] += 1
-
-        self._runner = web.AppRunner(
-            app, access_log_class=CountBadRequests, logger=_http_log, shutdown_timeout=CLOSE_WAIT_S
-        )
-        await self._runner.setup()
+        context = None if self._tls is None else self._tls.listening
+        entrance = Entrance(self._accept, context, self._strangers, self._refusals, self.counters)
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            self.port = await entrance.open(host, port)
         except (OSError, socket.gaierror) as error:
-            await self._runner.cleanup()
-            self._runner = None
             text = f"cannot listen on {format_address(host, port)}: {error.strerror or error}"
             raise Invalid(f"{text}; stop who uses it or choose another address") from None
-        self.port = int(self._runner.addresses[0][1])
+        self._entrance = entrance
         self._advertised = advertise or format_address(host, self.port)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            auto_decompress=False,
-            ws_response_class=DialedSocket,
-        )
+        self._session = dialing.session(None if self._tls is None else self._tls.dialing)
         self._started_s = asyncio.get_running_loop().time()
         self._tick()
         for node_id in list(self._peers):
@@ -165,9 +145,9 @@ class LinkNetwork:
 
     async def stop(self) -> None:
         """Close all links and stop listening."""
-        if self._runner is None or self._session is None:
+        if self._entrance is None or self._session is None:
             return
-        runner, self._runner = self._runner, None
+        entrance, self._entrance = self._entrance, None
         session, self._session = self._session, None
         if self._ticking is not None:
             self._ticking.cancel()
@@ -184,7 +164,7 @@ class LinkNetwork:
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_WAIT_S)
         await session.close()
-        await runner.cleanup()
+        await entrance.close()
 
     def set_address(self, node_id: NodeId, host: str, port: int) -> None:
         """Enter or correct a node's address; the link to it is kept up from now on."""
@@ -316,7 +296,9 @@ class LinkNetwork:
         except DhtError as error:
             peer.failures += 1
             peer.why = error.message
-            if peer.failures == 1:
+            if isinstance(error, RemoteProtocolError) and peer.address is not None:
+                self._refusals.tell(f"node {node_id.hex()} at {format_address(*peer.address)}", error)
+            elif peer.failures == 1:
                 log.info("no link to node %s at %s: %s", node_id.hex(), peer.address, error.message)
             raise
         finally:
@@ -347,16 +329,9 @@ class LinkNetwork:
             raise Unavailable("this node is not started", sent=False)
         self.counters["dials"] += 1
         where = format_address(host, port)
-        url = URL.build(scheme="http", host=host, port=port, path=LINK_PATH)
         try:
             async with asyncio.timeout(timeout_s):
-                ws = await session.ws_connect(
-                    url,
-                    compress=0,
-                    max_msg_size=MESSAGE_BYTES_MAX,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_WAIT_S),
-                )
-                assert isinstance(ws, DialedSocket)
+                ws = await self._open(session, host, port)
                 try:
                     peer = await self._shake(ws, Role.DIALER, expected)
                 except BaseException:
@@ -364,14 +339,18 @@ class LinkNetwork:
                     raise
         except RemoteProtocolError:
             raise
-        except TimeoutError as error:
-            waited_s = CONNECT_TIMEOUT_S if isinstance(error, aiohttp.ConnectionTimeoutError) else timeout_s
-            raise Unavailable(f"{where} does not answer ({waited_s:.1f} s)", sent=False) from None
         except (OSError, aiohttp.ClientError, ValueError) as error:
-            raise Unavailable(f"{where} cannot be reached: {error}", sent=False) from None
+            raise dialing.failure(where, error, timeout_s) from None
         link = self._link(ws, peer, dialed=True)
         self._spawn(link.run())
         return self._register(link)
+
+    async def _open(self, session: aiohttp.ClientSession, host: str, port: int) -> DialedSocket:
+        try:
+            return await dialing.web_socket(session, host, port)
+        except RemoteProtocolError:
+            self.counters["refused"] += 1
+            raise
 
     async def _accept(self, request: web.Request) -> web.StreamResponse:
         connection = request.protocol
@@ -383,7 +362,10 @@ class LinkNetwork:
             await ws.prepare(request)
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 peer = await self._shake(ws, Role.LISTENER, None)
-        except (RemoteProtocolError, TimeoutError, OSError):
+        except RemoteProtocolError as error:
+            self._refusals.tell(request.remote or "?", error)
+            return ws
+        except (TimeoutError, OSError):
             return ws
         except web.HTTPException:
             raise
@@ -405,7 +387,15 @@ class LinkNetwork:
 
     async def _shake(self, ws: WebSocket, role: Role, expected: NodeId | None) -> PeerIdentity:
         """Run the handshake to its end. A refusal is counted, told to the other side, and raised."""
-        shake = Handshake(role, self.identity, self._cluster, self._advertised, self._accept_boot, expected=expected)
+        shake = Handshake(
+            role,
+            self.identity,
+            self._cluster,
+            self._advertised,
+            self._accept_boot,
+            expected=expected,
+            channel_binding=self._channel_binding(ws, role),
+        )
         try:
             for data in shake.start():
                 await ws.send_bytes(data)
@@ -431,6 +421,11 @@ class LinkNetwork:
                     await ws.close()
             raise
         return shake.peer
+
+    def _channel_binding(self, ws: WebSocket, role: Role) -> bytes:
+        if self._tls is None:
+            return b""
+        return self._tls.binding(ws.get_extra_info("ssl_object"), dialed=role is Role.DIALER)
 
     def _check_start(self, met: PeerIdentity) -> None:
         """Refuse a second process with the same incarnation and boot counter: a copied data directory."""
@@ -521,8 +516,8 @@ class LinkNetwork:
                 peer.alive_s += own_pause_s
             if peer.link is not None and peer.link.alive:
                 peer.alive_s = now_s
-        server = self._runner.server if self._runner is not None else None
-        self.counters["refused"] += self._strangers.turn_out(server.connections if server is not None else (), now_s)
+        accepted = self._entrance.connections if self._entrance is not None else ()
+        self.counters["refused"] += self._strangers.turn_out(accepted, now_s)
         self._ticked_s = now_s
         self._ticking = loop.call_later(TICK_S, self._tick)
 

@@ -35,6 +35,14 @@ class Tcp(NamedTuple):
 NOTHING_KNOWN = Tcp(0.0, 0, 0.0, 0.0)
 
 
+def socket_of(transport: Any) -> Any:
+    """The socket below a transport, or below a WebSocket; None once it is gone, which asyncio's TLS does not say."""
+    try:
+        return transport.get_extra_info("socket")
+    except AttributeError:
+        return None
+
+
 def read(connection: Any) -> Tcp:
     """Of the socket, as asyncio hands it out; NOTHING_KNOWN of what is no TCP connection any more."""
     if connection is None:

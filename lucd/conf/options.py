@@ -82,6 +82,12 @@ DEFAULTS: list[Any] = [
         sample_default="the value of listen",
         help="HOST:PORT at which the other nodes reach this one. Needed where listen is 0.0.0.0 or [::].",
     ),
+    cfg.BoolOpt(
+        "link_tls",
+        default=True,
+        help="Links to the other nodes are encrypted (TLS 1.3, without files or an authority). The same on every node; "
+        "false only where the network below encrypts already.",
+    ),
     cfg.ListOpt(
         "bootstrap",
         item_type=types.String(),

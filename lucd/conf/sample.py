@@ -35,5 +35,7 @@ def _option(option: Any) -> str:
         lines.append(f"#{option.dest} =")
     else:
         default = ",".join(option.default) if isinstance(option.default, list) else option.default
+        if isinstance(default, bool):
+            default = str(default).lower()
         lines.append(f"#{option.dest} = {default}".rstrip())
     return "\n".join(lines) + "\n"

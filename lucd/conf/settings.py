@@ -36,6 +36,7 @@ class Settings:
     failure_domain: str
     listen: Endpoint
     advertise: Endpoint
+    link_tls: bool
     bootstrap: tuple[Endpoint, ...]
     socket: Path
     socket_mode: int
@@ -119,6 +120,8 @@ def _allowed(error: Exception) -> str:
         return "a whole number is expected"
     if text.startswith("could not convert string to float"):
         return "a number is expected"
+    if text.startswith("Unexpected boolean value"):
+        return "true or false is expected"
     return text
 
 
@@ -161,6 +164,7 @@ def _settings(conf: Any, where: str) -> Settings:
         failure_domain=top("failure_domain") or options.host_name(),
         listen=listen,
         advertise=advertise,
+        link_tls=top("link_tls"),
         bootstrap=tuple(bootstrap),
         socket=socket,
         socket_mode=int(top("socket_mode"), 8),

@@ -44,6 +44,7 @@ def test_load_full_file_fills_in_dependent_defaults(tmp_path: Path) -> None:
         ("[DEFAULT]\nlisten = 1.2.3.4:99999\n", ["listen = 1.2.3.4:99999", "1 to 65535"]),
         ("[DEFAULT]\nlisten = ::1:7000\n", ["listen = ::1:7000", "brackets"]),
         ("[DEFAULT]\nlisten = 0.0.0.0:7000\n", ["listen = 0.0.0.0:7000", "set advertise"]),
+        ("[DEFAULT]\nlink_tls = maybe\n", ["link_tls = maybe", "true or false is expected"]),
         ("[DEFAULT]\nlog_level = loud\n", ["log_level = loud", "debug, info, warning, error"]),
         ("[DEFAULT]\npop = New York\n", ["pop = New York", "letters, digits"]),
         ("[DEFAULT]\nbootstrap = a:1, b\n", ["bootstrap = b", "HOST:PORT"]),

@@ -57,7 +57,9 @@ def test_random_bytes_and_requests_at_the_link_port_are_counted(node: LocalNode)
                 stranger.shutdown(socket.SHUT_WR)
                 stranger.recv(1000)
     links = node.status()["counters"]["links"]
-    assert links["garbage"] >= 150
+    assert links["garbage"] >= 75
+    assert links["refused"] >= 75, "who asks for a link in clear text is taken for a daemon without TLS"
+    assert node.log_text().count("no link with 127.0.0.1: it speaks clear text") <= 4
     assert links["links"] == 0
     assert node.get("/readyz")[0] == 200
     assert "Traceback" not in node.log_text()

@@ -98,6 +98,8 @@ def test_boot_counter_that_fell_is_refused():
         ("public_key", bytes(32), "node_id"),
         ("boot", 0, "garbage"),
         ("nonce", b"short", "garbage"),
+        ("channel", b"c" * 32, "channel"),
+        ("channel", b"c" * 33, "garbage"),
     ],
 )
 def test_hello_that_does_not_fit_is_refused(field, value, reason):
@@ -153,9 +155,43 @@ def test_proof_of_the_other_role_is_refused():
         other.receive(one._own_proof())
 
 
-def test_other_channel_binding_is_refused():
+def test_other_channel_binding_is_refused_by_both_ends():
+    """Somebody ends TLS between the two, and passes on what they say."""
     dialer = side(Role.DIALER, A, channel_binding=b"tls-1")
-    assert refusal_of(dialer, side(Role.LISTENER, B, channel_binding=b"tls-2")) == "wrong_key"
+    listener = side(Role.LISTENER, B, channel_binding=b"tls-2")
+    assert refusal_of(dialer, listener) == "channel"
+    with pytest.raises(RemoteProtocolError) as caught:
+        side(Role.DIALER, A, channel_binding=b"tls-1").receive(listener._own_hello)
+    assert caught.value.detail["reason"] == "channel"
+
+
+def test_man_in_the_middle_who_changes_what_hellos_say_of_the_channel_gets_no_proof_from_or_past_either_end():
+    dialer = side(Role.DIALER, A, channel_binding=b"tls-1")
+    listener = side(Role.LISTENER, B, channel_binding=b"tls-2")
+
+    def changed(hello, channel):
+        return encode(msgspec.structs.replace(decode(hello), channel=channel))
+
+    (answer,) = listener.receive(changed(dialer.start()[0], b"tls-2"))
+    (proof,) = dialer.receive(changed(answer, b"tls-1"))
+    with pytest.raises(RemoteProtocolError) as caught:
+        listener.receive(proof)
+    assert caught.value.detail["reason"] == "wrong_key"
+    # Nor would the dialer have the listener's proof, could it be had.
+    with pytest.raises(RemoteProtocolError) as caught:
+        dialer.receive(listener._own_proof())
+    assert caught.value.detail["reason"] == "wrong_key"
+    assert dialer.peer is listener.peer is None
+
+
+def test_binding_is_in_the_proofs_themselves_and_not_only_in_what_hellos_say():
+    dialer = side(Role.DIALER, A, channel_binding=b"tls-1")
+    listener = side(Role.LISTENER, B, channel_binding=b"tls-1")
+    (proof,) = dialer.receive(listener.receive(dialer.start()[0])[0])
+    listener._channel_binding = b"tls-2"
+    with pytest.raises(RemoteProtocolError) as caught:
+        listener.receive(proof)
+    assert caught.value.detail["reason"] == "wrong_key"
 
 
 def test_messages_out_of_turn_are_refused():

@@ -11,11 +11,11 @@ import aiohttp
 import aiohttp.test_utils
 import aiohttp.web
 import pytest
-from wire_nodes import Ask, Node, Told, long_way, nodes, until
+from wire_nodes import TLS, Ask, Node, Told, long_way, nodes, until
 
 from dht.errors import DhtError, Indeterminate, Invalid, NotServing, RemoteProtocolError, Unavailable
 from dht.requests import Done, ListDatabases, ListDatabasesReply, ReadGroups
-from dht.wire import frames, link, links, strangers
+from dht.wire import entrance, frames, link, links, strangers
 from dht.wire.identity import Cluster, NodeIdentity
 
 
@@ -155,7 +155,7 @@ async def test_host_that_answers_nothing_is_dialled_again_before_a_dial_s_whole_
 
 
 async def test_nodes_at_the_other_end_of_the_world_get_a_link():
-    """Where a round trip takes 0.6 s, and a handshake three."""
+    """Where a round trip takes 0.6 s, and a handshake four."""
     async with nodes(2) as (a, b), long_way(b.network.port) as port:
         a.network.set_address(b.id, "127.0.0.1", port)
         await until(lambda: a.network.alive(b.id), 15.0)
@@ -337,10 +337,10 @@ async def test_garbage_on_the_port_is_counted_and_nothing_else(chance, caplog):
 
 
 async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
-    monkeypatch.setattr(strangers, "STRANGER_S", 0.2)
     async with nodes(2) as (a, b):
         a.knows(b)
         await a.network.call(b.id, Ask("x"), 3.0)
+        monkeypatch.setattr(strangers, "STRANGER_S", 0.2)
         reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
         async with asyncio.timeout(2):
             assert await reader.read() == b""
@@ -352,9 +352,11 @@ async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
 @contextlib.asynccontextmanager
 async def upgraded(node, source="127.0.0.1"):
     """A stranger's WebSocket to the node, of which the handshake has not begun."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", node.network.port, local_addr=(source, 0))
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", node.network.port, local_addr=(source, 0), ssl=TLS.dialing
+    )
     head = "Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
-    writer.write(f"GET {links.LINK_PATH} HTTP/1.1\r\n{head}\r\nSec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+    writer.write(f"GET {entrance.LINK_PATH} HTTP/1.1\r\n{head}\r\nSec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
     try:
         yield reader, writer, await reader.readuntil(b"\r\n\r\n")
     finally:
@@ -418,9 +420,9 @@ async def test_dial_given_up_within_the_handshake_lets_go_of_its_connection():
         return ws
 
     app = aiohttp.web.Application()
-    app.router.add_get(links.LINK_PATH, says_nothing)
-    server = aiohttp.test_utils.TestServer(app)
-    await server.start_server()
+    app.router.add_get(entrance.LINK_PATH, says_nothing)
+    server = aiohttp.test_utils.TestServer(app, scheme="https")
+    await server.start_server(ssl=TLS.listening)
     async with nodes(1) as (a,):
         # What holds on to the error, as a log may, holds on to the socket.
         with pytest.raises(Unavailable, match="does not answer") as held:
@@ -434,7 +436,7 @@ async def test_dial_given_up_within_the_handshake_lets_go_of_its_connection():
 async def test_garbage_instead_of_a_handshake_is_counted(chance, caplog):
     async with nodes(1) as (a,), aiohttp.ClientSession() as session:
         for n in range(200):
-            ws = await session.ws_connect(f"http://127.0.0.1:{a.network.port}/link")
+            ws = await session.ws_connect(f"https://127.0.0.1:{a.network.port}/link", ssl=TLS.dialing)
             await ws.send_bytes(chance.randbytes(n))
             async with asyncio.timeout(5):
                 await ws.receive()

@@ -11,8 +11,11 @@ from dht.errors import Conflict, NotServing
 from dht.requests import Done
 from dht.wire.identity import Cluster, NodeIdentity
 from dht.wire.links import LinkNetwork
+from dht.wire.tls import LinkTls
 
 CLUSTER = Cluster.found()
+TLS = LinkTls()
+"""Of whoever is no node."""
 
 
 @message
@@ -27,12 +30,12 @@ class Told(Message, frozen=True, tag=99_002):
 
 
 class Node:
-    def __init__(self, pop="lyon", cluster=CLUSTER, identity=None):
+    def __init__(self, pop="lyon", cluster=CLUSTER, identity=None, *, tls=True):
         self.identity = identity or NodeIdentity.create(pop)
         self.id = self.identity.node_id
         self.boots = {}
         self.served = []
-        self.network = LinkNetwork(self.identity, cluster, self.accept_boot)
+        self.network = LinkNetwork(self.identity, cluster, self.accept_boot, LinkTls() if tls else None)
         self.network.serve(self.answer)
 
     def accept_boot(self, node_id, incarnation, boot, start_id):
@@ -61,9 +64,9 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def nodes(count, others="lyon"):
+async def nodes(count, others="lyon", *, tls=True):
     """`others`: the PoP of all but the first, which is of lyon."""
-    made = [await Node(others if number else "lyon").start() for number in range(count)]
+    made = [await Node(others if number else "lyon", tls=tls).start() for number in range(count)]
     try:
         yield made
     finally:
