@@ -52,8 +52,8 @@ from tests.dht.overlay.churn import UdpLoop
 NODES_PER_POP: Final = 10
 NEAR_S: Final = 0.0005
 FAR_S: Final = 0.05
-LINK_ROUND_TRIPS: Final = 4
-"""TCP, the HTTP upgrade, the Hellos, the Proofs (dht.wire.handshake)."""
+LINK_ROUND_TRIPS: Final = 5
+"""TCP, TLS, the HTTP upgrade, the Hellos, the Proofs (dht.wire.handshake)."""
 SETTINGS: Final = OverlaySettings(
     ping_interval_s=10_000.0,
     refresh_interval_s=10_000.0,
