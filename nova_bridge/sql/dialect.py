@@ -5,11 +5,14 @@ Both are SQLAlchemy's SQLite dialect under its own name, so that the SQLite bran
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import pool
-from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
+from sqlalchemy.dialects.sqlite.base import SQLiteCompiler, SQLiteExecutionContext
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.sql import elements, functions, operators, selectable, sqltypes
@@ -21,6 +24,17 @@ from nova_bridge.sql.values import EQ_OR_NULL
 
 _OPTIONS = {"socket": str, "timeout": float}
 _NUMBERS = (sqltypes.Boolean, sqltypes.Integer, sqltypes.Numeric)
+
+
+class Assumption(NamedTuple):
+    """What a rewriting takes for granted of values: none is NULL, and all are of these kinds, if any is named."""
+
+    values: tuple[elements.BindParameter[Any], ...]
+    kinds: tuple[type, ...] = ()
+
+    def holds(self, values: Sequence[Any]) -> bool:
+        """Whether it does of what is bound for `values`."""
+        return not any(_is_null(value) or (self.kinds and not isinstance(value, self.kinds)) for value in values)
 
 
 class LucdCompiler(SQLiteCompiler):
@@ -35,15 +49,65 @@ class LucdCompiler(SQLiteCompiler):
 
     `a < x OR a = y AND b < z OR ...` is what oslo.db asks for behind a marker, x and y being the same. It implies that
     `a <= max(x, y, ...)`, which is added: an index may begin there.
+
+    SQLAlchemy keeps the text and runs it with other values, NULL among them. So what is rewritten depends on nothing
+    but what the text is kept by, and what it takes for granted of the values is looked at each time (`LucdContext`).
     """
 
+    rewrites = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.assumptions: list[Assumption] = []
+        super().__init__(*args, **kwargs)
+
     def visit_expression_clauselist(self, clauselist: Any, **kwargs: Any) -> Any:
-        """See the class."""
-        rewritten = _with_null(clauselist)
+        """See the class. Values that become part of the text are not looked at any more: nothing is rewritten then."""
+        plain = super().visit_expression_clauselist
+        if not self.rewrites or kwargs.get("literal_binds"):
+            return plain(clauselist, **kwargs)
+        rewritten, assumption = _with_null(clauselist)
         if rewritten is not None:
+            self._assume(assumption)
             return rewritten._compiler_dispatch(self, **kwargs)
-        implied, plain = _implied_range(clauselist), super().visit_expression_clauselist(clauselist, **kwargs)
-        return plain if implied is None else f"{implied._compiler_dispatch(self, **kwargs)} AND ({plain})"
+        implied, assumption = _implied_range(clauselist)
+        if implied is None:
+            return plain(clauselist, **kwargs)
+        self._assume(assumption)
+        return f"{implied._compiler_dispatch(self, **kwargs)} AND ({plain(clauselist, **kwargs)})"
+
+    def _assume(self, assumption: Assumption | None) -> None:
+        if assumption is not None:
+            self.assumptions.append(assumption)
+
+    def fits(
+        self, parameters: Sequence[Mapping[str, Any]], extracted: Sequence[elements.BindParameter[Any]] | None
+    ) -> bool:
+        """Whether the assumptions hold of what is bound now."""
+        if not self.assumptions:
+            return True
+        runs = [
+            self.construct_params(one, extracted_parameters=extracted, escape_names=False, _check=False)
+            for one in parameters or [{}]
+        ]
+        return all(a.holds([self._bound(v, run) for v in a.values]) for run in runs for a in self.assumptions)
+
+    def _bound(self, value: elements.BindParameter[Any], run: Mapping[str, Any]) -> Any:
+        """The value as the driver gets it; None for one that is not there."""
+        name = self.bind_names.get(value, "")
+        processor, given = self._bind_processors.get(name), run.get(name)
+        return processor(given) if callable(processor) else given
+
+    @functools.cached_property
+    def unrewritten(self) -> LucdCompiler:
+        """The same statement for values of which the assumptions do not hold."""
+        return PlainCompiler(
+            self.dialect,
+            self.statement,
+            cache_key=self.cache_key,
+            column_keys=self.column_keys,
+            for_executemany=self.for_executemany,
+            schema_translate_map=self.schema_translate_map,
+        )
 
     def visit_join(self, join: Any, asfrom: bool = False, from_linter: Any = None, **kwargs: Any) -> Any:
         """See the class."""
@@ -74,17 +138,58 @@ class LucdCompiler(SQLiteCompiler):
         )
 
 
-def _with_null(disjunction: Any) -> Any:
+class PlainCompiler(LucdCompiler):
+    """Without what depends on values."""
+
+    rewrites = False
+
+
+class LucdContext(SQLiteExecutionContext):
+    """One execution: of the text as it was rewritten, if its assumptions hold of the values."""
+
+    @classmethod
+    def _init_compiled(
+        cls,
+        dialect: Any,
+        connection: Any,
+        dbapi_connection: Any,
+        execution_options: Any,
+        compiled: Any,
+        parameters: Any,
+        invoked_statement: Any,
+        extracted_parameters: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(compiled, LucdCompiler) and not compiled.fits(parameters, extracted_parameters):
+            compiled = compiled.unrewritten
+        return super()._init_compiled(
+            dialect,
+            connection,
+            dbapi_connection,
+            execution_options,
+            compiled,
+            parameters,
+            invoked_statement,
+            extracted_parameters,
+            **kwargs,
+        )
+
+
+_Rewriting = tuple[Any, Assumption | None]
+
+
+def _with_null(disjunction: Any) -> _Rewriting:
     """`c != x OR c IS NULL` or `c = x OR c IS NULL` as one comparison; None for anything else.
 
-    x is a literal that is not NULL, and of an equation a truth value, and c a number: a function's arguments get no
-    column's affinity.
+    x is a value, which is assumed not to be NULL, and of an equation a truth value, and c a number: a function's
+    arguments get no column's affinity.
     """
+    nothing: _Rewriting = None, None
     if disjunction.operator is not operators.or_ or len(disjunction.clauses) != 2:
-        return None
+        return nothing
     compared, null = sorted(disjunction.clauses, key=lambda clause: getattr(clause, "operator", None) is operators.is_)
     if not (isinstance(compared, elements.BinaryExpression) and isinstance(null, elements.BinaryExpression)):
-        return None
+        return nothing
     column, value = compared.left, compared.right
     if (
         null.operator is not operators.is_
@@ -92,13 +197,13 @@ def _with_null(disjunction: Any) -> Any:
         or not isinstance(column, elements.ColumnClause)
         or not _is_same(column, null.left)
     ):
-        return None
+        return nothing
     truth = isinstance(value, (elements.True_, elements.False_))
     if compared.operator is operators.eq and truth and issubclass(column.type._type_affinity, _NUMBERS):
-        return functions.Function(EQ_OR_NULL, column, value)
-    if compared.operator is operators.ne and (truth or _is_literal(value)):
-        return column.is_distinct_from(value)
-    return None
+        return functions.Function(EQ_OR_NULL, column, value), None
+    if compared.operator is operators.ne and (truth or _is_value(value)):
+        return column.is_distinct_from(value), None if truth else Assumption((value,))
+    return nothing
 
 
 def _is_same(column: elements.ColumnClause[Any], other: Any) -> bool:
@@ -106,35 +211,44 @@ def _is_same(column: elements.ColumnClause[Any], other: Any) -> bool:
     return column.compare(other) and hash(column.table) == hash(other.table)
 
 
-def _is_literal(value: Any) -> bool:
-    return isinstance(value, elements.BindParameter) and value.unique and value.value is not None
+def _is_null(value: Any) -> bool:
+    """SQLite binds NaN as NULL."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _implied_range(disjunction: Any) -> Any:
+def _is_value(value: Any) -> bool:
+    return isinstance(value, elements.BindParameter) and not value.expanding
+
+
+def _implied_range(disjunction: Any) -> _Rewriting:
     """See the compiler's last rewriting; None for any other condition. The values differ from one run to the next.
 
-    They are of the column's type: of values of several SQLite's max takes the text, whatever it would be as a number.
+    They are assumed to be of the column's kind: of values of several SQLite's max takes the text, whatever it would be
+    as a number, and of NULL and others NULL.
     """
+    nothing: _Rewriting = None, None
     if disjunction.operator is not operators.or_ or len(disjunction.clauses) < 2:
-        return None
+        return nothing
     bounds = [_first_of_conjunction(clause) for clause in disjunction.clauses]
     outer = bounds[0]
     if not all(
         isinstance(bound, elements.BinaryExpression)
         and isinstance(bound.left, elements.ColumnClause)
-        and _is_literal(bound.right)
+        and _is_value(bound.right)
         and bound.right.type._type_affinity is bound.left.type._type_affinity
         and (bound is outer or bound.operator is operators.eq)
         and _is_same(bound.left, outer.left)
         for bound in bounds
     ):
-        return None
-    values = [bound.right for bound in bounds]
+        return nothing
+    values = tuple([bound.right for bound in bounds])
+    number = issubclass(outer.left.type._type_affinity, _NUMBERS)
+    assumption = Assumption(values, (int, float) if number else (str,))
     if outer.operator is operators.lt:
-        return outer.left <= functions.Function("max", *values, type_=outer.left.type)
+        return outer.left <= functions.Function("max", *values, type_=outer.left.type), assumption
     if outer.operator is operators.gt:
-        return outer.left >= functions.Function("min", *values, type_=outer.left.type)
-    return None
+        return outer.left >= functions.Function("min", *values, type_=outer.left.type), assumption
+    return nothing
 
 
 def _first_of_conjunction(clause: Any) -> Any:
@@ -163,6 +277,7 @@ class _Dialect(SQLiteDialect_pysqlite):
     """
 
     statement_compiler = LucdCompiler
+    execution_ctx_cls = LucdContext
     supports_statement_cache = True
     insert_returning = True
     update_returning = False

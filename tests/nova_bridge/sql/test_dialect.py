@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -269,6 +270,92 @@ def test_condition_with_a_value_of_another_type_than_the_column_same_rows_as_sto
             query = sa.select(Server.id).where(condition).order_by(Server.id)
             assert connection.execute(query).scalars().all() == expected, each
     stock.dispose()
+
+
+State, Number, Moment = Server.state.type, Server.id.type, Server.made.type
+
+
+def _not(x: Any) -> sa.ColumnElement[bool]:
+    return sa.or_(Server.state != sa.literal(x, State), Server.state == sa.null())
+
+
+def _not_named(x: Any) -> sa.ColumnElement[bool]:
+    return sa.or_(Server.state == sa.null(), Server.state != sa.bindparam("named", x, State))
+
+
+def _below(x: Any, y: Any) -> sa.ColumnElement[bool]:
+    return sa.or_(
+        Server.id < sa.literal(x, Number), sa.and_(Server.id == sa.literal(y, Number), Server.state == "gone")
+    )
+
+
+def _not_below(x: Any, y: Any) -> sa.ColumnElement[bool]:
+    return sa.not_(_below(x, y))
+
+
+def _above(x: Any, y: Any) -> sa.ColumnElement[bool]:
+    return sa.or_(Server.state > sa.literal(x, State), sa.and_(Server.state == sa.literal(y, State), Server.id > 2))
+
+
+def _before(x: Any, y: Any) -> sa.ColumnElement[bool]:
+    return sa.or_(Server.made < sa.literal(x, Moment), sa.and_(Server.made == sa.literal(y, Moment), Server.id > 2))
+
+
+@pytest.mark.parametrize(
+    ("condition", "written", "runs"),
+    [
+        (_not, "servers.state IS NOT ?", [["gone"], [None], [7], ["7"], [None], ["gone"]]),
+        (_not, "servers.state IS NOT ?", [[None], ["gone"], [float("nan")]]),
+        (_not_named, "servers.state IS NOT ?", [["gone"], [None], ["here"]]),
+        (
+            _below,
+            "servers.id <= max(?, ?)",
+            [[3, 12], [None, 12], [3, None], [None, None], [12, "3"], ["3", 9], [5, 6]],
+        ),
+        (_below, "servers.id <= max(?, ?)", [[None, 12], [12.5, 15], ["9", "12"], [float("nan"), 12], [2**62, 3]]),
+        (_not_below, "NOT (servers.id <= max(?, ?)", [[3, 12], [None, 12], [12, "3"], [3, None]]),
+        (_above, "servers.state >= min(?, ?)", [["here", "gone"], [None, "gone"], [8, "gone"], ["8", 7], ["8", b"8"]]),
+        (_before, "servers.made <= max(?, ?)", [[MADE, MADE], [None, MADE], [MADE, None], [MADE, MADE.max]]),
+    ],
+    ids=["not", "not null", "named", "below", "below kinds", "not below", "above", "before"],
+)
+def test_rewritten_condition_run_again_with_values_of_other_kinds_same_rows_as_stock_sqlite(
+    engine: sa.Engine, condition: Callable[..., sa.ColumnElement[bool]], written: str, runs: list[Sequence[Any]]
+) -> None:
+    stock = sa.create_engine("sqlite://")
+    for each in (stock, engine):
+        Base.metadata.create_all(each)
+        with orm.Session(each) as session, session.begin():
+            for number in range(1, 16):
+                state = ("gone", "here", None, "7", "8")[number % 5]
+                made = (MADE, None, MADE - datetime.timedelta(1))[number % 3]
+                session.add(Server(id=number, state=state, made=made))
+    with stock.connect() as one, engine.connect() as other:
+        for values in runs:
+            query = sa.select(Server.id).where(condition(*values)).order_by(Server.id)
+            for asked in (query, query.limit(2), sa.select(Server).where(condition(*values)).order_by(Server.id)):
+                assert other.execute(asked).fetchall() == one.execute(asked).fetchall(), values
+    assert written in str(query.compile(engine))
+    stock.dispose()
+
+
+def test_rewritten_condition_of_many_runs_at_once_of_which_one_is_of_null_same_rows_as_stock_sqlite(
+    engine: sa.Engine,
+) -> None:
+    stock = sa.create_engine("sqlite://")
+    changed = sa.update(Server).where(sa.or_(Server.state != sa.bindparam("x"), Server.state == sa.null()))
+    runs: list[dict[str, Any]] = [{"x": "gone"}, {"x": None}, {"x": "here"}]
+    left = []
+    for each in (stock, engine):
+        Base.metadata.create_all(each)
+        with each.begin() as connection:
+            states = ["gone", "here", None, "gone"]
+            connection.execute(sa.insert(Server), [{"id": n, "state": state} for n, state in enumerate(states)])
+            for some in (runs[:1], runs, runs[1:2], runs):
+                connection.execute(changed.values(state=sa.func.coalesce(Server.state, "") + "."), some)
+                left.append(connection.execute(sa.select(Server.id, Server.state).order_by(Server.id)).fetchall())
+    stock.dispose()
+    assert left[:4] == left[4:]
 
 
 def test_savepoints_of_the_orm(engine: sa.Engine) -> None:
