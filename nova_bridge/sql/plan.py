@@ -16,7 +16,7 @@ from dht.model import Comparison, Constraint, Order, Scope
 from nova_bridge.sql import access
 from nova_bridge.sql.schema import Record, Table, Unique
 from nova_bridge.sql.transaction import Transaction
-from nova_bridge.sql.values import TEXT, coerce, sort_key
+from nova_bridge.sql.values import BLOB, NUMERIC, REAL, TEXT, coerce, sort_key
 
 LOG = logging.getLogger(__name__)
 EQ, IS, IS_NULL = (
@@ -37,6 +37,10 @@ COMPARISONS = {
     apsw.SQLITE_INDEX_CONSTRAINT_ISNOT: Comparison.IS_NOT,
     apsw.SQLITE_INDEX_CONSTRAINT_FUNCTION: Comparison.EQ_OR_NULL,
 }
+MAYBE_OF_ROW_VALUES = (Comparison.LE, Comparison.GE)
+"""Of `(a, b) < (1, 2)` a virtual table is told `a <= 1`, which more rows fit."""
+OF_UNKNOWN_COLLATION = (Comparison.NE, Comparison.IS_NOT)
+"""Of `a != 'x' COLLATE NOCASE` it is told `a != 'x'`, which more rows fit; with other comparisons, of the collation."""
 LIMITS = (apsw.SQLITE_INDEX_CONSTRAINT_LIMIT, apsw.SQLITE_INDEX_CONSTRAINT_OFFSET)
 ROWS_GUESSED = 1000
 SCAN_COST = 300.0
@@ -94,7 +98,7 @@ class Planner:
             column = info.get_aConstraint_iColumn(i)
             if column == -1:
                 column = self._rowid_column()
-            if column >= 0 and self._binary(info, i, column):
+            if column >= 0 and self._binary(info, i):
                 usable.setdefault(column, []).append((i, op))
         equal = {c: found for c, terms in usable.items() if (found := _equality(terms)) is not None}
         kind, key, unique = self._way(equal)
@@ -132,8 +136,10 @@ class Planner:
     def _rowid_column(self) -> int:
         return self.table.integer_key if self.table.integer_key is not None else -1
 
-    def _binary(self, info: apsw.IndexInfo, i: int, column: int) -> bool:
-        return self.table.affinities[column] != TEXT or info.get_aConstraint_collation(i) == "BINARY"
+    @staticmethod
+    def _binary(info: apsw.IndexInfo, i: int) -> bool:
+        """Whether text is compared byte by byte, which a column of numbers may hold as well."""
+        return bool(info.get_aConstraint_collation(i) == "BINARY")
 
     def _way(self, equal: dict[int, tuple[int, int]]) -> tuple[str, tuple[int, ...], Unique | None]:
         table = self.table
@@ -211,7 +217,7 @@ class Planner:
             case "key" | "entry":
                 rows, cost = 20**lists, (1.0 if kind == "key" else 3.0) * 20**lists
                 # One text is many a number ('1', '01'), and what it will be compared with is not known yet.
-                if not lists and not any(self.table.affinities[p] == TEXT for p in key):
+                if not lists and not any(self.table.affinities[p] in (TEXT, BLOB) for p in key):
                     info.idxFlags = apsw.SQLITE_INDEX_SCAN_UNIQUE
             case "family":
                 rows, cost = 5 * 20**lists, 2.0 + 5 * 20**lists
@@ -237,14 +243,16 @@ class Planner:
     ) -> Iterator[list[Record]] | None:
         """Answer xFilter page by page, where the statement probably stops reading before the end; else None."""
         plan, table = self.plans[number], self.table
-        early = plan.order is not None and not plan.cut and plan.kind in {"find", "scan"}
-        if not early or tx.rows_wanted is None or not tx.reading or tx.overlay.get(table.number):
+        if plan.order is None or plan.kind not in {"find", "scan"} or not tx.reading or tx.overlay.get(table.number):
             return None
-        constraints = self._constraints(plan, arguments)
-        if constraints is None or plan.order is None:
+        wanted = tx.rows_wanted
+        if plan.cut:
+            wanted = None if self._tells_all(plan, arguments) else _limit(plan, arguments)
+        constraints = None if wanted is None else self._constraints(plan, arguments)
+        if wanted is None or constraints is None:
             return None
         scope = self._scope(tx, constraints)
-        return tx.find_as_read(table, constraints, plan.order, whole_groups, plan, scope)
+        return tx.find_as_read(table, constraints, plan.order, whole_groups, plan, scope, wanted)
 
     def run(self, tx: Transaction, number: int, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
         """Answer xFilter."""
@@ -267,7 +275,7 @@ class Planner:
             return []
         if LOG.isEnabledFor(logging.DEBUG):
             self._tell_scan(constraints)
-        limit = _limit(plan, arguments) if len(constraints) == len(plan.terms) else None
+        limit = _limit(plan, arguments) if plan.cut and self._tells_all(plan, arguments) else None
         return tx.find(table, constraints, plan.order, limit, whole_groups, plan, self._scope(tx, constraints))
 
     def _scope(self, tx: Transaction, constraints: Sequence[Constraint]) -> Scope:
@@ -307,7 +315,7 @@ class Planner:
         lists = []
         product = 1
         for position, value in zip(plan.key, arguments, strict=False):
-            if self._as_numbers(position, value):
+            if self._sqlite_judges(position, value):
                 return None
             values = self._values(position, value)
             if plan.unique is not None and position == plan.unique.deleted and values != [0]:
@@ -318,18 +326,39 @@ class Planner:
             return None
         return list(itertools.product(*lists))
 
-    def _values(self, position: int, value: Any) -> list[Any]:
-        affinity = self.table.affinities[position]
-        if isinstance(value, (set, frozenset)):
-            found = {coerce(affinity, v) for v in value if v is not None}
-            return sorted(found, key=sort_key)
-        return [coerce(affinity, value)]
+    def _tells_all(self, plan: Plan, arguments: Sequence[Any]) -> bool:
+        """Whether what fits the constraints fits the statement's conditions, so that the store may cut.
 
-    def _as_numbers(self, position: int, value: Any) -> bool:
-        """Whether a text column is compared with a number, as which '1' and '01' are the same: SQLite judges alone."""
-        if self.table.affinities[position] != TEXT:
+        Else the rows are read in pages, as SQLite asks for them.
+        """
+        return not any(
+            term.comparison in MAYBE_OF_ROW_VALUES
+            or (term.comparison in OF_UNKNOWN_COLLATION and isinstance(value, str))
+            or self._sqlite_judges(term.position, value)
+            for term, value in zip(plan.terms, arguments, strict=False)
+        )
+
+    def _values(self, position: int, value: Any) -> list[Any]:
+        if isinstance(value, (set, frozenset)):
+            found = {self._compared(position, v) for v in value if v is not None}
+            return sorted(found, key=sort_key)
+        return [self._compared(position, value)]
+
+    def _compared(self, position: int, value: Any) -> Any:
+        """The value as SQLite compares the column with it: an integer is not rounded to a real for that."""
+        affinity = self.table.affinities[position]
+        return coerce(NUMERIC if affinity == REAL else affinity, value)
+
+    def _sqlite_judges(self, position: int, value: Any) -> bool:
+        """Whether it depends on where the value comes from which of the column's are equal to it.
+
+        A text column compared with a column of numbers is compared as numbers, as which '1' and '01' are the same. A
+        column of no type is compared as text or as numbers where the other side is a column of such.
+        """
+        kinds = {TEXT: (int, float), BLOB: (int, float, str)}.get(self.table.affinities[position])
+        if kinds is None:
             return False
-        return any(type(v) in (int, float) for v in (value if isinstance(value, (set, frozenset)) else (value,)))
+        return any(type(v) in kinds for v in (value if isinstance(value, (set, frozenset)) else (value,)))
 
     def _constraints(self, plan: Plan, arguments: Sequence[Any]) -> tuple[Constraint, ...] | None:
         """None where a NULL makes a condition that no row can meet."""
@@ -338,7 +367,7 @@ class Planner:
             number = self.table.number_of(term.position)
             if term.comparison in (Comparison.IS_NULL, Comparison.NOT_NULL):
                 result.append(Constraint(number, term.comparison))
-            elif self._as_numbers(term.position, value):
+            elif self._sqlite_judges(term.position, value):
                 continue
             elif isinstance(value, (set, frozenset)):
                 result.append(Constraint(number, Comparison.IN, tuple(self._values(term.position, value))))
@@ -350,8 +379,10 @@ class Planner:
                 else:
                     return None
             else:
-                coerced = coerce(self.table.affinities[term.position], value)
-                result.append(Constraint(number, term.comparison, (coerced,)))
+                # A function's arguments get no affinity.
+                plain = term.comparison is Comparison.EQ_OR_NULL
+                given = value if plain else self._compared(term.position, value)
+                result.append(Constraint(number, term.comparison, (given,)))
         return tuple(result)
 
 

@@ -230,13 +230,17 @@ class Transaction(Reads):
         whole: bool,
         plan: Hashable,
         scope: Scope,
+        wanted: int,
     ) -> Iterator[list[Record]]:
-        """The same in pages, for a statement that will not read all of them. Of a table without own changes."""
+        """The same in pages, for a statement that will not read all of them, but `wanted` at the least.
+
+        Of a table without own changes.
+        """
 
         def ask(narrowed: tuple[Constraint, ...], walk: Order, rows: int) -> list[Record]:
             return self._answer(table, narrowed, walk, rows, whole, plan, scope)
 
-        return as_they_are_read(Walk(ask, table, constraints, order), self.rows_wanted or 0)
+        return as_they_are_read(Walk(ask, table, constraints, order), wanted)
 
     # Writes.
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import datetime
 import re
 import sqlite3
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import apsw
 
 from dht.model import Value
 
@@ -18,6 +21,7 @@ TEXT, INTEGER, REAL, NUMERIC, BLOB = "T", "I", "R", "N", "B"
 DECLARED = {TEXT: "TEXT", INTEGER: "INTEGER", REAL: "REAL", NUMERIC: "NUMERIC", BLOB: ""}
 EQ_OR_NULL = "lucd_eq_or_null"
 """What `c = x OR c IS NULL` is rewritten to. SQLite tells a virtual table of no OR, and of no LIMIT beside one."""
+_engines = threading.local()
 _NATIVE = frozenset({str, int, float, bytes, type(None)})
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
@@ -63,9 +67,12 @@ def coerce(affinity: str, value: Any) -> Any:
 
 
 def _text(number: float) -> str:
-    """As SQLite writes a real: 15 digits, with a point always."""
-    digits, e, exponent = f"{number + 0.0:.15g}".partition("e")
-    return f"{digits}{'' if '.' in digits or not digits[-1].isdigit() else '.0'}{e}{exponent}".replace("inf", "Inf")
+    """As the engine writes a real, which differs from one version of SQLite to the next: it compares with that text."""
+    engine = getattr(_engines, "engine", None)
+    if engine is None:
+        engine = _engines.engine = apsw.Connection(":memory:")
+    text: str = engine.execute("SELECT CAST(? AS TEXT)", (number,)).get
+    return text
 
 
 def _number(text: str) -> Value:

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
+import apsw
 import pytest
 
 from dht.errors import Invalid
@@ -89,6 +90,15 @@ def test_coerce_same_as_a_stored_column(declared: str, value: Any) -> None:
     stock.close()
     got = coerce(affinity_of(declared), value)
     assert (type(got), got) == (type(expected), expected)
+
+
+@pytest.mark.parametrize("number", [0.1 + 0.2, 1 / 3, 1e16, 2.0**53, 9.3e18, 5e-324, -1.5e300, -0.0, float("inf")])
+def test_real_in_a_text_column_is_the_text_that_the_engine_compares_with(number: float) -> None:
+    engine = apsw.Connection(":memory:")
+    engine.execute("CREATE TABLE t (a TEXT)")
+    engine.execute("INSERT INTO t VALUES (?)", (number,))
+    assert coerce(affinity_of("TEXT"), number) == engine.execute("SELECT a FROM t").get
+    engine.close()
 
 
 class State(str, enum.Enum):

@@ -197,7 +197,7 @@ def test_text_compared_with_numbers_same_as_stock_sqlite(connect: Callable[..., 
         side.execute("CREATE TABLE numbers (id INTEGER NOT NULL PRIMARY KEY, number INTEGER)")
         side.execute("INSERT INTO words (word) VALUES ('01'), ('1'), ('1.0'), ('2'), ('x')")
         side.execute("INSERT INTO numbers (number) VALUES (1), (2)")
-        for real in (1e16, 1.5e300, 0.1, 1e-7, 100.0, -0.0, 1 / 3, 2.5):
+        for real in (1e17, 1.5e300, 0.1, 1e-7, 100.0, -0.0, 0.375, 2.5):
             side.execute("INSERT INTO words (word) VALUES (?)", (real,))
     for sql in (
         "SELECT w.id FROM numbers n JOIN words w ON w.word = n.number ORDER BY 1",
