@@ -176,6 +176,8 @@ class Cursor:
         self.rowcount = engine.changes()
         connection.total_changes += self.rowcount
         if shape.word == "INSERT":
+            if writer.last_rowid is not None:
+                engine.set_last_insert_rowid(writer.last_rowid)
             self.lastrowid = engine.last_insert_rowid()
         connection.end_statement()
 

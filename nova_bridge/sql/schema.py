@@ -261,7 +261,7 @@ class Table:
 
     def column_names(self, positions: tuple[int, ...]) -> tuple[str, ...]:
         """Names for an error message."""
-        return tuple(self.columns[p].name for p in positions)
+        return tuple(self.columns[p].name if p < self.width else "rowid" for p in positions)
 
     def pk_key(self, pk: tuple[Value, ...]) -> RowKey:
         """The row's key inside its group."""

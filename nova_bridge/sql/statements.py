@@ -23,9 +23,10 @@ _PLAIN_END = re.compile(r"\s*[A-Z]+(?:\s+TRANSACTION)?[\s;]*$", re.I)
 _PRAGMA = re.compile(r"\s*PRAGMA\s+(?:[\"\w]+\s*\.\s*)?(\w+)\s*(?:[=(]\s*['\"]?([\w.-]+))?", re.I)
 
 _NAME = r"(?:\"(?:[^\"]|\"\")+\"|`[^`]+`|\[[^\]]+\]|\w+)"
+_LISTED = rf"(?:{_NAME}|'(?:[^']|'')+')"
 _INSERT = re.compile(
-    rf"\s*(?:--[^\n]*(?:\n|$)\s*|/\*.*?\*/\s*)*(?:INSERT(?:\s+OR\s+\w+)?|REPLACE)\s+INTO\s+(?:{_NAME}\s*\.\s*)?{_NAME}\s*"
-    rf"(?:(DEFAULT\s+VALUES)|\(\s*({_NAME}(?:\s*,\s*{_NAME})*)\s*\))?",
+    rf"\s*(?:INSERT(?:\s+OR\s+\w+)?|REPLACE)\s+INTO\s+(?:{_LISTED}\s*\.\s*)?{_LISTED}\s*(?:\bAS\s+{_NAME}\s*)?"
+    rf"(?:(DEFAULT\s+VALUES)|\(\s*({_LISTED}(?:\s*,\s*{_LISTED})*)\s*\))?",
     re.I | re.S,
 )
 
@@ -118,7 +119,10 @@ def cut_returning(sql: str) -> tuple[str, tuple[Returned, ...] | None]:
 
 
 def _unquoted(name: str) -> str:
-    return name.strip('"`[]')
+    quote = name[0]
+    if quote == "[":
+        return name[1:-1]
+    return name[1:-1].replace(2 * quote, quote) if quote in "\"'`" else name
 
 
 def after_with(sql: str) -> str:
@@ -143,14 +147,14 @@ def inserted_columns(sql: str) -> frozenset[str] | None:
 
     A virtual table sees NULL for both, an omitted column and a given NULL.
     """
-    match = _INSERT.match(sql)
+    match = _INSERT.match(bare(sql))
     if match is None:
         return None
     if match.group(1):
         return frozenset()
     if match.group(2) is None:
         return None
-    return frozenset(_unquoted(name).lower() for name in re.findall(_NAME, match.group(2)))
+    return frozenset(_unquoted(name).lower() for name in re.findall(_LISTED, match.group(2)))
 
 
 def first_word(sql: str) -> str:
@@ -198,8 +202,11 @@ def shape(sql: str) -> Shape:
 
 
 def asks_for_schema(sql: str) -> bool:
-    """Whether a SELECT is about the schema, which the shadow answers."""
-    return _SCHEMA_QUERY.search(sql) is not None
+    """Whether a SELECT is about the schema, which the shadow answers; a text or a comment may only speak of it."""
+    if _SCHEMA_QUERY.search(sql) is None:
+        return False
+    code = _QUOTES.sub(lambda match: " " if match.group().startswith(("'", "--", "/*")) else match.group(), sql)
+    return _SCHEMA_QUERY.search(code) is not None
 
 
 def savepoint_name(sql: str) -> str | None:

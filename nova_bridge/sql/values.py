@@ -10,7 +10,7 @@ import datetime
 import re
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import apsw
@@ -113,10 +113,28 @@ def adapt(value: Any) -> Value:
     raise sqlite3.ProgrammingError(f"Error binding parameter: type '{type(value).__name__}' is not supported")
 
 
+class Named(Mapping[str, Value]):
+    """Parameters by name, adapted as they are asked for."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = given
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._given:
+            raise sqlite3.ProgrammingError(f"You did not supply a value for binding parameter :{name}.")
+        return adapt(self._given[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+
 def adapt_all(parameters: Sequence[Any] | Mapping[str, Any]) -> Any:
     """All parameters of a statement, positional or named."""
     if isinstance(parameters, Mapping):
-        return {name: adapt(value) for name, value in parameters.items()}
+        return Named(parameters)
     if isinstance(parameters, (tuple, list)) and _NATIVE.issuperset(map(type, parameters)):
         return parameters
     return [adapt(value) for value in parameters]

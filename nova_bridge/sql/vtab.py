@@ -6,6 +6,7 @@ the integer key, or a number given out per statement where there is none.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -102,15 +103,25 @@ class VirtualTable:
 
     def UpdateInsertRow(self, rowid: int | None, fields: Sequence[Any]) -> int:
         """INSERT."""
+        if rowid is not None:
+            self._check_rowid()
         return self.session.writer.insert(self.table, rowid, fields)
 
     def UpdateChangeRow(self, rowid: int, new_rowid: int, fields: Sequence[Any]) -> None:
         """UPDATE of a row that a cursor of this statement showed."""
         sight = self.session.handles[self.table.number, rowid]
-        if new_rowid != rowid and self.table.integer_key is not None:
-            fields = list(fields)
-            fields[self.table.integer_key] = new_rowid
+        if new_rowid != rowid:
+            self._check_rowid()
+            fields = [*fields, new_rowid]
+            if self.table.integer_key is not None:
+                fields[self.table.integer_key] = fields.pop()
         self.session.writer.update(self.table, sight.record, fields, sight.mask)
+
+    def _check_rowid(self) -> None:
+        if self.table.integer_key is None and not self.table.rowid_key:
+            raise sqlite3.NotSupportedError(
+                f"table {self.table.name} has no rowid that can be set; name the columns of its primary key"
+            )
 
     def UpdateDeleteRow(self, rowid: int) -> None:
         """DELETE."""

@@ -19,6 +19,7 @@ class Writer:
     """Buffers one connection's row changes. `checks` run when the statement ends: foreign keys see all of it.
 
     `returning`: the columns that the statement wants to know of the rows it inserts, `returned`: these, row by row.
+    `last_rowid`: of the row that it inserted last; SQLite forgets those that an INSERT has named.
     """
 
     def __init__(self, tx: Transaction) -> None:
@@ -30,6 +31,7 @@ class Writer:
 
     def begin_statement(self) -> None:
         """Forget what a statement, or a run of it that failed, has left."""
+        self.last_rowid: int | None = None
         self.checks: list[Callable[[], None]] = []
         self.returned: list[tuple[Any, ...]] = []
         self._newest_id = 0
@@ -68,13 +70,16 @@ class Writer:
         if self.returning:
             self.returned.append(_named(table, values, self.returning))
         number = values[table.integer_key] if table.integer_key is not None else values[-1] if table.rowid_key else 0
-        return int(number)
+        self.last_rowid = int(number)
+        return self.last_rowid
 
     def _identity(self, table: Table, values: list[Any], rowid: int | None) -> bool:
         """Fill in a generated key. Returns whether the key was given, so that it may be taken already."""
         tx = self.tx
         if table.rowid_key:
             values.append(rowid if rowid is not None else tx.database.next_id(table, 0))
+            if rowid is not None:
+                tx.database.raise_sequence(table, rowid)
             return rowid is not None
         if table.integer_key is None:
             return True
@@ -122,8 +127,11 @@ class Writer:
         changed = []
         for position, value in enumerate(fields):
             if value is not apsw.no_change:
-                values[position] = coerce(table.affinities[position], value)
+                # The hidden rowid comes behind the columns.
+                values[position] = coerce(table.affinities[position], value) if position < table.width else value
                 changed.append(position)
+        if table.integer_key is not None and not isinstance(values[table.integer_key], int):
+            raise sqlite3.IntegrityError("datatype mismatch")
         _check_not_null(table, values)
         new = table.record(tuple(values))
         old_place, place = (current.group, current.key), (new.group, new.key)
@@ -138,11 +146,9 @@ class Writer:
                 self._lose_key(table, current, new)
 
     def _check_new_identity(self, table: Table, new: Record) -> None:
-        if table.integer_key is not None and not isinstance(new.pk[0], int):
-            raise sqlite3.IntegrityError("datatype mismatch")
         if self._exists(table, new):
             raise unique_failed(table.name, table.column_names(table.primary))
-        if table.integer_key is not None:
+        if table.integer_key is not None or table.rowid_key:
             self.tx.database.raise_sequence(table, new.pk[0])  # type: ignore[arg-type]
 
     def _replace(self, table: Table, current: Record, new: Record, changed: list[int], mask: int) -> None:

@@ -46,11 +46,31 @@ def test_first_word(sql: str, word: str) -> None:
         ('INSERT INTO t (a, "B", `c`) VALUES (1, 2, 3)', {"a", "b", "c"}),
         ("insert or ignore into main.t(a) select 1", {"a"}),
         ("INSERT INTO t DEFAULT VALUES", set()),
+        ("INSERT INTO t AS other (a) VALUES (1)", {"a"}),
+        ('INSERT INTO "t"AS other DEFAULT VALUES', set()),
+        ("INSERT INTO t AS other SELECT 1", None),
+        ("INSERT INTO t /* (b) */ ( -- first\n a, /* and */ b) VALUES (1, 2)", {"a", "b"}),
+        ("INSERT INTO 't' ('a', \"b\"\"c\", 'd''e') VALUES (1, 2, 3)", {"a", 'b"c', "d'e"}),
         ("UPDATE t SET a = 1", None),
     ],
 )
 def test_inserted_columns(sql: str, columns: set[str] | None) -> None:
     assert statements.inserted_columns(sql) == columns
+
+
+@pytest.mark.parametrize(
+    ("sql", "asks"),
+    [
+        ("SELECT name FROM sqlite_master", True),
+        ('SELECT name FROM main."sqlite_schema" WHERE name = ?', True),
+        ("SELECT * FROM pragma_table_info('t')", True),
+        ("SELECT a FROM t WHERE b = 'sqlite_master'", False),
+        ("SELECT a FROM t /* not sqlite_master */ WHERE b = ? -- pragma_x", False),
+        ('SELECT a AS "it\'s" FROM sqlite_master', True),
+    ],
+)
+def test_asks_for_schema(sql: str, asks: bool) -> None:
+    assert statements.asks_for_schema(sql) == asks
 
 
 def test_split_respects_quotes_and_comments() -> None:

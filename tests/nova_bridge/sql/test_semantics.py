@@ -112,7 +112,7 @@ class Generator:
                 return f"SELECT * FROM {table} WHERE {where}", arguments
 
 
-def outcome(connection: Any, sql: str, arguments: list[Any]) -> Any:
+def outcome(connection: Any, sql: str, arguments: Any) -> Any:
     try:
         cursor = connection.execute(sql, arguments)
     except sqlite3.Error as error:
@@ -239,3 +239,78 @@ def test_returning_of_other_than_inserted_columns_refused_with_what_to_do(connec
     door.execute("INSERT INTO words (word) VALUES (' RETURNING id')")
     door.commit()
     assert door.execute("SELECT count(*) FROM words").fetchall() == [(1,)]
+
+
+def numbered(side: Any, sql: str) -> Any:
+    """Rows, count, the last row's number."""
+    try:
+        cursor = side.execute(sql)
+    except sqlite3.Error as error:
+        return type(error), str(error)
+    return cursor.fetchall(), cursor.rowcount, cursor.lastrowid if sql.startswith("INSERT") else None
+
+
+def test_rowid_of_a_table_without_a_key_set_same_as_stock_sqlite(connect: Callable[..., Connection]) -> None:
+    door, stock = connect(isolation_level=None), sqlite3.connect(":memory:", isolation_level=None)
+    rows = "SELECT rowid, a FROM plain ORDER BY rowid"
+    for sql in (
+        "CREATE TABLE plain (a INTEGER)",
+        "INSERT INTO plain VALUES (1), (2), (3)",
+        "INSERT INTO plain (rowid, a) VALUES (7, 4)",
+        "INSERT INTO plain (rowid, a) VALUES (7, 5)",
+        "INSERT INTO plain VALUES (6)",
+        rows,
+        "UPDATE plain SET rowid = 20, a = 30 WHERE a = 2",
+        "UPDATE plain SET rowid = 7 WHERE a = 1",
+        "UPDATE plain SET rowid = rowid + 100 WHERE a > 4",
+        rows,
+        "DELETE FROM plain WHERE rowid = 20",
+        "INSERT INTO plain VALUES (8)",
+        rows,
+        "INSERT INTO plain (rowid, a) SELECT 300 + a, a FROM plain ORDER BY rowid LIMIT 2",
+        "SELECT last_insert_rowid()",
+        "CREATE TABLE keyed (id INTEGER NOT NULL PRIMARY KEY, a INTEGER)",
+        "INSERT INTO keyed (rowid, a) VALUES (9, 1)",
+        "SELECT last_insert_rowid()",
+        "UPDATE keyed SET rowid = 10",
+        "UPDATE keyed SET id = NULL",
+        "UPDATE keyed SET id = 'x'",
+        "INSERT INTO keyed (id) VALUES (10)",
+        "SELECT last_insert_rowid()",
+        "SELECT * FROM keyed",
+    ):
+        assert numbered(door, sql) == numbered(stock, sql), sql
+    stock.close()
+
+
+def test_rowid_of_a_table_with_another_key_set_is_refused_with_what_to_do(connect: Callable[..., Connection]) -> None:
+    door = connect()
+    door.execute("CREATE TABLE words (word TEXT NOT NULL PRIMARY KEY, v INTEGER)")
+    door.execute("INSERT INTO words VALUES ('a', 1)")
+    for sql in ("UPDATE words SET rowid = 5", "INSERT INTO words (rowid, word) VALUES (5, 'b')"):
+        with pytest.raises(sqlite3.NotSupportedError, match="name the columns of its primary key"):
+            door.execute(sql)
+
+
+def test_defaults_of_columns_that_an_insert_does_not_name_same_as_stock_sqlite(
+    connect: Callable[..., Connection],
+) -> None:
+    door, stock = connect(isolation_level=None), sqlite3.connect(":memory:", isolation_level=None)
+    for sql in (
+        'CREATE TABLE t (id INTEGER NOT NULL PRIMARY KEY, a INTEGER DEFAULT 7, "b""c" TEXT DEFAULT \'x\')',
+        "INSERT INTO t AS other (id) VALUES (1)",
+        "INSERT INTO t /* (a) */ (id, a) VALUES (2, NULL)",
+        "INSERT INTO 't' ('id', \"b\"\"c\") VALUES (3, NULL)",
+        "WITH c AS (SELECT 4 AS n) INSERT INTO t (id) SELECT n FROM c",
+        "SELECT * FROM t ORDER BY id",
+        'SELECT count(*) FROM t WHERE "b""c" != \'sqlite_master\'',
+    ):
+        assert door.execute(sql).fetchall() == stock.execute(sql).fetchall(), sql
+    stock.close()
+
+
+def test_named_value_that_is_missing_is_told_as_stock_sqlite_tells_it(connect: Callable[..., Connection]) -> None:
+    door, stock = connect(), sqlite3.connect(":memory:")
+    for given in ({"a": 1}, {"a": 1, "b": None}, {"a": True, "b": 2, "c": 3}):
+        assert outcome(door, "SELECT :a, :b", given) == outcome(stock, "SELECT :a, :b", given)
+    stock.close()
