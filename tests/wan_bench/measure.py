@@ -47,10 +47,10 @@ class Cell:
         self._seconds = seconds
 
     def has(self, part: str) -> bool:
-        """Single transactions are measured with one controller a site, requests to the store on lucd."""
+        """Single transactions are measured with one controller a site, requests to the store on several of lucd's."""
         if len(self._all) > len(self._firsts):
             return part in CROWDED
-        return part != "store" or not self._store.shared
+        return part != "store" or (not self._store.shared and len(self._firsts) > 1)
 
     def _watched(self, act: Callable[[], list[Answer]]) -> tuple[list[Answer], Result]:
         """What came of it, and what it took: seconds, CPU of clients and servers, packets between the sites."""
