@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 from tests.wan_bench.cut import KINDS
@@ -38,7 +40,7 @@ def seen(part: dict[str, Any], store: str) -> float:
 
 def all_claims(cells: Cells) -> list[Claim]:
     """Those of which anything was measured."""
-    return [*_updates(cells), *_far(cells), *_lives(cells), *_cuts(cells)]
+    return [*_updates(cells), *_far(cells), *_lives(cells), *_alone(cells), *_cuts(cells)]
 
 
 def _updates(cells: Cells) -> Iterator[Claim]:
@@ -94,7 +96,7 @@ def _lives(cells: Cells) -> Iterator[Claim]:
                     ratio = other["total_s"] / lucd["total_s"]
                     what = f"{lucd['instances']} instances, {controllers} controllers a site, {how}"
                     yield Claim(f"{what}: beside {name}", f"at least {aim}x faster", f"{ratio:.1f}x", ratio >= aim)
-    for sites, rtt_ms, slowed, controllers in cells.slowed():
+    for sites, rtt_ms, slowed, controllers in cells.slowed("life"):
         found = {s: cells.part("life", s, sites, rtt_ms, controllers, slowed=slowed) for s in ("lucd", *AIMS)}
         lucd = found["lucd"]
         if lucd is None or (sites, rtt_ms) != (SITES, RTT_MS):
@@ -104,6 +106,25 @@ def _lives(cells: Cells) -> Iterator[Claim]:
                 ratio = other["total_s"] / lucd["total_s"]
                 what = (
                     f"{lucd['instances']} instances, {controllers} controllers a site, all sites, slowed {slowed} times"
+                )
+                yield Claim(f"{what}: beside {name}", f"at least {aim}x faster", f"{ratio:.1f}x", ratio >= aim)
+
+
+def _alone(cells: Cells) -> Iterator[Claim]:
+    """A site's share where the site has processors and servers of its own."""
+    for (sites, rtt_ms, slowed, controllers), last in product(cells.slowed("share"), cells.last_daemons()):
+        if (sites, rtt_ms) != (SITES, RTT_MS):
+            continue
+        get = partial(cells.part, "share", sites=sites, rtt_ms=rtt_ms, controllers=controllers, slowed=slowed)
+        lucd = get("lucd", last_daemons=last)
+        if lucd is None:
+            continue
+        for store, (name, aim) in AIMS.items():
+            if other := get(store):
+                ratio = other["total_s"] / lucd["total_s"]
+                what = (
+                    f"{lucd['instances']} instances, {controllers} controllers a site, one site's share alone, slowed "
+                    f"{slowed} times, {last or 1} daemons at the site"
                 )
                 yield Claim(f"{what}: beside {name}", f"at least {aim}x faster", f"{ratio:.1f}x", ratio >= aim)
 

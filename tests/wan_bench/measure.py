@@ -67,6 +67,12 @@ class Cell:
             "load": round(os.getloadavg()[0], 1),
         }
 
+    @staticmethod
+    def _busy(cost: Result) -> dict[str, float]:
+        """The share of the machine's processors that controllers and servers used."""
+        used_s = (cost["client_cpu_ms"] + cost["server_cpu_ms"]) / 1000
+        return {"busy": round(used_s / cost["seconds"] / (os.cpu_count() or 1), 2)}
+
     def _changed(self, before: dict[str, object]) -> dict[str, int]:
         now = self._store.state()
         return {name: value - before[name] for name, value in now.items() if value != before[name]}  # type: ignore
@@ -162,6 +168,7 @@ class Cell:
         return (
             _summary(walls)
             | cost
+            | self._busy(cost)
             | {
                 "instances": instances,
                 "done": sum(done),

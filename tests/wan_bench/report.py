@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Report:
 
     def lines(self) -> list[str]:
         sections = [self._claims, self._updates, self._far, self._calls, self._together, self._lives, self._slowed]
-        sections += [self._replicated, self._packets, self._cuts]
+        sections += [self._alone, self._replicated, self._packets, self._cuts]
         return [*self._origin(), *(line for section in sections for line in section())]
 
     def _origin(self) -> list[str]:
@@ -245,7 +246,7 @@ class Report:
 
     def _slowed(self) -> list[str]:
         rows = []
-        for sites, rtt_ms, slowed, controllers in self._cells.slowed():
+        for sites, rtt_ms, slowed, controllers in self._cells.slowed("life"):
             get = partial(self._cells.part, sites=sites, rtt_ms=rtt_ms, controllers=controllers, slowed=slowed)
             found = {store: get("life", store) for store in STORES}
             total = {store: part["total_s"] / slowed if part else None for store, part in found.items()}
@@ -266,9 +267,38 @@ class Report:
             "All sites at once, slowed: the WAN's delays are so many times longer, and the times and rates are those "
             "of a WAN as it is called between machines with so many times the processors (and disks as much faster). "
             "With eight sites on two cores, slowed 8 times, each site has two cores. What goes by the clock (signs of "
-            "life, timeouts) is not slowed: its CPU counts so many times. `*`: projected.",
+            "life, timeouts) is slowed on lucd only. `*`: projected.",
             "",
             *table([*head, "Galera", "lucd"], rows),
+        ]
+
+    def _alone(self) -> list[str]:
+        rows = []
+        for place, last in product(self._cells.slowed("share"), self._cells.last_daemons()):
+            sites, rtt_ms, slowed, controllers = place
+            get = partial(self._cells.part, "share", sites=sites, rtt_ms=rtt_ms, controllers=controllers, slowed=slowed)
+            found = {store: get(store) for store in STORES[:2]} | {"lucd": get("lucd", last_daemons=last)}
+            if found["lucd"] is None:
+                continue
+            total = {store: part["total_s"] / slowed if part else None for store, part in found.items()}
+            row = [str(sites), str(rtt_ms), str(slowed), str(controllers), str(last or 1)]
+            for store, part in found.items():
+                row.append(f"{total[store]:.2f}{'*' * part['projected']}" if part else "")
+            row += [_ratio(total[store], total["lucd"]) for store in STORES[:2]]
+            row += [number(100 * part["busy"], ".0f") if part else "" for part in found.values()]
+            rows.append([*row, *(_cpu(part) if part else "" for part in found.values())])
+        if not rows:
+            return []
+        head = ["sites", "rtt ms", "slowed", "controllers a site", "daemons at the site", "MariaDB s", "Galera s"]
+        head += ["lucd s", "MariaDB / lucd", "Galera / lucd", "processors busy %: MariaDB", "Galera", "lucd"]
+        return [
+            "### A site's share alone, with processors of its own",
+            "",
+            "The last site does its part of the instances while the others stand still, slowed: it has two cores times "
+            "so many, and on lucd so many daemons (a row is on three of them, where there are three). Where the "
+            "processors are all busy, that is what bounds it there, as it would on so many cores. `*`: projected.",
+            "",
+            *table([*head, "CPU ms an instance: MariaDB", "Galera", "lucd"], rows),
         ]
 
     def _replicated(self) -> list[str]:

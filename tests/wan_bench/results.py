@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path("docs/benchmarks/wan.json")
-KEYS = ("store", "sites", "rtt_ms", "slowed", "controllers", "daemons", "cut_site", "cut_s")
+KEYS = ("store", "sites", "rtt_ms", "slowed", "controllers", "daemons", "last_daemons", "cut_site", "cut_s")
 
 
 def name_of(key: dict[str, Any]) -> str:
@@ -61,14 +61,24 @@ class Cells:
         return sorted({(key["sites"], key["rtt_ms"]) for key in keys})
 
     def part(
-        self, part: str, store: str, sites: int, rtt_ms: int, controllers: int = 1, daemons: int = 1, slowed: int = 1
+        self,
+        part: str,
+        store: str,
+        sites: int,
+        rtt_ms: int,
+        controllers: int = 1,
+        daemons: int = 1,
+        slowed: int = 1,
+        last_daemons: int = 0,
     ) -> dict[str, Any] | None:
         """What was measured, None if it was not. Of a slowed one the times are the laboratory's, `slowed` times as long
-        as what they stand for.
+        as what they stand for. `last_daemons`: of lucd in the last site, if they are more.
         """
         key: dict[str, Any] = {"store": store, "sites": sites, "rtt_ms": rtt_ms, "controllers": controllers}
         if store == "lucd":
             key["daemons"] = daemons
+            if last_daemons:
+                key["last_daemons"] = last_daemons
         if slowed > 1:
             key["slowed"] = slowed
         found: dict[str, Any] | None = self._cells.get(name_of(key), {}).get("parts", {}).get(part)
@@ -79,10 +89,16 @@ class Cells:
         key = {"store": "lucd", "sites": sites, "rtt_ms": rtt_ms, "controllers": controllers, "daemons": daemons}
         return name_of(key) in self._cells
 
-    def slowed(self) -> list[tuple[int, int, int, int]]:
-        """(sites, round trip in ms, how often slowed, controllers of a site) of all that was measured so, in order."""
-        keys = [cell["key"] for cell in self.all() if "slowed" in cell["key"]]
+    def slowed(self, part: str) -> list[tuple[int, int, int, int]]:
+        """(sites, round trip in ms, how often slowed, controllers of a site) of all whose part was measured so, in
+        order.
+        """
+        keys = [cell["key"] for cell in self.all() if "slowed" in cell["key"] and part in cell["parts"]]
         return sorted({(key["sites"], key["rtt_ms"], key["slowed"], key["controllers"]) for key in keys})
+
+    def last_daemons(self) -> list[int]:
+        """How many daemons the last site had where the others had fewer, in order; 0 for as many."""
+        return sorted({cell["key"].get("last_daemons", 0) for cell in self.all()})
 
     def cuts(self) -> list[dict[str, Any]]:
         """The cells of cuts."""

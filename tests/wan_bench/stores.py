@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,7 @@ from tests.bench.mariadb import MariaDB
 from tests.bench.peers import children
 from tests.laboratory import wait_until
 from tests.wan.sites import Wan, WanCluster
+from tests.wan_bench import slow_clock
 
 DATABASE = "nova_cell"
 USER = "nova"
@@ -58,6 +60,10 @@ class Store(Protocol):
         """Whether all sites are together again."""
         ...
 
+    def slow(self, times: int) -> None:
+        """From now on let what the servers do by the clock take so many times as long, where they can be told."""
+        ...
+
     def stop(self) -> None: ...
 
 
@@ -67,15 +73,23 @@ def cpu_ms(store: Store) -> float:
 
 
 class LucdStore:
-    """`daemons` daemons in each site, which is a PoP; controllers use them in turn."""
+    """`daemons` daemons in each site, which is a PoP, but `last_daemons` in the last one; controllers use those of
+    their site in turn. `slowed`: whether `slow` will be asked for.
+    """
 
     name = "lucd"
     shared = False
 
-    def __init__(self, directory: Path, wan: Wan, daemons: int) -> None:
+    def __init__(self, directory: Path, wan: Wan, daemons: int, last_daemons: int, slowed: bool) -> None:
         self.daemons = daemons
-        layout = [site for site in range(len(wan.sites)) for _ in range(daemons)]
-        self.cluster = WanCluster(directory, wan, layout, pops=True)
+        last = len(wan.sites) - 1
+        self._at = [*[daemons] * last, last_daemons]
+        self.cluster = WanCluster(
+            directory, wan, [site for site, at in enumerate(self._at) for _ in range(at)], pops=True
+        )
+        self._pace = slow_clock.Pace(directory / "pace")
+        for node in self.cluster.nodes if slowed else ():
+            node.launcher = [*node.launcher, sys.executable, slow_clock.__file__, str(self._pace.file)]
 
     def start(self) -> None:
         self.cluster.__enter__()
@@ -87,7 +101,7 @@ class LucdStore:
         return f"{DATABASE}_pop{site}"
 
     def url(self, site: int, of: int, number: int = 0) -> str:
-        return self.cluster.url(self.database(of), site * self.daemons + number % self.daemons)
+        return self.cluster.url(self.database(of), site * self.daemons + number % self._at[site])
 
     def pids(self) -> list[int]:
         return [pid for node in self.cluster.nodes for pid in children(node.pid)]
@@ -107,7 +121,11 @@ class LucdStore:
         except DhtError:
             return False
 
+    def slow(self, times: int) -> None:
+        self._pace.slow(times)
+
     def stop(self) -> None:
+        self._pace.end()
         self.cluster.__exit__(None, None, None)
 
 
@@ -157,6 +175,9 @@ class CentralStore:
 
     def whole(self) -> bool:
         return True
+
+    def slow(self, times: int) -> None:
+        """It does nothing by the clock that a client would notice."""
 
     def stop(self) -> None:
         self._server.stop()
@@ -233,6 +254,9 @@ class GaleraStore:
     def whole(self) -> bool:
         return all(self._joined(site, len(self._servers))() for site in range(len(self._servers)))
 
+    def slow(self, times: int) -> None:
+        """Its signs of life cost next to nothing, and its timeouts are seconds."""
+
     def stop(self) -> None:
         # All at once: a member that leaves is waited for by the rest, and this cluster ends anyway.
         for server in self._servers:
@@ -252,11 +276,11 @@ def install_galera() -> None:
         subprocess.run(["apt-get", "install", "-y", "-qq", "galera-4"], check=True)
 
 
-def make_store(kind: str, directory: Path, wan: Wan, daemons: int) -> Store:
-    """`kind`: one of `KINDS`."""
+def make_store(kind: str, directory: Path, wan: Wan, daemons: int, last_daemons: int, slowed: bool) -> Store:
+    """`kind`: one of `KINDS`. The rest: see `LucdStore`."""
     match kind:
         case "lucd":
-            return LucdStore(directory, wan, daemons)
+            return LucdStore(directory, wan, daemons, last_daemons, slowed)
         case "mariadb":
             return CentralStore(directory, wan)
         case _:
