@@ -267,7 +267,7 @@ class Report:
             "All sites at once, slowed: the WAN's delays are so many times longer, and the times and rates are those "
             "of a WAN as it is called between machines with so many times the processors (and disks as much faster). "
             "With eight sites on two cores, slowed 8 times, each site has two cores. What goes by the clock (signs of "
-            "life, timeouts) is slowed on lucd only. `*`: projected.",
+            "life, timeouts) is slowed, too. `*`: projected.",
             "",
             *table([*head, "Galera", "lucd"], rows),
         ]

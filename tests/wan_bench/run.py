@@ -15,7 +15,7 @@ Slowed N times, the WAN's delays are N times as long as they are called, and eac
 machine is then as good as one with N times as many processors, N times as fast a disk (time dilation; Gupta et al.,
 "To Infinity and Beyond: Time-Warped Network Emulation", NSDI 2006). With eight sites on two cores, slowed 8 times, each
 site has two cores of its own; slowed 6 times, one site that works while the others stand still has twelve. What lucd's
-daemons do by the clock is slowed, too (`slow_clock`). What MariaDB and Galera do by it is not: it costs them little.
+daemons do by the clock is slowed, too (`slow_clock`), and Galera's timeouts are as much longer.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _line(result: Result) -> str:
 
 @contextmanager
 def opened(
-    kind: str, sites: int, daemons: int, last_daemons: int, slowed: bool, each: int
+    kind: str, sites: int, daemons: int, last_daemons: int, slowed: int, each: int
 ) -> Iterator[tuple[Wan, Crew]]:
     """A store on so many sites, with so many controllers at each, whose rows are made."""
     with tempfile.TemporaryDirectory(prefix="lucd-wan-") as name, Wan(sites) as wan:
@@ -163,7 +163,7 @@ def main(
 
     def measure(wan: Wan, crew: Crew, key: dict[str, Any]) -> None:
         if slowed > 1:
-            crew.store.slow(slowed)
+            crew.store.slow()
         wan.between(range(len(wan.sites)), key["rtt_ms"] * slowed)
         if cutting:
             site = cut_site % len(wan.sites)
@@ -181,7 +181,7 @@ def main(
         own = {}
         if kind == "lucd":
             own = {"daemons": daemons} | ({"last_daemons": last_daemons} if last_daemons else {})
-        with opened(kind, number, daemons, last_daemons or daemons, slowed > 1, each) as (wan, crew):
+        with opened(kind, number, daemons, last_daemons or daemons, slowed, each) as (wan, crew):
             for rtt in rtt_ms:
                 key = {"store": kind, "sites": number, "rtt_ms": rtt} | ({"slowed": slowed} if slowed > 1 else {})
                 measure(wan, crew, key | own)

@@ -31,6 +31,13 @@ USER = "nova"
 PORT = 3306
 TIMEOUT_S = 120
 GALERA_WAIT_S = 60.0
+GALERA_TIMEOUTS_S = {
+    "evs.suspect_timeout": 5,
+    "evs.inactive_timeout": 15,
+    "evs.install_timeout": 7.5,
+    "gmcast.peer_timeout": 3,
+}
+"""Its defaults."""
 OWNER = "mysql"
 """Whom Galera's servers run as: what transfers their state gives up root's rights."""
 LIBRARY = Path("/usr/lib/galera/libgalera_smm.so")
@@ -60,8 +67,8 @@ class Store(Protocol):
         """Whether all sites are together again."""
         ...
 
-    def slow(self, times: int) -> None:
-        """From now on let what the servers do by the clock take so many times as long, where they can be told."""
+    def slow(self) -> None:
+        """The WAN gets so many times slower as the store was made for: slow down what its servers do by the clock."""
         ...
 
     def stop(self) -> None: ...
@@ -74,21 +81,21 @@ def cpu_ms(store: Store) -> float:
 
 class LucdStore:
     """`daemons` daemons in each site, which is a PoP, but `last_daemons` in the last one; controllers use those of
-    their site in turn. `slowed`: whether `slow` will be asked for.
+    their site in turn. `slowed`: how many times, when `slow` is asked for.
     """
 
     name = "lucd"
     shared = False
 
-    def __init__(self, directory: Path, wan: Wan, daemons: int, last_daemons: int, slowed: bool) -> None:
+    def __init__(self, directory: Path, wan: Wan, daemons: int, last_daemons: int, slowed: int) -> None:
         self.daemons = daemons
         last = len(wan.sites) - 1
         self._at = [*[daemons] * last, last_daemons]
         self.cluster = WanCluster(
             directory, wan, [site for site, at in enumerate(self._at) for _ in range(at)], pops=True
         )
-        self._pace = slow_clock.Pace(directory / "pace")
-        for node in self.cluster.nodes if slowed else ():
+        self._pace, self._slowed = slow_clock.Pace(directory / "pace"), slowed
+        for node in self.cluster.nodes if slowed > 1 else ():
             node.launcher = [*node.launcher, sys.executable, slow_clock.__file__, str(self._pace.file)]
 
     def start(self) -> None:
@@ -121,8 +128,8 @@ class LucdStore:
         except DhtError:
             return False
 
-    def slow(self, times: int) -> None:
-        self._pace.slow(times)
+    def slow(self) -> None:
+        self._pace.slow(self._slowed)
 
     def stop(self) -> None:
         self._pace.end()
@@ -176,7 +183,7 @@ class CentralStore:
     def whole(self) -> bool:
         return True
 
-    def slow(self, times: int) -> None:
+    def slow(self) -> None:
         """It does nothing by the clock that a client would notice."""
 
     def stop(self) -> None:
@@ -189,12 +196,14 @@ class GaleraStore:
     name = "galera"
     shared = True
 
-    def __init__(self, directory: Path, wan: Wan) -> None:
+    def __init__(self, directory: Path, wan: Wan, slowed: int) -> None:
         install_galera()
         self._wan = wan
         directory.chmod(0o755)
         self._servers: list[MariaDB] = []
         sites = range(len(wan.sites))
+        # Not to take for dead who is only slowed.
+        patience = ";".join(f"{name}=PT{seconds * slowed}S" for name, seconds in GALERA_TIMEOUTS_S.items())
         members = ",".join(wan.address(site) for site in sites)
         for site in sites:
             path = directory / f"galera{site}"
@@ -210,7 +219,7 @@ class GaleraStore:
                 f"--wsrep-cluster-address=gcomm://{members if site else ''}",
                 f"--wsrep-node-address={wan.address(site)}",
                 f"--wsrep-node-name=site{site}",
-                f"--wsrep-provider-options=gcache.size=32M;gmcast.listen_addr=tcp://{wan.address(site)}:4567",
+                f"--wsrep-provider-options=gcache.size=32M;gmcast.listen_addr=tcp://{wan.address(site)}:4567;{patience}",
                 "--wsrep-slave-threads=4",
             ]
             self._servers.append(MariaDB(path, wan.enter(site), options, OWNER))
@@ -254,8 +263,8 @@ class GaleraStore:
     def whole(self) -> bool:
         return all(self._joined(site, len(self._servers))() for site in range(len(self._servers)))
 
-    def slow(self, times: int) -> None:
-        """Its signs of life cost next to nothing, and its timeouts are seconds."""
+    def slow(self) -> None:
+        """Its timeouts are longer from its start on; signs of life that are sent more often cost next to nothing."""
 
     def stop(self) -> None:
         # All at once: a member that leaves is waited for by the rest, and this cluster ends anyway.
@@ -276,7 +285,7 @@ def install_galera() -> None:
         subprocess.run(["apt-get", "install", "-y", "-qq", "galera-4"], check=True)
 
 
-def make_store(kind: str, directory: Path, wan: Wan, daemons: int, last_daemons: int, slowed: bool) -> Store:
+def make_store(kind: str, directory: Path, wan: Wan, daemons: int, last_daemons: int, slowed: int) -> Store:
     """`kind`: one of `KINDS`. The rest: see `LucdStore`."""
     match kind:
         case "lucd":
@@ -284,7 +293,7 @@ def make_store(kind: str, directory: Path, wan: Wan, daemons: int, last_daemons:
         case "mariadb":
             return CentralStore(directory, wan)
         case _:
-            return GaleraStore(directory, wan)
+            return GaleraStore(directory, wan, slowed)
 
 
 KINDS: Sequence[str] = ("mariadb", "galera", "lucd")
