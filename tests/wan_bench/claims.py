@@ -124,7 +124,7 @@ def _alone(cells: Cells) -> Iterator[Claim]:
                 ratio = other["total_s"] / lucd["total_s"]
                 what = (
                     f"{lucd['instances']} instances, {controllers} controllers a site, one site's share alone, slowed "
-                    f"{slowed} times, {last or 1} daemons at the site"
+                    f"{slowed} times, {last} daemons at the site"
                 )
                 yield Claim(f"{what}: beside {name}", f"at least {aim}x faster", f"{ratio:.1f}x", ratio >= aim)
 

@@ -281,7 +281,7 @@ class Report:
             if found["lucd"] is None:
                 continue
             total = {store: part["total_s"] / slowed if part else None for store, part in found.items()}
-            row = [str(sites), str(rtt_ms), str(slowed), str(controllers), str(last or 1)]
+            row = [str(sites), str(rtt_ms), str(slowed), str(controllers), str(last)]
             for store, part in found.items():
                 row.append(f"{total[store]:.2f}{'*' * part['projected']}" if part else "")
             row += [_ratio(total[store], total["lucd"]) for store in STORES[:2]]
@@ -295,8 +295,8 @@ class Report:
             "### A site's share alone, with processors of its own",
             "",
             "The last site does its part of the instances while the others stand still, slowed: it has two cores times "
-            "so many, and on lucd so many daemons (a row is on three of them, where there are three). Where the "
-            "processors are all busy, that is what bounds it there, as it would on so many cores. `*`: projected.",
+            "so many, and on lucd so many daemons, three of which hold a row. Where the processors are busy all the "
+            "time that is what bounds it, as it would on so many. `*`: projected.",
             "",
             *table([*head, "CPU ms an instance: MariaDB", "Galera", "lucd"], rows),
         ]

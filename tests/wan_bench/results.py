@@ -97,8 +97,8 @@ class Cells:
         return sorted({(key["sites"], key["rtt_ms"], key["slowed"], key["controllers"]) for key in keys})
 
     def last_daemons(self) -> list[int]:
-        """How many daemons the last site had where the others had fewer, in order; 0 for as many."""
-        return sorted({cell["key"].get("last_daemons", 0) for cell in self.all()})
+        """How many daemons the last site had where the others had fewer, in order."""
+        return sorted({cell["key"]["last_daemons"] for cell in self.all() if "last_daemons" in cell["key"]})
 
     def cuts(self) -> list[dict[str, Any]]:
         """The cells of cuts."""

@@ -155,13 +155,14 @@ def test_share_of_a_site_with_processors_and_daemons_of_its_own_is_told_apart(tm
     file = tmp_path / "r.json"
     key = {"sites": 8, "rtt_ms": 50, "slowed": 6, "controllers": 10}
     lucd = {"store": "lucd", "daemons": 1}
-    for own, total_s in ((lucd, 18.0), (lucd | {"last_daemons": 10}, 9.0), ({"store": "galera"}, 81.0)):
+    each = (lucd | {"last_daemons": 5}, 18.0), (lucd | {"last_daemons": 10}, 9.0), ({"store": "galera"}, 81.0)
+    for own, total_s in each:
         results.merge(file, key | own, {"share": _lives(total_s) | {"busy": 0.5, "instances": 62}}, "run")
     cells = Cells(file)
     share = "62 instances, 10 controllers a site, one site's share alone, slowed 6 times, "
     said = {claim.what: (claim.measured, claim.met) for claim in all_claims(cells)}
     assert said == {
-        f"{share}1 daemons at the site: beside Galera": ("4.5x", False),
+        f"{share}5 daemons at the site: beside Galera": ("4.5x", False),
         f"{share}10 daemons at the site: beside Galera": ("9.0x", True),
     }
     row = "| 8 | 50 | 6 | 10 | 10 |  | 13.50 | 1.50 |  | 9.0x |  | 50 | 50 |  | 5 + 10 | 5 + 10 |"
