@@ -26,7 +26,8 @@ class Door:
         parsed = make_url(url)
         self._store: BlockingStore = SocketStore(BlockingClient(str(parsed.query["socket"]), 20.0))
         databases = {"home": str(parsed.database), "far": str(make_url(far_url).database)}
-        self._keys = {where: (name_of, group_key(name_of, "bench", (name,))) for where, name_of in databases.items()}
+        own = name, time.monotonic_ns()
+        self._keys = {where: (name_of, group_key(name_of, "bench", own)) for where, name_of in databases.items()}
         for where in self._keys:
             self._write(where, Op.INSERT)
 
