@@ -14,7 +14,7 @@ from dht.limits import IDS_APART
 from dht.model import LOCAL, GroupKey, IndexSpec, Reading, Row, RowKey, Scope, TableSpec, Value
 from dht.rows import LOCAL_MARK, encode_values, group_key, row_key, table_prefix
 from nova_bridge.sql.families import LOCAL_ROW_FAMILY, ROW_FAMILY
-from nova_bridge.sql.values import INTEGER
+from nova_bridge.sql.values import INTEGER, coerce
 
 UNIQUE_FAMILY = "unique"
 ENTRY_TABLE = 1
@@ -165,7 +165,7 @@ class Table:
         self.affinities = [c.affinity for c in self.columns]
         self.width = len(self.columns)
         self.rowid_key = not definition.primary
-        self._fields = [(c.number, c.default if c.added_default else None) for c in self.columns]
+        self._fields = [(c.number, coerce(c.affinity, c.default) if c.added_default else None) for c in self.columns]
         if self.rowid_key:
             self.position[HIDDEN_ROWID] = self.width
             self._fields.append((HIDDEN_ROWID, None))

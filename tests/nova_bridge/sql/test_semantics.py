@@ -314,3 +314,27 @@ def test_named_value_that_is_missing_is_told_as_stock_sqlite_tells_it(connect: C
     for given in ({"a": 1}, {"a": 1, "b": None}, {"a": True, "b": 2, "c": 3}):
         assert outcome(door, "SELECT :a, :b", given) == outcome(stock, "SELECT :a, :b", given)
     stock.close()
+
+
+def test_default_of_another_type_than_its_added_column_older_rows_as_in_stock_sqlite(
+    connect: Callable[..., Connection],
+) -> None:
+    door, stock = connect(isolation_level=None), sqlite3.connect(":memory:", isolation_level=None)
+    for sql in (
+        "CREATE TABLE t (id INTEGER NOT NULL PRIMARY KEY)",
+        "INSERT INTO t VALUES (1), (2)",
+        "ALTER TABLE t ADD COLUMN word TEXT DEFAULT 1",
+        "ALTER TABLE t ADD COLUMN load REAL DEFAULT 1",
+        "ALTER TABLE t ADD COLUMN size INTEGER DEFAULT '7'",
+        "INSERT INTO t (id) VALUES (3)",
+        "SELECT id, word, typeof(word), load, typeof(load), size, typeof(size) FROM t ORDER BY id",
+        "SELECT id FROM t WHERE word = '1' AND size = 7 ORDER BY id",
+        "UPDATE t SET size = 8 WHERE word = '1' AND id = 1",
+        "BEGIN",
+        "UPDATE t SET word = 'x' WHERE id = 2",
+        "SELECT DISTINCT word, size FROM t ORDER BY size, word",
+        "COMMIT",
+        "SELECT * FROM t ORDER BY id",
+    ):
+        assert outcome(door, sql, []) == outcome(stock, sql, []), sql
+    stock.close()
