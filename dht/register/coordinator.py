@@ -32,7 +32,7 @@ from dht.register import group, operations
 from dht.register.context import Context
 from dht.register.group import REFUSED, WRITE_OPERATIONS_MAX, Delta, GroupState
 from dht.register.messages import Coordinated, Kind, Operation
-from dht.register.operations import Blocked
+from dht.register.operations import Blocked, Lost
 from dht.register.reach import Reach
 from dht.register.rounds import Rounds, Standing
 
@@ -62,7 +62,7 @@ class _Waiting:
         group = f"group {self.operation.part.key.hex()}"
         if self.sent:
             text = f"the write was sent to the replicas of {group} and no majority answered in time"
-            self.future.set_exception(Indeterminate(text))
+            self.future.set_exception(Lost(text, self.seen))
         else:
             self.future.set_exception(Unavailable(f"no majority of the replicas of {group} answered in time"))
 
@@ -168,9 +168,9 @@ class Coordinator:
         held.standing.drop()
         for waiting in {id(waiting): waiting for waiting in batch + held.queue}.values():
             if not waiting.future.done():
-                kind = Indeterminate if waiting.sent else Unavailable
                 text = f"this node cannot coordinate the group: {error.message}"
-                waiting.future.set_exception(kind(text, **error.detail))
+                lost = Lost(text, waiting.seen, **error.detail) if waiting.sent else Unavailable(text, **error.detail)
+                waiting.future.set_exception(lost)
 
     async def _round(self, standing: Standing, batch: list[_Waiting]) -> bool:
         """Decide the batch. False: nothing was decided, wait and try again with what is still waited for."""
@@ -269,7 +269,7 @@ class Coordinator:
                 )
                 waiting.answer = Coordinated(at, outcome)
             except Blocked as blocked:
-                blocked.sent = waiting.sent
+                blocked.sent, blocked.seen = waiting.sent, waiting.seen
                 waiting.future.set_exception(blocked)
                 continue
             except DhtError as error:

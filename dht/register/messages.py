@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 
+import msgspec
+
 from dht.codec import Message, message
 from dht.model import ZERO, Ballot, FindQuery, FoundRow, GroupKey, GroupRead, Part, RowKey, Struct, TransactionId
 
@@ -163,6 +165,12 @@ class Operation(Struct, frozen=True):
     others: tuple[GroupKey, ...] = ()
     version: int = 0
     author: bytes = b""
+
+    def seeing(self, ballot: Ballot | None) -> Operation:
+        """The operation that says that it saw the group at that ballot, if it names none."""
+        if ballot is None or self.part.seen is not None:
+            return self
+        return msgspec.structs.replace(self, part=msgspec.structs.replace(self.part, seen=ballot))
 
 
 @message

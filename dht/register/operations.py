@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dht.errors import Conflict, DhtError, Invalid
+from dht.errors import Conflict, DhtError, Indeterminate, Invalid
 from dht.model import SYSTEM_DECISION, ZERO, Ballot, GroupKey, NodeId, Part, RowKey, Struct, TransactionId
 from dht.register import catalog, group
 from dht.register.group import (
@@ -57,12 +57,22 @@ class Blocked(DhtError):
     """Not an answer: the operation waits for the end of another transaction's intent.
 
     `sent`: the operation was in an accept before it was found blocked, so that it may yet turn out to be applied.
+    `seen`: the ballot at which it saw the group then, of whoever named none himself.
     """
 
     def __init__(self, intent: Intent) -> None:
         super().__init__("another transaction holds the group", what="intent")
         self.intent = intent
         self.sent = False
+        self.seen: Ballot | None = None
+
+
+class Lost(Indeterminate):
+    """The operation was in an accept of this node, whose end it does not know. `seen`: as in `Blocked`."""
+
+    def __init__(self, message: str, seen: Ballot | None, **detail: object) -> None:
+        super().__init__(message, **detail)
+        self.seen = seen
 
 
 _intent_decoder = msgspec.msgpack.Decoder(Intent)

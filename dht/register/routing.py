@@ -26,7 +26,7 @@ from dht.register.admission import check_operation
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
 from dht.register.messages import Coordinate, Coordinated, Kind, Operation
-from dht.register.operations import Blocked, Intent
+from dht.register.operations import Blocked, Intent, Lost
 from dht.register.reach import Reach
 from dht.register.rounds import expect
 
@@ -95,6 +95,8 @@ class Router:
                 last = error
                 uncertain = True
                 attempt += 1
+                if isinstance(error, Lost) and context.rules.seen_kept:
+                    operation = operation.seeing(error.seen)
             tried[target] = None
             nodes = context.replicas(key).nodes
             if refused and refused >= self._reach.heard(nodes):
@@ -105,12 +107,7 @@ class Router:
                 tried.clear()
                 refused = 0
                 await context.back_off()
-        why = last.message if last else "no time was left"
-        if uncertain:
-            raise Indeterminate(f"the outcome of a write to group {key.hex()} is not known: {why}", id=operation.id)
-        if cut_off:
-            raise Unavailable(f"nothing was applied: {why}", cut_off=True)
-        raise Unavailable(f"group {key.hex()} cannot be written now, nothing was applied: {why}")
+        raise _unwritten(operation, last.message if last else "no time was left", uncertain, cut_off)
 
     async def submit_to(self, target: NodeId, operation: Operation, deadline: float) -> Coordinated:
         """The same at that replica, whoever is the coordinator, once."""
@@ -187,6 +184,8 @@ class Router:
                 context.count("blocked")
                 if blocked.sent:
                     sent, first, attempt = True, False, max(1, attempt)
+                    if context.rules.seen_kept:
+                        operation = operation.seeing(blocked.seen)
                 holds_others = operation.kind in (Kind.PREPARE, Kind.COMMIT_PRIMARY)
                 if holds_others and not sent and context.clock.monotonic() - began > patience:
                     # Not recorded, so it does not end an attempt that may still be on its way at another coordinator.
@@ -222,6 +221,16 @@ def _served_ms(timeout_s: float) -> int:
     return int(1000 * max(timeout_s - FORWARD_REPLY_S, timeout_s / 2))
 
 
+def _unwritten(operation: Operation, why: str, uncertain: bool, cut_off: bool) -> DhtError:
+    """What is told when nobody did it. `uncertain`: somebody may have."""
+    group = operation.part.key.hex()
+    if uncertain:
+        return Indeterminate(f"the outcome of a write to group {group} is not known: {why}", id=operation.id)
+    if cut_off:
+        return Unavailable(f"nothing was applied: {why}", cut_off=True)
+    return Unavailable(f"group {group} cannot be written now, nothing was applied: {why}")
+
+
 def _undecided(operation: Operation, sent: bool, why: DhtError) -> DhtError:
     text = f"group {operation.part.key.hex()} is held by another transaction: {why.message}"
-    return Indeterminate(text) if sent else Unavailable(text)
+    return Lost(text, operation.part.seen) if sent else Unavailable(text)

@@ -43,6 +43,7 @@ class Rules(Struct, frozen=True):
     drop_looks_again: after the listing the dropper sees that the database is still the one that it means.
     drop_accepts_anew: an order to empty a group leads to an accept, and so does one of what was only promised.
     end_is_not_first: who ends a transaction that saw no ballot does not count as the first who sends it.
+    seen_kept: who tries again what a coordinator had in an accept names the ballot at which it saw the group there.
     sequence_jumps: the first ids that are taken of a sequence in a generation lie beyond a jump.
     """
 
@@ -89,6 +90,7 @@ class Rules(Struct, frozen=True):
     drop_looks_again: bool = True
     drop_accepts_anew: bool = True
     end_is_not_first: bool = True
+    seen_kept: bool = True
     sequence_jumps: bool = True
 
 

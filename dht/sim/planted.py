@@ -105,6 +105,7 @@ _DOMAIN = "tests.sim.test_rare_rules_domain"
 _FLOORS = "tests.sim.test_rare_rules_collection"
 _FENCE = "tests.sim.test_rare_rules_fence"
 _EPOCHS = "tests.sim.test_rare_rules_epochs"
+_RETRY = "tests.sim.test_rare_rules_retry"
 _DROP = "tests.sim.test_rare_rules_drop"
 _COLLECTION = "tests.dht.domain.test_collection"
 _TRANSFER = "tests.dht.domain.test_transfer"
@@ -126,6 +127,7 @@ DIRECTED: Final[dict[str, tuple[str, ...]]] = {
         _REGISTER,
         "test_end_is_not_first_write_that_is_forgotten_while_its_end_waits_is_told_as_not_applied",
     ),
+    "seen_kept": (_RETRY, "test_seen_kept_write_that_met_an_intent_after_its_accept_failed_is_applied"),
     "find_majority": (_REGISTER, "test_find_majority_replica_that_missed_the_write_answers_alone"),
     "find_indexed": (_REGISTER, "test_find_indexed_row_from_before_the_index_is_missed"),
     "find_lists_unsettled": (

@@ -26,6 +26,7 @@ BUGS: Final = {
     "applied_floor": "a retry that its group has forgotten is told that it was not applied",
     "seen_was_chosen": "a write says that it saw what its gateway's acceptor holds, chosen or not",
     "end_is_not_first": "a transaction that was applied and forgotten is ended as if it had not been sent before",
+    "seen_kept": "what a coordinator tries again after an accept of its own no longer names what it saw",
     "refusal_recorded_at_retry": "a refused retry leaves no record, the first attempt applies later",
     "read_same_ballot": "a read's majority need not agree on one ballot",
     "read_writes_back": "a read takes the highest ballot without writing it back",
