@@ -62,7 +62,7 @@ class _Waiting:
         group = f"group {self.operation.part.key.hex()}"
         if self.sent:
             text = f"the write was sent to the replicas of {group} and no majority answered in time"
-            self.future.set_exception(Lost(text, self.seen))
+            self.future.set_exception(Indeterminate(text))
         else:
             self.future.set_exception(Unavailable(f"no majority of the replicas of {group} answered in time"))
 
