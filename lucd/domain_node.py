@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dht import requests
 from dht.codec import Message
-from dht.domain.domain import Domain, LocalNode
+from dht.domain.context import LocalNode
+from dht.domain.domain import Domain
 from dht.domain.wide import Wide
 from dht.errors import Invalid, NotServing, StorageError
 from dht.model import GLOBAL, GroupKey, NodeId, Struct

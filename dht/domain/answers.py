@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dht.codec import Message
-from dht.domain.chain import Chain
 from dht.domain.collection import Collection
+from dht.domain.context import Context
 from dht.domain.decree import DecreeAcceptor
 from dht.domain.followed import Followed
 from dht.domain.generations import Generations
@@ -46,17 +46,12 @@ from dht.domain.messages import (
     TellLink,
     TellTablets,
 )
-from dht.domain.peers import Peers
 from dht.domain.repair import Repair
-from dht.domain.roster import Member
 from dht.domain.source import Source
-from dht.domain.tablets import Tablets
 from dht.domain.transfer import Transfer
-from dht.domain.watch import Watch
-from dht.domain.wide import Wide, Word
+from dht.domain.wide import Word
 from dht.errors import NotFound, NotServing, RemoteProtocolError
 from dht.model import NodeId, Struct
-from dht.world import Clock
 
 
 class Answers:
@@ -64,12 +59,8 @@ class Answers:
 
     def __init__(
         self,
-        local: Callable[[], Member],
+        context: Context,
         standing: Standing,
-        chain: Chain,
-        tablets: Tablets,
-        watch: Watch,
-        peers: Peers,
         acceptor: DecreeAcceptor,
         source: Source,
         followed: Followed,
@@ -79,16 +70,14 @@ class Answers:
         transfer: Transfer,
         repair: Repair,
         lookout: Lookout,
-        clock: Clock,
         changed: Callable[[], None],
-        wide: Wide | None,
     ) -> None:
-        self._local = local
+        self._local = context.local.member()
         self._standing = standing
-        self._chain = chain
-        self._tablets = tablets
-        self._watch = watch
-        self._peers = peers
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._watch = context.watch
+        self._peers = context.peers
         self._acceptor = acceptor
         self._source = source
         self._followed = followed
@@ -98,9 +87,9 @@ class Answers:
         self._transfer = transfer
         self._repair = repair
         self._lookout = lookout
-        self._clock = clock
+        self._clock = context.clock
         self._changed = changed
-        self._wide = wide
+        self._wide = context.wide
 
     async def answer(self, sender: NodeId, message: Struct) -> Message:
         """Serve a peer. Raises NotFound for another domain, RemoteProtocolError for what is no domain message."""
@@ -189,7 +178,7 @@ class Answers:
         silent = tuple((n, s) for n, s in silences.items() if s > RETURN_AFTER_S)
         return Status(
             self._chain.epoch,
-            self._local().incarnation,
+            self._local.incarnation,
             tuple(marks),
             silent,
             self._chain.generation,
@@ -201,4 +190,4 @@ class Answers:
         newest = self._chain.newest
         if self._wide is None or newest is None or not self._standing.joined:
             return Word()
-        return self._wide.word([m.node_id for m in newest.members if m.pop == self._local().pop])
+        return self._wide.word([m.node_id for m in newest.members if m.pop == self._local.pop])

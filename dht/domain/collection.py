@@ -22,18 +22,16 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from dht.domain.asking import Ask, ask_each
-from dht.domain.chain import Chain
+from dht.domain.asking import ask_each
+from dht.domain.context import Context
 from dht.domain.messages import AskTombstones, Collect, Collected, TabletMark, Tombstones
 from dht.domain.roster import TabletReplicas
-from dht.domain.rules import DomainRules
-from dht.domain.tablets import Tablets, TabletState
-from dht.domain.watch import Watch
+from dht.domain.tablets import TabletState
 from dht.errors import Invalid, NotServing
 from dht.limits import ROUNDS_AHEAD_MAX
-from dht.model import ZERO, Ballot, GroupKey, NodeId
-from dht.storage.registers import Header, RegisterFile
-from dht.world import Batch, Chance, Clock, Disk
+from dht.model import ZERO, Ballot, GroupKey
+from dht.storage.registers import Header
+from dht.world import Batch
 
 log = logging.getLogger(__name__)
 COLLECT_KEYS_MAX: Final = 1_000
@@ -49,31 +47,18 @@ def above(ballot: Ballot) -> Ballot:
 class Collection:
     """Collects what this node holds, and serves others that collect. `collected`: registers erased since the start."""
 
-    def __init__(
-        self,
-        node: NodeId,
-        chain: Chain,
-        tablets: Tablets,
-        registers: RegisterFile,
-        disk: Disk,
-        clock: Clock,
-        chance: Chance,
-        ask: Ask,
-        watch: Watch,
-        every_s: float,
-        rules: DomainRules,
-    ) -> None:
-        self._node = node
-        self._chain = chain
-        self._tablets = tablets
-        self._registers = registers
-        self._disk = disk
-        self._clock = clock
-        self._chance = chance
-        self._ask = ask
-        self._watch = watch
+    def __init__(self, context: Context, every_s: float) -> None:
+        self._node = context.node
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._registers = context.registers
+        self._disk = context.disk
+        self._clock = context.clock
+        self._chance = context.chance
+        self._ask = context.ask
+        self._watch = context.watch
         self._every_s = every_s
-        self._rules = rules
+        self._rules = context.rules
         self._seen: dict[int, dict[GroupKey, Ballot]] = {}
         self.collected = 0
 

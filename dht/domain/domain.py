@@ -17,6 +17,7 @@ from dht.domain.answers import Answers
 from dht.domain.asking import ask_each
 from dht.domain.chain import Chain
 from dht.domain.collection import Collection
+from dht.domain.context import Context, LocalNode
 from dht.domain.decree import DecreeAcceptor, DecreeProposer
 from dht.domain.followed import Followed
 from dht.domain.generations import Generations
@@ -29,7 +30,7 @@ from dht.domain.news import News
 from dht.domain.peers import Peers
 from dht.domain.recovery import Recovery, put_record, restored
 from dht.domain.repair import Repair
-from dht.domain.roster import Member, Roster, TabletReplicas
+from dht.domain.roster import Roster, TabletReplicas
 from dht.domain.rules import RULES, DomainRules
 from dht.domain.source import Source
 from dht.domain.tablets import Tablets
@@ -48,20 +49,6 @@ from dht.limits import (
 from dht.model import Ballot, NodeId, Struct
 from dht.storage.registers import RegisterFile
 from dht.world import Batch, Chance, Clock, Disk, Network
-
-
-class LocalNode(Struct, frozen=True):
-    """This node as it describes itself to a roster; `boot` grows durably at each start."""
-
-    node_id: NodeId
-    incarnation: bytes
-    boot: int
-    pop: str
-    failure_domain: str
-    address: str
-
-    def member(self) -> Member:
-        return Member(self.node_id, self.incarnation, self.pop, self.failure_domain, self.address)
 
 
 class Domain:
@@ -88,138 +75,55 @@ class Domain:
         repair_bytes_per_s: int = REPAIR_BYTES_PER_S,
         wide: Wide | None = None,
     ) -> None:
-        self._registers = registers
         self.name = name
         self.local = local
-        self._wide = wide
-        self._remove_after_s = remove_after_s
         self.on_change: list[Callable[[], None]] = []
         self.chain = Chain(name, disk)
         self.tablets = Tablets(disk, rules)
-        self._clock = clock
-        self._chance = chance
-        self._disk = disk
-        self._rules = rules
+        self.watch = Watch(local.node_id, clock.monotonic())
+        node, chain, tablets = local.node_id, self.chain, self.tablets
+        peers = self.peers = Peers(node, chain, tablets, network, self.answer, self._changed, wide)
+        context = self._context = Context(
+            local, clock, chance, network, disk, registers, rules, wide, chain, tablets, peers, self.watch
+        )
+        self._clock, self._rules, self._wide = clock, rules, wide
+        self._remove_after_s = remove_after_s
         self._tasks: list[asyncio.Task[None]] = []
         self._greeting: asyncio.Task[None] | None = None
         self._views: tuple[TabletReplicas, ...] = ()
-        node = local.node_id
-        peers = self.peers = Peers(node, self.chain, self.tablets, network, self.answer, self._changed, wide)
-        ask = peers.ask
-        self.watch = Watch(node, clock.monotonic())
-        self.transfer = Transfer(
-            node,
-            local.incarnation,
-            self.chain,
-            self.tablets,
-            registers,
-            disk,
-            clock,
-            ask,
-            network.alive,
-            self._taken_over,
-            rules,
-            copy_bytes_per_s,
-        )
-        self._takeover = Takeover(
-            node,
-            self.chain,
-            self.tablets,
-            registers,
-            disk,
-            clock,
-            self.watch,
-            self.transfer,
-            self._changed,
-            wide is None,
-        )
-        self._membership = Membership(
-            node,
-            self.chain,
-            self.watch,
-            DecreeProposer(self.chain, node, local.boot, clock, chance, ask, rules),
-            clock,
-            ask,
-            self.status,
-            peers.learn,
-            remove_after_s,
-            rules,
-            wide is not None,
-        )
-        self.repair = Repair(
-            self.chain, self.tablets, registers, disk, clock, chance, ask, self.watch, node, repair_bytes_per_s
-        )
-        self.generations = Generations(
-            node,
-            local.incarnation,
-            self.chain,
-            disk,
-            clock,
-            ask,
-            self.refresh,
-            peers.learn,
-            self._changed,
-            wide is not None,
-        )
-        self.collection = Collection(
-            node, self.chain, self.tablets, registers, disk, clock, chance, ask, self.watch, collect_every_s, rules
-        )
-        self._joining = Joining(local.member, self, self.chain, clock, chance, ask, contacts, peers.catch_up, wide)
+        self.transfer = Transfer(context, self._taken_over, copy_bytes_per_s)
+        self._takeover = Takeover(context, self.transfer, self._changed)
+        proposer = DecreeProposer(chain, node, local.boot, clock, chance, peers.ask, rules)
+        self._membership = Membership(context, proposer, self.status, remove_after_s)
+        self.repair = Repair(context, repair_bytes_per_s)
+        self.generations = Generations(context, self.refresh, self._changed)
+        self.collection = Collection(context, collect_every_s)
+        self._joining = Joining(context, self, contacts)
         self._lookout = Lookout(
-            self._member,
+            context,
             self,
-            self.chain,
-            self.tablets,
-            self.watch,
             self._membership,
             self._joining,
             self.generations,
             self.repair,
             self.collection,
-            clock,
-            chance,
-            network,
-            disk,
-            ask,
-            peers.catch_up,
             self._looked,
-            wide,
         )
-        acceptor = DecreeAcceptor(self.chain, disk, node, local.incarnation, rules)
-        source = Source(
-            node,
-            local.incarnation,
-            self.chain,
-            self.tablets,
-            registers,
-            peers.learn,
-            self._sealed,
-            disk.durable,
-            rules,
-        )
-        instance = local.incarnation + local.boot.to_bytes(8, "big")
-        followed = Followed(instance, self.chain, self.tablets, registers, disk, self.admit, rules)
         self._answers = Answers(
-            self._member,
+            context,
             self,
-            self.chain,
-            self.tablets,
-            self.watch,
-            peers,
-            acceptor,
-            source,
-            followed,
+            DecreeAcceptor(chain, disk, node, local.incarnation, rules),
+            Source(context, self._sealed),
+            Followed(context, self.admit),
             self._membership,
             self.generations,
             self.collection,
             self.transfer,
             self.repair,
             self._lookout,
-            clock,
             self._looked,
-            wide,
         )
-        self._news = News(name, clock, ask, self.status, peers.to_tell)
+        self._news = News(name, clock, peers.ask, self.status, peers.to_tell)
         self._changed()
 
     # ---- what the registers use
@@ -324,7 +228,7 @@ class Domain:
         """Found the domain with this node as its only member; once, by `lucd init`."""
         if self.chain.newest is not None:
             raise Invalid(f"domain {self.name} exists already; this node holds its link {self.chain.epoch}")
-        if any(self._registers.keys(tablet, b"", 1) for tablet in range(tablets)):
+        if any(self._context.registers.keys(tablet, b"", 1) for tablet in range(tablets)):
             raise Invalid(
                 f"this node's file has groups of domain {self.name}, of a recovery that broke off: give the order "
                 f"`lucd pop recover {self.name}` here again"
@@ -398,7 +302,7 @@ class Domain:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Background work ends by `stop` or with the disk; anything else is a bug that must not pass in silence."""
-        if not task.cancelled() and (error := task.exception()) is not None and self._disk.failed is None:
+        if not task.cancelled() and (error := task.exception()) is not None and self._context.disk.failed is None:
             message = f"background work of domain {self.name} broke off; restart this node"
             task.get_loop().call_exception_handler({"message": message, "exception": error, "task": task})
 
@@ -483,9 +387,6 @@ class Domain:
     def _sealed(self, tablet: int) -> None:
         self.transfer.sealed(tablet)
         self._changed()
-
-    def _member(self) -> Member:
-        return self.local.member()
 
     def _looked(self) -> None:
         self._changed(announce=False)

@@ -8,40 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dht.domain.chain import Chain
+from dht.domain.context import Context
 from dht.domain.messages import AskChanges, AskMarks, Changes, Marks, RegisterMark, Served
-from dht.domain.rules import DomainRules
 from dht.domain.source import PAGE_KEYS_MAX
-from dht.domain.tablets import Tablets
 from dht.errors import RemoteProtocolError
 from dht.model import GroupKey
-from dht.storage.registers import RegisterFile
-from dht.world import Batch, Disk
+from dht.world import Batch
 
 Admit = Callable[[int, int], None]
 """`Domain.admit`: (tablet, epoch), raises NotServing."""
 
 
 class Followed:
-    """`instance`: differs at each start of the node, as the count of changes does."""
+    """`admit`: raises NotServing where this node is no replica of a tablet at that epoch."""
 
-    def __init__(
-        self,
-        instance: bytes,
-        chain: Chain,
-        tablets: Tablets,
-        registers: RegisterFile,
-        disk: Disk,
-        admit: Admit,
-        rules: DomainRules,
-    ) -> None:
-        self._instance = instance
-        self._chain = chain
-        self._tablets = tablets
-        self._registers = registers
-        self._disk = disk
+    def __init__(self, context: Context, admit: Admit) -> None:
+        # Differs at each start of the node, as the count of changes does.
+        self._instance = context.local.incarnation + context.local.boot.to_bytes(8, "big")
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._registers = context.registers
+        self._disk = context.disk
         self._admit = admit
-        self._rules = rules
+        self._rules = context.rules
 
     async def changes(self, request: AskChanges) -> Changes:
         """Read at one moment; told when that is durable."""

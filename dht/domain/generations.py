@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from dht.domain.asking import Ask, ask_each
-from dht.domain.chain import Chain
+from dht.domain.asking import ask_each
+from dht.domain.context import Context
 from dht.domain.messages import (
     LINKS_PER_PAGE,
     AskLinks,
@@ -36,41 +36,25 @@ from dht.domain.recovery import (
 from dht.domain.roster import Roster, check_step
 from dht.errors import DhtError, Invalid, Unavailable
 from dht.model import NodeId
-from dht.world import Clock, Disk
 
 log = logging.getLogger(__name__)
 
 
 class Generations:
-    """`superseded`: the generation that was begun without what this node holds, 0 if none is known.
+    """`superseded`: the generation that was begun without what this node holds, 0 if none is known."""
 
-    `wide`: of the domain over all PoPs, beside which the node has one of its own PoP.
-    """
-
-    def __init__(
-        self,
-        node: NodeId,
-        incarnation: bytes,
-        chain: Chain,
-        disk: Disk,
-        clock: Clock,
-        ask: Ask,
-        refresh: Callable[[], Awaitable[None]],
-        learn: Callable[[Roster, NodeId], Awaitable[None]],
-        on_change: Callable[[], None],
-        wide: bool = False,
-    ) -> None:
-        self._wide = wide
-        self._node = node
-        self._incarnation = incarnation
-        self._chain = chain
-        self._disk = disk
-        self._clock = clock
-        self._ask = ask
+    def __init__(self, context: Context, refresh: Callable[[], Awaitable[None]], on_change: Callable[[], None]) -> None:
+        self._wide = context.wide is not None
+        self._node = context.node
+        self._incarnation = context.local.incarnation
+        self._chain = context.chain
+        self._disk = context.disk
+        self._clock = context.clock
+        self._ask = context.ask
         self._refresh = refresh
-        self._learn = learn
+        self._learn = context.peers.learn
         self._on_change = on_change
-        self.superseded = superseded_by(disk, chain.domain)
+        self.superseded = superseded_by(context.disk, context.chain.domain)
         self.meeting: asyncio.Task[None] | None = None
 
     # ---- beginning one

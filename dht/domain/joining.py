@@ -7,17 +7,14 @@ look on: they ask one node now and again for newer links, and for admission wher
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from dht.domain.asking import Ask
-from dht.domain.chain import Chain
+from dht.domain.context import Context
 from dht.domain.messages import LINKS_PER_PAGE, AskJoin, AskLeave, AskLinks, Links, Newest
-from dht.domain.roster import Member
 from dht.domain.wide import Wide, has_room
 from dht.errors import DhtError, Unavailable
 from dht.model import NodeId
-from dht.world import Chance, Clock
 
 log = logging.getLogger(__name__)
 LOOK_ON_INTERVAL_S: Final = 5.0
@@ -38,36 +35,25 @@ class Standing(Protocol):
 
 
 class Joining:
-    """`contacts`: nodes to ask, best first. `catch_up`: take the links up to an epoch from a node."""
+    """`contacts`: nodes to ask, best first."""
 
-    def __init__(
-        self,
-        local: Callable[[], Member],
-        standing: Standing,
-        chain: Chain,
-        clock: Clock,
-        chance: Chance,
-        ask: Ask,
-        contacts: Callable[[], Sequence[NodeId]],
-        catch_up: Callable[[int, NodeId], Awaitable[None]],
-        wide: Wide | None,
-    ) -> None:
-        self._local = local
+    def __init__(self, context: Context, standing: Standing, contacts: Callable[[], Sequence[NodeId]]) -> None:
+        self._local = context.local.member()
         self._standing = standing
-        self._chain = chain
-        self._clock = clock
-        self._chance = chance
-        self._ask = ask
+        self._chain = context.chain
+        self._clock = context.clock
+        self._chance = context.chance
+        self._ask = context.ask
         self._contacts = contacts
-        self._catch_up = catch_up
-        self._wide = wide
+        self._catch_up = context.peers.catch_up
+        self._wide = context.wide
         self._look_on_s = float("-inf")
 
     async def join(self) -> None:
         """Fetch the chain, then ask members for admission, one after another."""
         newest = self._chain.newest
         known = [] if newest is None or self._wide is not None else [m.node_id for m in newest.members]
-        me = self._local()
+        me = self._local
         for node in dict.fromkeys([*known, *self._contacts()]):
             if node == me.node_id:
                 continue
@@ -98,7 +84,7 @@ class Joining:
 
     def _needed(self, wide: Wide) -> bool:
         newest = self._chain.newest
-        room = newest is not None and has_room(newest, self._local().pop)
+        room = newest is not None and has_room(newest, self._local.pop)
         return room and wide.may_join() and not self._standing.removed
 
     async def _has_links(self, node: NodeId) -> bool:

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final
 
-from dht.domain.asking import Ask, ask_each
-from dht.domain.chain import Chain
+from dht.domain.asking import ask_each
 from dht.domain.collection import Collection
+from dht.domain.context import Context
 from dht.domain.generations import Generations
 from dht.domain.joining import Joining, Standing
 from dht.domain.membership import Membership
 from dht.domain.messages import AskJoin, AskStatus, Status
 from dht.domain.repair import Repair
-from dht.domain.roster import Member, Roster
-from dht.domain.tablets import Tablets
-from dht.domain.watch import Watch
-from dht.domain.wide import Wide, asked
+from dht.domain.roster import Roster
+from dht.domain.wide import asked
 from dht.errors import DhtError
 from dht.model import NodeId
-from dht.world import Chance, Clock, Disk, Network
 
 log = logging.getLogger(__name__)
 STATUS_INTERVAL_S: Final = 1.0
@@ -36,48 +33,38 @@ LEFT_OUT_ROUNDS: Final = 5
 
 
 class Lookout:
-    """`catch_up`: take the links up to an epoch from a node. `changed`: views of the tablets are to be made anew."""
+    """`changed`: views of the tablets are to be made anew."""
 
     def __init__(
         self,
-        local: Callable[[], Member],
+        context: Context,
         standing: Standing,
-        chain: Chain,
-        tablets: Tablets,
-        watch: Watch,
         membership: Membership,
         joining: Joining,
         generations: Generations,
         repair: Repair,
         collection: Collection,
-        clock: Clock,
-        chance: Chance,
-        network: Network,
-        disk: Disk,
-        ask: Ask,
-        catch_up: Callable[[int, NodeId], Awaitable[None]],
         changed: Callable[[], None],
-        wide: Wide | None,
     ) -> None:
-        self._local = local
-        self._node = local().node_id
+        self._local = context.local.member()
+        self._node = context.node
         self._standing = standing
-        self._chain = chain
-        self._tablets = tablets
-        self._watch = watch
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._watch = context.watch
         self._membership = membership
         self._joining = joining
         self._generations = generations
         self._repair = repair
         self._collection = collection
-        self._clock = clock
-        self._chance = chance
-        self._network = network
-        self._disk = disk
-        self._ask = ask
-        self._catch_up = catch_up
+        self._clock = context.clock
+        self._chance = context.chance
+        self._network = context.network
+        self._disk = context.disk
+        self._ask = context.ask
+        self._catch_up = context.peers.catch_up
         self._changed = changed
-        self._wide = wide
+        self._wide = context.wide
         self._rounds = 0
         self._now = asyncio.Event()
         self._refreshing: asyncio.Task[None] | None = None
@@ -172,7 +159,7 @@ class Lookout:
 
     async def _announce(self) -> None:
         """Have the roster say where this node is now, if it says otherwise."""
-        newest, own = self._chain.newest, self._local()
+        newest, own = self._chain.newest, self._local
         me = None if newest is None else newest.member(self._node)
         if me is None or (me.pop, me.failure_domain, me.address) == (own.pop, own.failure_domain, own.address):
             return

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import msgspec
 
-from dht.domain.asking import Ask, ask_each
-from dht.domain.chain import Chain
+from dht.domain.asking import ask_each
+from dht.domain.context import Context
 from dht.domain.decree import DecreeProposer
 from dht.domain.messages import AskJoin, AskLeave, AskStatus, Newest, Status, TellLink
 from dht.domain.plan import Readiness, joined, left, lost, next_link, readiness
 from dht.domain.roster import Member, Roster
-from dht.domain.rules import DomainRules
-from dht.domain.watch import REACHABLE_S, VOTER_SILENT_S, Watch
+from dht.domain.watch import REACHABLE_S, VOTER_SILENT_S
 from dht.domain.wide import check_room, is_large, leaving, said
 from dht.errors import Invalid, NotFound, Unavailable
 from dht.model import NodeId
-from dht.world import Clock
 
 log = logging.getLogger(__name__)
 CHANGE_ATTEMPTS_MAX: Final = 5
@@ -34,29 +32,22 @@ MEND_PATIENCE_S: Final = 10.0
 class Membership:
     def __init__(
         self,
-        node: NodeId,
-        chain: Chain,
-        watch: Watch,
+        context: Context,
         proposer: DecreeProposer,
-        clock: Clock,
-        ask: Ask,
         status: Callable[[], Status],
-        learn: Callable[[Roster, NodeId], Awaitable[None]],
         remove_after_s: float,
-        rules: DomainRules,
-        wide: bool = False,
     ) -> None:
-        self._node = node
-        self._chain = chain
-        self._watch = watch
+        self._node = context.node
+        self._chain = context.chain
+        self._watch = context.watch
         self._proposer = proposer
-        self._clock = clock
-        self._ask = ask
+        self._clock = context.clock
+        self._ask = context.ask
         self._status = status
-        self._learn = learn
+        self._learn = context.peers.learn
         self._remove_after_s = remove_after_s
-        self._rules = rules
-        self._wide = wide
+        self._rules = context.rules
+        self._wide = context.wide is not None
         self._changing = asyncio.Lock()
         self._unchanged = (0, 0.0)
 

@@ -22,17 +22,14 @@ from typing import Final
 
 import msgspec
 
-from dht.domain.asking import Ask
-from dht.domain.chain import Chain
+from dht.domain.context import Context
 from dht.domain.messages import AskHeaders, AskRegisters, Headers, RegisterCopy, RegisterMark, Registers
 from dht.domain.pace import Pace
 from dht.domain.source import PAGE_KEYS_MAX
-from dht.domain.tablets import Tablets
-from dht.domain.watch import Watch
 from dht.errors import DhtError, RemoteProtocolError
 from dht.model import ZERO, GroupKey, NodeId, Struct
-from dht.storage.registers import ABSENT, Header, RegisterFile
-from dht.world import Batch, Chance, Clock, Disk
+from dht.storage.registers import ABSENT, Header
+from dht.world import Batch
 
 log = logging.getLogger(__name__)
 SWEEP_INTERVAL_S: Final = 600.0
@@ -65,28 +62,16 @@ class Repair:
     `settle`: makes this node finish a register; set where the node is composed, else such registers wait.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        tablets: Tablets,
-        registers: RegisterFile,
-        disk: Disk,
-        clock: Clock,
-        chance: Chance,
-        ask: Ask,
-        watch: Watch,
-        node: NodeId,
-        bytes_per_s: int,
-    ) -> None:
-        self._chain = chain
-        self._tablets = tablets
-        self._registers = registers
-        self._disk = disk
-        self._clock = clock
-        self._chance = chance
-        self._ask = ask
-        self._watch = watch
-        self._node = node
+    def __init__(self, context: Context, bytes_per_s: int) -> None:
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._registers = context.registers
+        self._disk = context.disk
+        self._clock = context.clock
+        self._chance = context.chance
+        self._ask = context.ask
+        self._watch = context.watch
+        self._node = context.node
         self.settle: Callable[[GroupKey], Awaitable[None]] | None = None
         self._returned: dict[NodeId, _Look] = {}
         self._inherited: dict[int, float] = {}
@@ -94,7 +79,7 @@ class Repair:
         self._sweep_due_s = math.inf
         self._look_again = asyncio.Event()
         self._finish_again = asyncio.Event()
-        self._pace = Pace(clock, bytes_per_s)
+        self._pace = Pace(context.clock, bytes_per_s)
         self._compared: dict[int, None] = {}
         self.remaining: dict[int, tuple[int, int]] = {}
         """Registers known to be behind, and their bytes, by tablet."""

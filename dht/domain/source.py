@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from dht.domain.chain import Chain
+from dht.domain.context import Context
 from dht.domain.messages import (
     AskHeaders,
     AskRegisters,
@@ -17,11 +17,8 @@ from dht.domain.messages import (
     Sealed,
 )
 from dht.domain.roster import Roster
-from dht.domain.rules import DomainRules
-from dht.domain.tablets import Tablets
 from dht.errors import NotServing, RemoteProtocolError
 from dht.model import NodeId
-from dht.storage.registers import RegisterFile
 
 PAGE_KEYS_MAX: Final = 2_000
 REPLY_BYTES_MAX: Final = 1024 * 1024
@@ -31,27 +28,16 @@ Learn = Callable[[Roster, NodeId], Awaitable[None]]
 
 
 class Source:
-    def __init__(
-        self,
-        node: NodeId,
-        incarnation: bytes,
-        chain: Chain,
-        tablets: Tablets,
-        registers: RegisterFile,
-        learn: Learn,
-        on_seal: Callable[[int], None],
-        durable: Callable[[int], Awaitable[None]],
-        rules: DomainRules,
-    ) -> None:
-        self._node = node
-        self._incarnation = incarnation
-        self._chain = chain
-        self._tablets = tablets
-        self._registers = registers
-        self._learn = learn
+    def __init__(self, context: Context, on_seal: Callable[[int], None]) -> None:
+        self._node = context.node
+        self._incarnation = context.local.incarnation
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._registers = context.registers
+        self._learn = context.peers.learn
         self._on_seal = on_seal
-        self._durable = durable
-        self._rules = rules
+        self._durable = context.disk.durable
+        self._rules = context.rules
 
     async def seal(self, sender: NodeId, request: AskSeal) -> Sealed:
         """Rule 1. The link is taken first, so that this node can point to it; the seal is durable before the answer."""

@@ -12,15 +12,12 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from dht.domain.chain import Chain
+from dht.domain.context import Context
 from dht.domain.roster import TabletReplicas
-from dht.domain.tablets import Tablets, tablet_key
+from dht.domain.tablets import tablet_key
 from dht.domain.transfer import Transfer
-from dht.domain.watch import Watch
 from dht.errors import DhtError
-from dht.model import NodeId
-from dht.storage.registers import RegisterFile
-from dht.world import Batch, Clock, Disk, Space
+from dht.world import Batch, Space
 
 log = logging.getLogger(__name__)
 TRANSFERS_MAX: Final = 4
@@ -30,34 +27,22 @@ ERASE_KEYS: Final = 200
 
 
 class Takeover:
-    """`one_by_one`: begin no other tablet beside one that gets on.
+    """In the domain of a PoP it begins no other tablet beside one that gets on.
 
     What is copied ahead beside a tablet that is sealed takes the processor from it, and its callers wait; between PoPs
     it is only time that passes. One that waits for replicas which do not answer does not hold up the others; as many as
     TRANSFERS_MAX do.
     """
 
-    def __init__(
-        self,
-        node: NodeId,
-        chain: Chain,
-        tablets: Tablets,
-        registers: RegisterFile,
-        disk: Disk,
-        clock: Clock,
-        watch: Watch,
-        transfer: Transfer,
-        on_change: Callable[[], None],
-        one_by_one: bool = True,
-    ) -> None:
-        self._one_by_one = one_by_one
-        self._node = node
-        self._chain = chain
-        self._tablets = tablets
-        self._registers = registers
-        self._disk = disk
-        self._clock = clock
-        self._watch = watch
+    def __init__(self, context: Context, transfer: Transfer, on_change: Callable[[], None]) -> None:
+        self._one_by_one = context.wide is None
+        self._node = context.node
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._registers = context.registers
+        self._disk = context.disk
+        self._clock = context.clock
+        self._watch = context.watch
         self._transfer = transfer
         self._on_change = on_change
         self._running: dict[int, asyncio.Task[None]] = {}

@@ -23,8 +23,8 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from dht.domain.asking import Ask, ask_each
-from dht.domain.chain import Chain
+from dht.domain.asking import ask_each
+from dht.domain.context import Context
 from dht.domain.messages import (
     AskHeaders,
     AskRegisters,
@@ -37,13 +37,12 @@ from dht.domain.messages import (
 )
 from dht.domain.pace import Pace
 from dht.domain.roster import Roster, TabletReplicas, quorums
-from dht.domain.rules import DomainRules
 from dht.domain.source import PAGE_KEYS_MAX
-from dht.domain.tablets import Tablets, tablet_key
+from dht.domain.tablets import tablet_key
 from dht.errors import DhtError, RemoteProtocolError, Unavailable
 from dht.model import ZERO, Ballot, GroupKey, NodeId, Struct
-from dht.storage.registers import Header, RegisterFile
-from dht.world import Batch, Clock, Disk, Space
+from dht.storage.registers import Header
+from dht.world import Batch, Disk, Space
 
 log = logging.getLogger(__name__)
 COPY_PASSES_MAX: Final = 3
@@ -135,39 +134,25 @@ class Staging:
 class Transfer:
     """`initialise` does one tablet; the caller decides when, and runs it once per tablet at a time."""
 
-    def __init__(
-        self,
-        node: NodeId,
-        incarnation: bytes,
-        chain: Chain,
-        tablets: Tablets,
-        registers: RegisterFile,
-        disk: Disk,
-        clock: Clock,
-        ask: Ask,
-        alive: Callable[[NodeId], bool],
-        on_flip: Callable[[int], None],
-        rules: DomainRules,
-        copy_bytes_per_s: int,
-    ) -> None:
-        self._node = node
-        self._incarnation = incarnation
-        self._chain = chain
-        self._tablets = tablets
-        self._registers = registers
-        self._disk = disk
-        self._clock = clock
-        self._ask = ask
-        self._alive = alive
+    def __init__(self, context: Context, on_flip: Callable[[int], None], copy_bytes_per_s: int) -> None:
+        self._node = context.node
+        self._incarnation = context.local.incarnation
+        self._chain = context.chain
+        self._tablets = context.tablets
+        self._registers = context.registers
+        self._disk = context.disk
+        self._clock = context.clock
+        self._ask = context.ask
+        self._alive = context.network.alive
         self._on_flip = on_flip
-        self._rules = rules
+        self._rules = context.rules
         self.remaining: dict[int, tuple[int, int]] = {}
         """Registers still to copy and their bytes, by tablet under way."""
         self.waiting: set[int] = set()
         """Tablets under way whose last attempt failed."""
         self._sealed_s: dict[int, float] = {}
         self._one_seal = asyncio.Lock()
-        self._pace = Pace(clock, copy_bytes_per_s)
+        self._pace = Pace(context.clock, copy_bytes_per_s)
         self.counters: dict[str, int | float] = dict.fromkeys(
             ("taken_over", "copied_registers", "copied_bytes", "sealed_ms_most", "sealed_ms_sum", "sealed_trips_sum"), 0
         )

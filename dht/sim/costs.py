@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from dht.codec import Message, decode, encode
-from dht.domain.domain import LocalNode
+from dht.domain.context import LocalNode
 from dht.domain.roster import REPLICAS, Member, Roster, TabletReplicas
 from dht.errors import NotServing, Unavailable
 from dht.limits import TABLETS_PER_DOMAIN

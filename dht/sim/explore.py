@@ -24,7 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from dht.codec import Failure, decode, encode
-from dht.domain.domain import LocalNode
+from dht.domain.context import LocalNode
 from dht.domain.roster import Roster, found, successor
 from dht.domain.rules import RULES as DOMAIN_RULES
 from dht.domain.rules import DomainRules

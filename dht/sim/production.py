@@ -7,7 +7,8 @@ from typing import Final
 
 import msgspec
 
-from dht.domain.domain import Domain, LocalNode
+from dht.domain.context import LocalNode
+from dht.domain.domain import Domain
 from dht.domain.follower import Follower
 from dht.domain.roster import REPLICAS
 from dht.domain.rules import FOLLOW_RULES, DomainRules, FollowRules

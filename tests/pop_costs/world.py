@@ -24,7 +24,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from dht.codec import decode, encode
-from dht.domain.domain import LocalNode
+from dht.domain.context import LocalNode
 from dht.domain.envelope import DomainNetwork, InDomain
 from dht.domain.roster import REPLICAS, REPLICAS_WIDE, Member, Roster
 from dht.domain.wide import GLOBAL_TABLETS, members_wanted, neighbours

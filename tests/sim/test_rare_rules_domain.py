@@ -216,7 +216,7 @@ def test_decided_by_previous_voters_member_that_is_gone_is_asked_for_the_next_li
         stage.world.cluster.crash(0)
         domain = stage.world.domain(1)
         proposer = DecreeProposer(
-            domain.chain, member.node_id, 1, domain._clock, domain._chance, domain.peers.ask, domain._rules
+            domain.chain, member.node_id, 1, domain._clock, domain._context.chance, domain.peers.ask, domain._rules
         )
         moved = msgspec.structs.replace(member, address="elsewhere:7000")
         wanted = successor(link, [moved], link.voters, link.tablets)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from dht.domain.domain import Domain, LocalNode
+from dht.domain.context import LocalNode
+from dht.domain.domain import Domain
 from dht.domain.roster import quorums
 from dht.domain.rules import RULES, DomainRules
 from dht.domain.wide import Wide, Word

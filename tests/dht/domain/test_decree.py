@@ -37,7 +37,13 @@ def test_propose_under_contention_and_loss_all_see_one_link(seed: int) -> None:
         async def propose(i: int) -> None:
             domain = world.domain(i % 3)
             proposer = DecreeProposer(
-                domain.chain, domain.local.node_id, 100 + i, domain._clock, domain._chance, domain.peers.ask, RULES
+                domain.chain,
+                domain.local.node_id,
+                100 + i,
+                domain._clock,
+                domain._context.chance,
+                domain.peers.ask,
+                RULES,
             )
             for _ in range(5):
                 try:
@@ -55,7 +61,7 @@ def test_propose_under_contention_and_loss_all_see_one_link(seed: int) -> None:
 
 def acceptor(world: World, i: int) -> DecreeAcceptor:
     domain = world.domain(i)
-    return DecreeAcceptor(domain.chain, domain._disk, domain.local.node_id, domain.local.incarnation, RULES)
+    return DecreeAcceptor(domain.chain, domain._context.disk, domain.local.node_id, domain.local.incarnation, RULES)
 
 
 def ballot(round: int, node: NodeId = b"p") -> Ballot:
@@ -97,7 +103,7 @@ def test_ballot_promised_once_wiped_proposer_comes_to_a_ballot_of_the_one_it_was
         def proposer(i: int, ask: Ask) -> DecreeProposer:
             domain = world.domain(i)
             node, boot = domain.local.node_id, domain.local.boot
-            return DecreeProposer(domain.chain, node, boot, domain._clock, domain._chance, ask, rules)
+            return DecreeProposer(domain.chain, node, boot, domain._clock, domain._context.chance, ask, rules)
 
         async def hold(to: NodeId, message: DomainMessage) -> Struct:
             if isinstance(message, DecreeAccept):
@@ -132,7 +138,7 @@ def test_vote_without_the_link_before_or_with_another_incarnation_is_refused() -
         link = candidate(world, 1)
         with pytest.raises(NotServing):
             await acceptor(world, 0).prepare(DecreePrepare("one", link.epoch + 1, ballot(1)))
-        reborn = DecreeAcceptor(domain.chain, domain._disk, domain.local.node_id, b"other", RULES)
+        reborn = DecreeAcceptor(domain.chain, domain._context.disk, domain.local.node_id, b"other", RULES)
         with pytest.raises(NotServing):
             await reborn.prepare(DecreePrepare("one", link.epoch, ballot(1)))
         bad = successor(link, link.members, link.voters, link.tablets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from dht.domain.domain import Domain
@@ -323,7 +324,7 @@ def test_address_change_reaches_the_roster() -> None:
         await world.grow(3)
         epochs = world.domain(0).roster.tablet_epochs
         local = world.domain(1).local
-        world.domain(1).local = type(local)(*[*(getattr(local, f) for f in local.__struct_fields__[:-1]), "moved:1"])
+        world.domain(1)._lookout._local = msgspec.structs.replace(local, address="moved:1").member()
         await world.until(lambda: world.domain(0).roster.member(local.node_id).address == "moved:1")  # type: ignore[union-attr]
         assert world.domain(0).roster.tablet_epochs == epochs
 

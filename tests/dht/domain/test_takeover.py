@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 from dht.domain.takeover import TRANSFERS_MAX, Takeover
@@ -24,8 +25,9 @@ class Due(Takeover):
     """Of ten tablets, all of which are due. `sealed`: what callers wait for."""
 
     def __init__(self, transfers: Any, sealed: tuple[int, ...] = ()) -> None:
-        nothing: Any = None
-        super().__init__(b"n" * 20, nothing, nothing, nothing, nothing, nothing, nothing, transfers, self.wake)
+        names = ("chain", "tablets", "registers", "disk", "clock", "watch", "wide")
+        context: Any = SimpleNamespace(node=b"n" * 20, **dict.fromkeys(names))
+        super().__init__(context, transfers, self.wake)
         self.sealed = sealed
 
     def pending(self) -> tuple[int, ...]:

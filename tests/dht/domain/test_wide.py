@@ -161,7 +161,11 @@ async def test_request_is_passed_on_once_between_members_whose_rosters_differ(jo
         watch: Any = SimpleNamespace(reachable=lambda now_s: set(voters))
         unused: Any = None
         clock: Any = SimpleNamespace(monotonic=lambda: 0.0)
-        members[node] = Membership(node, chain, watch, unused, clock, ask, unused, unused, 20.0, RULES, wide=True)
+        peers: Any = SimpleNamespace(ask=ask, learn=unused)
+        context: Any = SimpleNamespace(
+            node=node, chain=chain, watch=watch, clock=clock, ask=ask, peers=peers, rules=RULES, wide=True
+        )
+        members[node] = Membership(context, unused, unused, 20.0)
     request = AskJoin("global", one) if joins else AskLeave("global", one.node_id, True)
     assert await (members[first].join(one.node_id, request) if joins else members[first].leave(request))
     assert asked_of == [second]
