@@ -59,11 +59,10 @@ async def test_call_to_nobody_is_not_sent():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             a.network.set_address(bytes(20), "127.0.0.1", free.getsockname()[1])
-        begin = time.monotonic()
-        with pytest.raises(Unavailable) as caught:
-            await a.network.call(bytes(20), Ask("x"), 3.0)
+        with pytest.raises(Unavailable, match="cannot be reached") as caught:
+            async with asyncio.timeout(10.0):
+                await a.network.call(bytes(20), Ask("x"), 60.0)
         assert caught.value.detail["sent"] is False
-        assert time.monotonic() - begin < 0.9
         assert not a.network.alive(bytes(20))
 
 
@@ -72,22 +71,21 @@ async def test_call_without_reply_in_time_is_indeterminate():
         a.knows(b)
         await a.network.call(b.id, Ask("first"), 5.0)
         begin = time.monotonic()
-        with pytest.raises(Indeterminate):
-            await a.network.call(b.id, Ask("slow", 2.0), 0.2)
-        assert 0.15 < time.monotonic() - begin < 1.0
+        with pytest.raises(Indeterminate, match="did not reply in"):
+            async with asyncio.timeout(10.0):
+                await a.network.call(b.id, Ask("held"), 0.2)
+        assert time.monotonic() - begin > 0.15
         assert await a.network.call(b.id, Ask("next"), 3.0)
 
 
 async def test_lost_link_makes_calls_indeterminate_and_is_replaced():
     async with nodes(2) as (a, b):
         a.knows(b)
-        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 5.0), 10.0))
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("held"), 60.0))
         await until(lambda: b.served)
         b.network._peers[a.id].link.close()
-        begin = time.monotonic()
-        with pytest.raises(Indeterminate):
-            await call
-        assert time.monotonic() - begin < 0.5
+        with pytest.raises(Indeterminate, match="was lost before its reply"):
+            await asyncio.wait_for(call, 10.0)
         assert await a.network.call(b.id, Ask("again"), 3.0)
 
 
@@ -155,7 +153,7 @@ async def test_host_that_answers_nothing_is_dialled_again_before_a_dial_s_whole_
 
 
 async def test_nodes_at_the_other_end_of_the_world_get_a_link():
-    """Where a round trip takes 0.6 s, and a handshake four."""
+    """Where a round trip takes half a second, and a handshake four."""
     async with nodes(2) as (a, b), long_way(b.network.port) as port:
         a.network.set_address(b.id, "127.0.0.1", port)
         await until(lambda: a.network.alive(b.id), 15.0)
@@ -167,7 +165,7 @@ async def test_two_nodes_that_dial_at_once_keep_one_link(monkeypatch):
         async with nodes(2) as (a, b):
             a.knows(b)
             b.knows(a)
-            calls = [x.network.call(y.id, Ask("x"), 2.0) for _ in range(20) for x, y in ((a, b), (b, a))]
+            calls = [x.network.call(y.id, Ask("x"), 10.0) for _ in range(20) for x, y in ((a, b), (b, a))]
             await asyncio.gather(*calls)
             await until(lambda a=a, b=b: not a.network._retired and not b.network._retired)
             assert a.network.counters["links"] == b.network.counters["links"] == 1
@@ -279,7 +277,7 @@ async def test_full_queue_refuses_before_sending(monkeypatch):
     async with nodes(2) as (a, b):
         a.knows(b)
         await a.network.call(b.id, Ask("x"), 3.0)
-        calls = [a.network.call(b.id, Ask("y" * 10_000), 2.0) for _ in range(30)]
+        calls = [a.network.call(b.id, Ask("y" * 10_000), 10.0) for _ in range(30)]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         refused = [o for o in outcomes if isinstance(o, Unavailable)]
         assert len(refused) == 21
@@ -303,7 +301,7 @@ async def test_many_large_calls_at_once_are_all_answered():
     async with nodes(2) as (a, b):
         a.knows(b)
         text = "z" * 300_000
-        replies = await asyncio.gather(*(a.network.call(b.id, Ask(text), 10.0) for _ in range(40)))
+        replies = await asyncio.gather(*(a.network.call(b.id, Ask(text), 60.0) for _ in range(40)))
         assert {len(reply.text) for reply in replies} == {300_000 + 44}
 
 
@@ -342,7 +340,7 @@ async def test_connection_that_says_nothing_is_turned_out(monkeypatch):
         await a.network.call(b.id, Ask("x"), 3.0)
         monkeypatch.setattr(strangers, "STRANGER_S", 0.2)
         reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(10):
             assert await reader.read() == b""
         writer.close()
         assert b.network.counters["refused"] == 1
@@ -407,11 +405,12 @@ async def test_host_that_floods_the_port_with_handshakes_keeps_no_other_one_out(
 
 
 async def test_dial_given_up_within_the_handshake_lets_go_of_its_connection():
-    ended = asyncio.Event()
+    began, ended = asyncio.Event(), asyncio.Event()
 
     async def says_nothing(request):
         ws = aiohttp.web.WebSocketResponse()
         await ws.prepare(request)
+        began.set()
         try:
             while (await ws.receive()).type is aiohttp.WSMsgType.BINARY:
                 pass
@@ -424,16 +423,21 @@ async def test_dial_given_up_within_the_handshake_lets_go_of_its_connection():
     server = aiohttp.test_utils.TestServer(app, scheme="https")
     await server.start_server(ssl=TLS.listening)
     async with nodes(1) as (a,):
-        # What holds on to the error, as a log may, holds on to the socket.
-        with pytest.raises(Unavailable, match="does not answer") as held:
-            await a.network._connect(("127.0.0.1", server.port), None, 0.2)
-        async with asyncio.timeout(2):
+        within_s = 0.2
+        while not began.is_set():
+            # What holds on to the error, as a log may, holds on to the socket.
+            with pytest.raises(Unavailable, match="does not answer") as held:
+                await a.network._connect(("127.0.0.1", server.port), None, within_s)
+            # On a loaded machine it may not have come so far.
+            within_s *= 2
+        async with asyncio.timeout(10):
             await ended.wait()
         assert held.value.__context__ is not None
     await server.close()
 
 
-async def test_garbage_instead_of_a_handshake_is_counted(chance, caplog):
+async def test_garbage_instead_of_a_handshake_is_counted(chance, caplog, monkeypatch):
+    monkeypatch.setattr(links, "HANDSHAKE_TIMEOUT_S", 60.0)
     async with nodes(1) as (a,), aiohttp.ClientSession() as session:
         for n in range(200):
             ws = await session.ws_connect(f"https://127.0.0.1:{a.network.port}/link", ssl=TLS.dialing)

@@ -120,8 +120,8 @@ async def test_errors_keep_their_class_and_detail(socket_path, caplog):
 
 async def test_request_knows_how_long_its_client_waits(socket_path):
     async with door_and_client(socket_path) as (_, client, _):
-        reply = await client.call(CreateDatabase("left"), timeout_s=3.0)
-        assert 2.5 < float(reply.names[0]) <= 3.0
+        reply = await client.call(CreateDatabase("left"), timeout_s=100.0)
+        assert 90 < float(reply.names[0]) <= 100
 
 
 async def test_request_over_its_deadline_is_cancelled(socket_path):
@@ -148,8 +148,8 @@ async def test_requests_in_flight_are_bounded(socket_path, monkeypatch):
     async with door_and_client(socket_path) as (_, client, answers):
         calls = [asyncio.ensure_future(client.call(DropDatabase("x"))) for _ in range(5)]
         await soon(lambda: answers.waiting == 3)
-        done, _ = await asyncio.wait(calls, timeout=0.2)
-        assert [type(call.exception()) for call in done] == [Unavailable] * 2
+        await soon(lambda: sum(call.done() for call in calls) == 2)
+        assert [type(call.exception()) for call in calls if call.done()] == [Unavailable] * 2
         answers.go_on.set()
         await asyncio.gather(*calls, return_exceptions=True)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import types
 
 from dht.errors import RemoteProtocolError
 from dht.wire import refusals
@@ -15,14 +15,19 @@ def refused(reason, text="no", **more):
 
 
 async def test_refusal_is_told_once_a_minute_for_each_host_and_reason(caplog, monkeypatch):
-    monkeypatch.setattr(refusals, "AGAIN_AFTER_S", 0.05)
+    now_s = [100.0]
+    loop = types.SimpleNamespace(time=lambda: now_s[0])
+    monkeypatch.setattr(refusals, "asyncio", types.SimpleNamespace(get_running_loop=lambda: loop))
     told = Refusals()
     for _ in range(3):
         for host in ("a", "b"):
             told.tell(host, refused("channel"))
             told.tell(host, refused("wrong_key"))
     assert len(caplog.records) == 4
-    await asyncio.sleep(0.06)
+    now_s[0] += 59
+    told.tell("a", refused("channel"))
+    assert len(caplog.records) == 4
+    now_s[0] += 2
     told.tell("a", refused("channel"))
     assert len(caplog.records) == 5
 

@@ -22,7 +22,7 @@ import uvloop
 from wire_nodes import TLS, Ask, Node, Told, nodes, until, way
 
 from dht.errors import RemoteProtocolError, Unavailable
-from dht.wire import dialing, entrance, strangers
+from dht.wire import dialing, entrance, links, strangers
 from dht.wire.handshake import Hello, Proof, Refused
 from dht.wire.tls import LinkTls, fingerprint_of
 
@@ -310,7 +310,7 @@ async def test_connection_that_does_not_go_on_is_turned_out(monkeypatch, begin):
         reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
         writer.write(begin)
         with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(10):
                 assert await reader.read() == b""
         writer.close()
         await until(lambda: b.network.counters["refused"] == 1)
@@ -369,13 +369,15 @@ async def test_peer_that_ends_the_connection_within_tls_is_named():
 async def test_limit_of_a_dials_tcp_is_not_that_of_its_tls(monkeypatch):
     """Of whose round trip comes on top."""
     monkeypatch.setattr(dialing, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(links, "HANDSHAKE_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(strangers, "STRANGER_S", 60.0)
 
     async def late(writer, data):
         await asyncio.sleep(0.15)
         writer.write(data)
 
     async with nodes(2) as (a, b), way(b.network.port, there=late, back=late) as port:
-        assert (await a.network.greet("127.0.0.1", port)).node_id == b.id
+        assert (await a.network.greet("127.0.0.1", port, 60.0)).node_id == b.id
 
 
 @on_both_loops
@@ -390,7 +392,7 @@ async def test_port_closes_with_all_that_came_in_by_it():
     await b.network.stop()
     for reader, writer in held:
         with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(10):
                 assert await reader.read() == b""
         writer.close()
     with pytest.raises(ConnectionRefusedError):
@@ -402,5 +404,5 @@ async def test_many_large_calls_at_once_are_all_answered():
     async with nodes(2) as (a, b):
         a.knows(b)
         text = "z" * 300_000
-        replies = await asyncio.gather(*(a.network.call(b.id, Ask(text), 10.0) for _ in range(40)))
+        replies = await asyncio.gather(*(a.network.call(b.id, Ask(text), 60.0) for _ in range(40)))
         assert {len(reply.text) for reply in replies} == {300_000 + 44}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 
 from dht.codec import Message, message
 from dht.errors import Conflict, NotServing
@@ -16,6 +15,7 @@ from dht.wire.tls import LinkTls
 CLUSTER = Cluster.found()
 TLS = LinkTls()
 """Of whoever is no node."""
+TURN_S = 0.01
 
 
 @message
@@ -35,6 +35,8 @@ class Node:
         self.id = self.identity.node_id
         self.boots = {}
         self.served = []
+        self.go_on = asyncio.Event()
+        """Until then requests that are held are not answered."""
         self.network = LinkNetwork(self.identity, cluster, self.accept_boot, LinkTls() if tls else None)
         self.network.serve(self.answer)
 
@@ -50,6 +52,9 @@ class Node:
                 raise NotServing("sealed", domain="lyon", tablet=3, roster_epoch=4)
             case Ask("bug"):
                 raise ZeroDivisionError("bug")
+            case Ask("held"):
+                await self.go_on.wait()
+                return Told("held")
             case Ask(text, wait_s):
                 await asyncio.sleep(wait_s)
                 return Told(text + " to " + sender.hex())
@@ -79,7 +84,7 @@ def thin_way(port, *, back):
     return way(port, there=slow(0.0 if back else 0.02), back=slow(0.02 if back else 0.0))
 
 
-def long_way(port, delay_s=0.3):
+def long_way(port, delay_s=0.25):
     """The same of one on which all take their time, in each direction."""
 
     async def late(writer, data):
@@ -125,7 +130,9 @@ async def way(port, *, there, back):
 
 
 async def until(condition, timeout_s=5.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        await asyncio.sleep(0.01)
+    """Return when it is so. The time is this process's own: what it stands still for is one turn, like a moment."""
+    for _ in range(round(timeout_s / TURN_S)):
+        if condition():
+            return
+        await asyncio.sleep(TURN_S)
+    assert condition(), "the condition did not come true in time"
