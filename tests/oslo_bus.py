@@ -57,7 +57,7 @@ class Served:
 
     def hang(self, ctxt: Any) -> str:
         self.got.append("hang")
-        self.go_on.wait(60)
+        self.go_on.wait(200)
         return self.name
 
     def __enter__(self) -> Served:

@@ -62,8 +62,19 @@ async def host():
             await made.door.stop()
 
 
-async def bodies(client, listener, count=10, wait_ms=500):
+async def bodies(client, listener, count=10, wait_ms=5000):
     return [delivery.body for delivery in (await client.call(Take(listener, count, wait_ms))).deliveries]
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def all_wait(here, *listeners):
+    """Return when each of them waits for a message."""
+    await until(lambda: all(here.bus._listeners[number].waits for number in listeners))
 
 
 async def test_messages_of_a_queue_come_in_order():
@@ -86,7 +97,7 @@ async def test_waiting_listeners_take_turns():
     async with host() as here:
         listeners = [await here.listener() for _ in range(3)]
         takes = [asyncio.ensure_future(bodies(client, number)) for client, number in listeners]
-        await asyncio.sleep(0.05)
+        await all_wait(here, *(number for _, number in listeners))
         sender = here.client()
         for n in range(3):
             await sender.call(Cast(TOPIC, b"%d" % n))
@@ -105,7 +116,7 @@ async def test_unacknowledged_deliveries_go_to_another_listener_in_order():
         wait = asyncio.ensure_future(bodies(second, two))
         assert await wait == [b"3"]
         await first.close()
-        await asyncio.sleep(0.05)
+        await until(lambda: one not in here.bus._listeners)
         assert await bodies(second, two) == [b"1", b"2"]
 
 
@@ -123,7 +134,7 @@ async def test_listener_that_acknowledges_nothing_gets_no_more_and_others_do(mon
         quick, two = await here.listener(acknowledges=True)
         assert await bodies(quick, two, count=1) == [b"2"]
         await slow.call(Acknowledge(one, first.id))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4):
             assert await waiting == [b"3"]
 
 
@@ -135,9 +146,9 @@ async def test_full_listener_is_not_woken_in_the_place_of_another(monkeypatch):
         await full.call(Cast(TOPIC, b"0"))
         assert await bodies(full, one) == [b"0"]
         waiting = [asyncio.ensure_future(bodies(*who, wait_ms=5000)) for who in ((full, one), (free, two))]
-        await asyncio.sleep(0.05)
+        await all_wait(here, one, two)
         await here.client().call(Cast(TOPIC, b"1"))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4):
             assert await waiting[1] == [b"1"]
         waiting[0].cancel()
 
@@ -147,15 +158,15 @@ async def test_message_for_a_listener_that_dies_before_taking_it_wakes_another()
         first, one = await here.listener()
         second, two = await here.listener()
         dying = asyncio.ensure_future(bodies(first, one, wait_ms=5000))
-        await asyncio.sleep(0.05)
+        await all_wait(here, one)
         living = asyncio.ensure_future(bodies(second, two, wait_ms=5000))
-        await asyncio.sleep(0.05)
+        await all_wait(here, two)
         # Both in one turn of the loop: the message is meant for the first, whose connection is closing.
         here.bus._listeners[one].connection.close()
         await here.bus.answer(here.bus._listeners[two].connection, Cast(TOPIC, b"x"))
         with pytest.raises(Indeterminate):
             await dying
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4):
             assert await living == [b"x"]
 
 
@@ -173,9 +184,9 @@ async def test_stop_ends_the_wait():
     async with host() as here:
         client, listener = await here.listener()
         wait = asyncio.ensure_future(bodies(client, listener, wait_ms=9000))
-        await asyncio.sleep(0.05)
+        await all_wait(here, listener)
         await here.client().call(StopTaking(listener))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(6):
             assert await wait == []
             # A Take that was on its way when the stop came does not wait either.
             assert await bodies(client, listener, wait_ms=9000) == []
@@ -236,7 +247,7 @@ async def test_stopped_listener_may_acknowledge_what_it_has_and_what_it_gives_up
             case "acknowledges":
                 assert await client.call(Acknowledge(listener, delivery.id)) == Done(True)
         await client.close()
-        await asyncio.sleep(0.05)
+        await until(lambda: listener not in here.bus._listeners)
         other, second = await here.listener()
         assert await bodies(other, second, wait_ms=100) == [b"x"] * (gives_up != "acknowledges")
         assert here.bus.counters["queued_messages"] == here.bus.counters["queued_bytes"] == 0
@@ -259,7 +270,7 @@ async def test_call_whose_caller_left_is_not_delivered():
     async with host() as here:
         caller = here.client()
         call = asyncio.ensure_future(caller.call(Call(TOPIC, b"ask")))
-        await asyncio.sleep(0.05)
+        await until(lambda: here.bus.counters["queued_messages"] == 1)
         await caller.close()
         with pytest.raises(Indeterminate):
             await call
@@ -318,7 +329,7 @@ async def test_subscription_that_is_refused_at_its_second_topic_listens_at_none(
         with pytest.raises(Unavailable, match="1 topics with listeners"):
             await here.listener(TOPIC, Address("ex", "other"), fanout=True)
         await client.close()
-        await asyncio.sleep(0.05)
+        await until(lambda: not here.bus._listeners)
         assert here.bus.listening() == {}
         assert await here.client().call(Cast(TOPIC, b"x")) == Done(False)
 
@@ -329,7 +340,7 @@ async def test_listener_without_messages_leaves_nothing_behind():
         for _ in range(3):
             client, _ = await here.listener(TOPIC, pooled, Address("ex", "topic", "server"), fanout=True)
             await client.close()
-        await asyncio.sleep(0.05)
+        await until(lambda: not here.bus._listeners)
         assert not here.bus._queues
         assert not here.bus._pools
         assert not here.bus._fanouts

@@ -15,6 +15,7 @@ from nova_bridge.sql import column_rows, ddl, unique_rows
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.errors import ConflictError
 from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY
+from tests.laboratory import wait_until
 from tests.nova_bridge.sql.conftest import CountingStore
 
 Connect = Callable[..., Connection]
@@ -319,6 +320,7 @@ def test_writers_go_on_while_the_schema_changes(door: Connection, connect: Conne
     threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
     for thread in threads:
         thread.start()
+    wait_until(lambda: broken or min(map(len, written)) > 1, 60.0, "a writer writes nothing")
     for statement in (
         "CREATE UNIQUE INDEX ua ON t (a)",
         "ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'c'",
