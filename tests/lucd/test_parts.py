@@ -77,6 +77,9 @@ async def test_supervisor_backs_off_when_the_command_does_not_exist(monkeypatch:
     monkeypatch.setattr(workers, "BACKOFF_MIN_S", 10.0)
     supervisor = WorkerSupervisor(["/does/not/exist"], 2)
     await supervisor.start()
+    async with asyncio.timeout(20.0):
+        while supervisor.counters["failures"] < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
     assert supervisor.counters == {"running_now": 0, "starts": 0, "failures": 2}
     await supervisor.stop()

@@ -197,7 +197,7 @@ class Cluster:
         return sum(store.counters.get(counter, 0) for store in self.wire.nodes.values())
 
 
-async def eventually(check, timeout_s: float = 3.0):
+async def eventually(check, timeout_s: float = 20.0):
     """Wait until `check` (a plain or async function) gives something true."""
     end = time.monotonic() + timeout_s
     while True:
