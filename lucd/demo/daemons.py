@@ -28,7 +28,8 @@ from lucd.directory import ClusterKey
 
 HOST = "127.0.0.1"
 PORT_MIN, PORT_MAX = 15_000, 32_000
-START_WAIT_S = 30.0
+START_WAIT_S = 120.0
+"""Of a busy machine; it takes a few seconds where there is nothing else to do."""
 STOP_WAIT_S = 15.0
 
 

@@ -10,8 +10,8 @@ from lucd.demo.processes import Program, tail
 CELL, API = "nova_cell1", "nova_api"
 COMPUTE_HOST = "compute-1"
 CONDUCTOR_HOST = "host2"
-SYNC_WAIT_S = 90.0
-CONDUCTOR_WAIT_S = 60.0
+SYNC_WAIT_S = 240.0
+CONDUCTOR_WAIT_S = 240.0
 
 
 class NovaSite:

@@ -13,7 +13,7 @@ from lucd.demo.nova_site import CELL, CONDUCTOR_WAIT_S, NovaSite
 from lucd.demo.stage import NODES, coordinator_of_most, one_pop, perform, start_daemons
 from lucd.demo.terminal import Calls, Terminal
 
-DEADLINE_S = 115.0
+DEADLINE_S = 480.0
 """The demo ends by itself after that long, as failed."""
 
 
