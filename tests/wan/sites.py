@@ -31,7 +31,7 @@ class WanCluster(Cluster):
         return WanNode(self.wan, site, host, number, path, bootstrap, f"pop{site}" if self.pops else pop, options)
 
 
-def fastest_s(ask: Callable[[], object], count: int = 15) -> float:
+def fastest_s(ask: Callable[[], object], count: int = 10) -> float:
     """Of some: what the ways cost, whatever else the machine does."""
     took = []
     for _ in range(count):

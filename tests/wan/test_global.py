@@ -86,7 +86,7 @@ def test_cut_off_pop_is_told_why_while_the_others_go_on(cluster: WanCluster) -> 
     cut_off.create_database("own")
     cluster.wan.cut([CUT_OFF], others)
     try:
-        wait_until(lambda: isinstance(number_read(cut_off), Unavailable), 20.0, "the cut is not noticed")
+        wait_until(lambda: isinstance(number_read(cut_off), Unavailable), 60.0, "the cut is not noticed")
         for ask in (lambda: read(cut_off), lambda: write(cut_off, 99), lambda: cut_off.create_database("new")):
             with pytest.raises(Unavailable, match=r"of its 3 replicas this node hears 1|domain global cannot be asked"):
                 ask()
@@ -98,12 +98,12 @@ def test_cut_off_pop_is_told_why_while_the_others_go_on(cluster: WanCluster) -> 
         cut_off.commit(Transaction(os.urandom(16), "own", 0, (own,)))
         wait_until(
             lambda: any("domain global" in text for text in cluster.nodes[CUT_OFF].status()["warnings"]),
-            20.0,
+            60.0,
             "its status does not say that global is out of reach",
         )
         assert cluster.nodes[CUT_OFF].status()["ready"] is True
     finally:
         cluster.wan.heal()
-    wait_until(lambda: number_read(cut_off) == 11, 20.0, "the healed PoP does not read what was written meanwhile")
+    wait_until(lambda: number_read(cut_off) == 11, 60.0, "the healed PoP does not read what was written meanwhile")
     write(cut_off, 20)
     assert read(cluster.nodes[0].store()) == 20

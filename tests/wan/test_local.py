@@ -22,8 +22,9 @@ from tests.laboratory import wait_until
 from tests.wan.sites import Wan, WanCluster, fastest_s, why_not
 
 pytestmark = pytest.mark.cluster
-RTT_S = 0.06
-TIMES = 15
+RTT_S = 0.2
+"""Far more than what a loaded machine takes for the rest."""
+TIMES = 8
 A, B, C = 0, 1, 2
 CELLS = "CREATE TABLE cell_mappings (id INTEGER PRIMARY KEY, uuid VARCHAR(36) NOT NULL UNIQUE)"
 MAPPINGS = """CREATE TABLE instance_mappings (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36) NOT NULL UNIQUE,
@@ -93,7 +94,7 @@ def test_row_made_in_one_pop_is_read_and_changed_from_another_and_listed_from_th
 
 
 def test_where_a_local_group_lives_is_told_everywhere(doors: Doors) -> None:
-    wait_until(lambda: where(doors, A).hint == "pop1", 20.0, "no hint was published")
+    wait_until(lambda: where(doors, A).hint == "pop1", 60.0, "no hint was published")
     for pop in (A, B, C):
         reply = where(doors, pop)
         assert (reply.home, reply.domain, reply.exists, len(reply.replicas)) == (GLOBAL, "pop1", True, 1)
@@ -155,7 +156,7 @@ def test_cut_off_pop_goes_on_with_its_own_and_nothing_is_said_to_be_gone(doors: 
             assert took_s < 5.0
     finally:
         doors.cluster.wan.heal()
-    wait_until(lambda: heard(doors), 20.0, "the healed PoP is not asked again")
+    wait_until(lambda: heard(doors), 60.0, "the healed PoP is not asked again")
     for pop in (A, B, C):
         assert doors.listed(pop) == ["first-0", "first-1", "first-2", "meanwhile-a", "meanwhile-b"]
         assert doors.ask(pop, ONE, "first-0") == [("p3",)]
@@ -189,13 +190,13 @@ def test_killed_daemon_that_starts_again_in_a_cut_off_pop_serves_what_is_homed_t
             doors.ask(A, ONE, "first-1")
     finally:
         cluster.wan.heal()
-    wait_until(lambda: heard(doors), 20.0, "the healed PoP is not asked again")
+    wait_until(lambda: heard(doors), 60.0, "the healed PoP is not asked again")
     assert doors.ask(B, ONE, "before") == [("p4",)]
     assert doors.ask(C, ONE, "after") == [("p",)]
 
 
 def test_database_whose_rows_all_live_where_they_were_made(doors: Doors) -> None:
-    store = doors.cluster.nodes[B].store()
+    store = doors.cluster.nodes[B].store(60.0)
     assert store.create_database("all", home=LOCAL)
     there, here = (Connection(Database(node.store(), "all"), "", True) for node in doors.cluster.nodes[:2])
     here.execute("CREATE TABLE notes (id INTEGER PRIMARY KEY, text VARCHAR(20))")

@@ -25,7 +25,8 @@ from tests.oslo_bus import Clients, Served, oslo_messaging
 from tests.wan.sites import Wan, WanCluster, fastest_s, why_not
 
 pytestmark = pytest.mark.cluster
-RTT_S = 0.06
+RTT_S = 0.2
+"""Far more than what a loaded machine takes for the rest."""
 FOUNDING, HOME, OTHER = 0, 3, 4
 """Daemons: one of the three of pop0, the one of pop1 and the one of pop2."""
 
@@ -159,7 +160,7 @@ def test_cut_off_pop_goes_on_with_its_own_and_is_unavailable_never_empty_to_the_
         assert cluster.nodes[OTHER].store().create_database("meanwhile") is True
     finally:
         cluster.wan.heal()
-    wait_until(lambda: answers(other) and answers(third), 20.0, "the healed PoP is not asked again")
+    wait_until(lambda: answers(other) and answers(third), 60.0, "the healed PoP is not asked again")
     assert read(other) == read(third) == 11
 
 
@@ -201,5 +202,5 @@ def test_bus_brings_calls_to_another_pop_and_goes_on_after_a_cut(cluster: WanClu
                 waits.call({}, "ask")
         finally:
             cluster.wan.heal()
-        wait_until(lambda: far.prepare(timeout=20).call({}, "ask") == "home", 20.0, "the healed PoP is not reached")
+        wait_until(lambda: far.prepare(timeout=20).call({}, "ask") == "home", 60.0, "the healed PoP is not reached")
     clients.close()

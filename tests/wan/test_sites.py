@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from lucd.demo.wan.router import NETWORK, WAITING_PACKETS_MAX, Router
 from lucd.demo.wan.sites import Wan, why_not
+from tests.laboratory import wait_until
 
 ECHO = """
 import socket, sys
@@ -70,15 +70,15 @@ def ask(wan: Wan, site: int, other: int, count: int, timeout_s: float) -> list[f
 
 
 def test_round_trip_is_what_was_ordered_for_the_pair_and_no_other(wan: Wan) -> None:
-    wan.between([0, 1], 40.0)
+    wan.between([0, 1], 200.0)
     with echo(wan, 1):
-        far, near = ask(wan, 0, 1, 10, 2.0), ask(wan, 2, 1, 10, 2.0)
-        itself = ask(wan, 1, 1, 10, 2.0)
+        far, near = ask(wan, 0, 1, 10, 30.0), ask(wan, 2, 1, 10, 30.0)
+        itself = ask(wan, 1, 1, 10, 30.0)
     assert len(far) == len(near) == len(itself) == 10
     # It may be late on a busy machine, never early.
-    assert 40.0 <= min(far) <= statistics.median(far) < 60.0
-    assert statistics.median(near) < 20.0
-    assert statistics.median(itself) < 20.0
+    assert 200.0 <= min(far) < 300.0
+    assert min(near) < 100.0
+    assert min(itself) < 100.0
 
 
 def test_cut_loses_everything_and_heal_brings_it_back(wan: Wan) -> None:
@@ -87,10 +87,10 @@ def test_cut_loses_everything_and_heal_brings_it_back(wan: Wan) -> None:
         wan.cut([0], [1, 2])
         before = wan.traffic()
         assert ask(wan, 0, 1, 3, 0.1) == []
-        assert (wan.traffic() - before).lost == 3
-        assert len(ask(wan, 2, 1, 3, 1.0)) == 3
+        wait_until(lambda: (wan.traffic() - before).lost == 3, 30.0, "what is lost is not counted")
+        assert len(ask(wan, 2, 1, 3, 30.0)) == 3
         wan.heal()
-        assert len(ask(wan, 0, 1, 3, 1.0)) == 3
+        assert len(ask(wan, 0, 1, 3, 30.0)) == 3
 
 
 def test_one_way_cut_loses_the_replies_and_carries_the_requests(wan: Wan) -> None:
@@ -99,8 +99,12 @@ def test_one_way_cut_loses_the_replies_and_carries_the_requests(wan: Wan) -> Non
         wan.cut([1], [0], one_way=True)
         before = wan.traffic(0)
         assert ask(wan, 0, 1, 3, 0.1) == []
-        seen = wan.traffic(0) - before
-        assert (seen.packets, seen.lost) == (3, 3)
+
+        def seen() -> tuple[int, int]:
+            traffic = wan.traffic(0) - before
+            return traffic.packets, traffic.lost
+
+        wait_until(lambda: seen() == (3, 3), 30.0, "not the requests are carried and the replies lost")
         wan.heal()
 
 
@@ -108,9 +112,9 @@ def test_traffic_counts_what_crosses_and_not_what_stays_within_a_site(wan: Wan) 
     wan.between(range(3), 1.0)
     with echo(wan, 1):
         before = wan.traffic()
-        ask(wan, 1, 1, 5, 1.0)
+        ask(wan, 1, 1, 5, 30.0)
         assert (wan.traffic() - before).packets == 0
-        ask(wan, 0, 1, 5, 1.0)
+        ask(wan, 0, 1, 5, 30.0)
         assert (wan.traffic() - before).packets == 10
         assert (wan.traffic(2) - before).packets <= 0
 
@@ -122,10 +126,10 @@ def test_connection_is_made_inside_a_site_and_the_thread_comes_out_again(wan: Wa
         assert process.stdout is not None
         assert process.stdout.readline() == b"open\n"
         with pytest.raises(ConnectionRefusedError):
-            wan.sites[0].connect("127.0.0.1", 7777, 5.0)
+            wan.sites[0].connect("127.0.0.1", 7777, 30.0)
         assert Path("/proc/thread-self/ns/net").readlink() == home
-        with wan.sites[1].connect("127.0.0.1", 7777, 5.0):
-            assert process.wait(5.0) == 0
+        with wan.sites[1].connect("127.0.0.1", 7777, 30.0):
+            assert process.wait(30.0) == 0
     assert Path("/proc/thread-self/ns/net").readlink() == home
 
 
