@@ -140,7 +140,7 @@ class Clients:
         for thread in self._threads:
             thread.join()
 
-    def wait_for(self, more: int, timeout_s: float = 20.0) -> None:
+    def wait_for(self, more: int, timeout_s: float = 60.0) -> None:
         """Return when every client had that many more writes acknowledged."""
         goals = [report.acknowledged + more for report in self.reports]
         deadline = time.monotonic() + timeout_s

@@ -64,7 +64,7 @@ def test_read_only_disk_of_one_is_named_and_the_others_serve(cluster: Cluster, l
             third.kill()
             subprocess.run(["mount", "-o", "remount,ro", str(third.data_dir)], check=True)
             third.start(wait_ready=False)
-            assert third.wait(20) == 74
+            assert third.wait(120) == 74
             assert "Read-only file system; check data_dir, its owner and the disk" in third.log_tail()
             with Clients(load, [first, second]) as others:
                 others.wait_for(10)
@@ -104,7 +104,7 @@ def test_damaged_file_of_one_is_refused_the_others_serve_and_a_wiped_node_rejoin
 
     def refused(words: str) -> None:
         third.start(wait_ready=False)
-        assert third.wait(20) == 74
+        assert third.wait(120) == 74
         assert words in third.log_text().splitlines()[-1], third.log_tail()
         assert "wipe" in third.log_text().splitlines()[-1]
 

@@ -19,7 +19,7 @@ def test_demo_runs_through_and_loses_nothing() -> None:
         [sys.executable, "-m", "lucd.cli.main", "demo", "--instances", "6"],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -34,7 +34,7 @@ def test_control_plane_on_lucd_boots_and_moves_servers_while_a_daemon_dies() -> 
         [sys.executable, "-m", "lucd.cli.main", "demo", "--control-plane", "--instances", "4", "--computes", "2"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,7 +51,7 @@ def test_each_pop_lives_on_at_both_sides_of_a_cut_and_loses_nothing() -> None:
         [sys.executable, "-m", "lucd.cli.main", "demo", "--pops", "3", "--latency-ms", "20", "--instances", "4"],
         capture_output=True,
         text=True,
-        timeout=480,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,7 +79,7 @@ def test_control_plane_in_each_pop_boots_and_deletes_its_own_while_one_is_cut_of
         pytest.skip(reason)
     command = ["demo", "--control-plane", "--pops", "2", "--latency-ms", "20", "--instances", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "lucd.cli.main", *command], capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, "-m", "lucd.cli.main", *command], capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The cables of pop1 are pulled out" in done.stdout

@@ -150,7 +150,7 @@ def test_found_below_a_file_is_refused(tmp_path: Path) -> None:
 def _hold(path: str, ready: object, done: object) -> None:
     opened = directory.start(Path(path), "p")
     ready.set()  # type: ignore[attr-defined]
-    done.wait(10)  # type: ignore[attr-defined]
+    done.wait(120)  # type: ignore[attr-defined]
     opened.close()
 
 
@@ -161,7 +161,7 @@ def test_start_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
     process = context.Process(target=_hold, args=(str(tmp_path / "d"), ready, done))
     process.start()
     try:
-        assert ready.wait(20)
+        assert ready.wait(120)
         with pytest.raises(Unavailable, match="in use by another lucd process"):
             directory.start(tmp_path / "d", "p")
         assert (tmp_path / "d" / "boot").read_text() == "1\n"

@@ -34,17 +34,20 @@ def test_link_port_of_a_daemon_is_tls_with_a_certificate_of_each_start_and_none_
 def test_daemon_of_another_link_tls_joins_when_it_is_corrected_and_until_then_both_logs_say_why(
     tmp_path: Path, first: str
 ) -> None:
-    def told(node: LocalNode) -> bool:
-        return "set link_tls alike on all nodes" in node.log_text()
+    def told(node: LocalNode, begin: str) -> bool:
+        return all(words in node.log_text() for words in (begin, "set link_tls alike on all nodes"))
 
     with Cluster(tmp_path, nodes=1, options=f"link_tls = {first}\n") as cluster:
         node, other = cluster.nodes[0], cluster.add()
         other.options = f"link_tls = {'false' if first == 'true' else 'true'}\n"
         other.write_config()
         other.start(wait_ready=False)
-        wait_until(lambda: told(node) and told(other), 30.0, "one of the two does not say why they have no link")
-        assert f"no link with {HOST}: it " in node.log_text()
-        assert f"cannot join yet, trying again every 2.0 s: {node.address}: it" in other.log_text()
+        begins = f"no link with {HOST}: it ", f"cannot join yet, trying again every 2.0 s: {node.address}: it"
+        wait_until(
+            lambda: told(node, begins[0]) and told(other, begins[1]),
+            60.0,
+            "one of the two does not say why they have no link",
+        )
         assert node.get("/readyz")[0] == 200
         assert node.status()["counters"]["links"]["refused"] > 0
         other.stop()

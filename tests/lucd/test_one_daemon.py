@@ -150,7 +150,7 @@ def test_second_daemon_on_the_directory_fails_with_69(cluster: Cluster) -> None:
     twin.data_dir = node.data_dir
     twin.write_config()
     twin.start(wait_ready=False)
-    assert twin.wait(20) == 69
+    assert twin.wait(120) == 69
     assert "in use by another lucd process" in twin.log_tail()
     cluster.nodes.remove(twin)
 
@@ -161,7 +161,7 @@ def test_port_taken_fails_with_one_line(cluster: Cluster, port: str) -> None:
     setattr(twin, port, getattr(cluster.nodes[0], port))
     twin.write_config()
     twin.start(wait_ready=False)
-    assert twin.wait(20) in (64, 69)
+    assert twin.wait(120) in (64, 69)
     lines = [line for line in twin.log_text().splitlines() if line.startswith("lucd: ")]
     assert len(lines) == 1
     assert str(getattr(cluster.nodes[0], port)) in lines[0]
@@ -175,6 +175,6 @@ def test_foreign_store_file_fails_with_74(cluster: Cluster, tmp_path: Path) -> N
     twin.data_dir.joinpath("store.sqlite").write_bytes(cluster.nodes[0].data_dir.joinpath("store.sqlite").read_bytes())
     cluster.nodes[0].start()
     twin.start(wait_ready=False)
-    assert twin.wait(20) == 74
+    assert twin.wait(120) == 74
     assert "belongs to another node" in twin.log_tail()
     cluster.nodes.remove(twin)

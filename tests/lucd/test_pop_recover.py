@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,9 +65,16 @@ def recover(node: LocalNode, *, accept: bool, pop: str = "lyon") -> messages.Rec
     return reply.recovery
 
 
-def covered(node: LocalNode) -> bool:
-    """Whether a backup of lyon has what was written more than a moment ago."""
-    return any(0 <= line.age_s < 1.5 and not line.open for line in pops(node)["lyon"].backups)
+def wait_covered(node: LocalNode, failing: str) -> None:
+    """Return when a backup of lyon has whatever was written before this call."""
+    written_s = time.monotonic()
+
+    def covered() -> bool:
+        # Of an age that is rounded to a tenth.
+        younger_s = time.monotonic() - written_s - 0.1
+        return any(0 <= line.age_s < younger_s and not line.open for line in pops(node)["lyon"].backups)
+
+    wait_until(covered, 60.0, failing)
 
 
 def test_destroyed_pop_begins_anew_on_a_new_node_and_the_old_one_stops_when_it_comes_back(cluster: Cluster) -> None:
@@ -76,11 +84,11 @@ def test_destroyed_pop_begins_anew_on_a_new_node_and_the_old_one_stops_when_it_c
     for i, key in enumerate(KEYS):
         write(store, key, Op.INSERT, i)
     ids = store.reserve_ids("cell", "s", 5)
-    wait_until(lambda: covered(first), 60.0, "nobody backs lyon up")
+    wait_covered(first, "nobody backs lyon up")
     assert {line.pop for line in pops(first)["lyon"].backups} <= {"pop1", "nice"}
     with pytest.raises(Invalid, match="knows domain lyon already"):
         recover(old, accept=True)
-    wait_until(lambda: covered(first), 20.0, "the backup does not go on")
+    wait_covered(first, "the backup does not go on")
     dead = str(old.status()["node_id"])
     old.kill()
 
@@ -104,7 +112,7 @@ def test_destroyed_pop_begins_anew_on_a_new_node_and_the_old_one_stops_when_it_c
 
     aside = "its copy is kept until the new one is complete"
     wait_until(lambda: any(aside in node.log_text() for node in cluster.nodes), 60.0, "what it began with is not kept")
-    wait_until(lambda: covered(first), 60.0, "nobody backs lyon up again")
+    wait_covered(first, "nobody backs lyon up again")
     left = "*~before*"
     wait_until(lambda: not any(list(n.path.rglob(left)) for n in cluster.nodes), 30.0, "it is kept for ever")
 
@@ -138,7 +146,7 @@ def test_one_of_two_pops_is_destroyed_and_the_other_started_again_and_the_copy_i
         old.store().create_database("cell")
         for i, key in enumerate(KEYS):
             write(old.store(), key, Op.INSERT, i)
-        wait_until(lambda: covered(first), 60.0, "nobody backs lyon up")
+        wait_covered(first, "nobody backs lyon up")
         old.kill()
         reply = first.client().call(messages.RecoverDomain((), True, 60.0, GLOBAL), timeout_s=120.0)
         assert isinstance(reply, messages.RecoverReply)

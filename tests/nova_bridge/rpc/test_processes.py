@@ -19,7 +19,7 @@ from oslo_versionedobjects import base as versioned
 from workers import ENVIRONMENT, HERE, bus, running_worker
 
 SERVER = "the-host"
-START_WAIT_S = 60
+START_WAIT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_door_opened_by_url_alone_works_from_the_first_call_on(socket, template,
         database.close()
     urls = [url_of(here, name) + "?plugin=lucd_rpc" for name in ("main", "api")]
     file = written_conf(tmp_path / "nova.conf", socket, *urls)
-    answer = json.loads(told_by("behind_plugin.py", "--config-file", file, timeout_s=60).splitlines()[-1])
+    answer = json.loads(told_by("behind_plugin.py", "--config-file", file, timeout_s=240).splitlines()[-1])
     assert answer["first"] == ["seen by the first call"]
     assert answer["replaced"] is True
     assert answer["second"] == ["seen by the others"]

@@ -42,6 +42,6 @@ def running_worker(socket, server, connection, api_connection):
             assert process.stdout.readline().strip() == worker.READY
             yield process
             process.terminate()
-            assert process.wait(30) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
