@@ -26,7 +26,16 @@ from dht.wire.dialing import CONNECT_TIMEOUT_S
 from dht.wire.entrance import Entrance
 from dht.wire.handshake import AcceptBoot, Handshake, PeerIdentity, Role
 from dht.wire.identity import Cluster, NodeIdentity
-from dht.wire.link import CLOSE_WAIT_S, MESSAGE_BYTES_MAX, TICK_S, DialedSocket, Link, WebSocket, awake_until_s
+from dht.wire.link import (
+    ALIVE_S,
+    CLOSE_WAIT_S,
+    MESSAGE_BYTES_MAX,
+    TICK_S,
+    DialedSocket,
+    Link,
+    WebSocket,
+    awake_until_s,
+)
 from dht.wire.refusals import Refusals
 from dht.wire.serving import answer_in_time
 from dht.wire.strangers import Strangers
@@ -90,13 +99,14 @@ class LinkNetwork:
 
     `counters` since the start: links (now), frames_in, frames_out, bytes_in, bytes_out, dials, lost, refused
     (handshakes, and dials that had none because one end has TLS and the other not), garbage, shed (messages not taken
-    because the peer is too slow). `on_link` callbacks get each proven peer when a link to it comes up, and when one to
+    because the peer is too slow), pauses (in which this process stood still for so long that peers took it for gone).
+    `on_link` callbacks get each proven peer when a link to it comes up, and when one to
     its next start takes the place of a link that was not missed yet.
     """
 
     def __init__(self, identity: NodeIdentity, cluster: Cluster, accept_boot: AcceptBoot, tls: LinkTls | None) -> None:
         self.identity = identity
-        names = "links frames_in frames_out bytes_in bytes_out dials lost refused garbage shed"
+        names = "links frames_in frames_out bytes_in bytes_out dials lost refused garbage shed pauses"
         self.counters = dict.fromkeys(names.split(), 0)
         self.on_link: list[Callable[[PeerIdentity], None]] = []
         self.needed: Callable[[NodeId], bool] = lambda node: True
@@ -507,6 +517,7 @@ class LinkNetwork:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         own_pause_s = now_s - self._ticked_s - TICK_S if self._ticked_s else 0.0
+        self.counters["pauses"] += own_pause_s > ALIVE_S
         for peer in self._peers.values():
             if peer.link is not None:
                 if own_pause_s > TICK_S:

@@ -281,6 +281,18 @@ async def test_peer_is_not_silent_for_a_pause_of_this_process_also_before_anythi
         assert a.network.silent_s(b.id) < silent_s + 0.2, "who is silent is no longer silent for it"
 
 
+async def test_pause_of_this_process_is_counted_if_peers_took_it_for_gone_meanwhile():
+    async with nodes(1) as (a,):
+        a.network._ticking.cancel()
+        counted = []
+        for pause_s in (0.2, 0.6):
+            a.network._ticked_s = asyncio.get_running_loop().time() - link.TICK_S - pause_s
+            a.network._tick()
+            a.network._ticking.cancel()
+            counted.append(a.network.counters["pauses"])
+        assert counted[1] - counted[0] == 1
+
+
 async def test_peer_is_not_parted_for_a_pause_of_this_host(monkeypatch):
     """The kernel's clock went on while nothing ran: what was sent before has had no time to be acknowledged."""
     async with silenced(monkeypatch, (1, 60_000, 1000, 0)) as (a, b):
