@@ -12,7 +12,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -149,6 +149,11 @@ class Clients:
             time.sleep(0.02)
 
     @property
+    def errors(self) -> list[str]:
+        """What all of them met."""
+        return [error for report in self.reports for error in report.errors]
+
+    @property
     def pause_s(self) -> float:
         return max(report.pause_s for report in self.reports)
 
@@ -263,6 +268,25 @@ class Clients:
             value = found[FIRST_COLUMN + client]
             if not isinstance(value, int) or not low <= value <= high:
                 report.wrong.append(f"read of row {row} client {client}: {value}, not {low} to {high}")
+
+
+class Standstills:
+    """Whether one of these daemons stood still, by its own account, for so long that the others took it for gone.
+
+    The machine had no time for it, or was halted itself: who then hears no majority is right to refuse.
+    """
+
+    def __init__(self, nodes: Sequence[LocalNode]) -> None:
+        self._nodes = list(nodes)
+        self._before = self._count()
+
+    def _count(self) -> int:
+        return sum(int(node.status()["counters"]["links"]["pauses"]) for node in self._nodes)
+
+    def unexplained(self, errors: Iterable[str]) -> list[str]:
+        """Errors of clients, but for those refusals if one did."""
+        stood_still = self._count() > self._before
+        return [error for error in errors if not stood_still or "replicas this node hears" not in error]
 
 
 def assert_whole(load: Load, cluster: Cluster) -> None:

@@ -16,7 +16,7 @@ from dht.storage.disk import SqliteDisk
 from dht.world import Space
 from lucd import directory
 from tests.cluster import Cluster
-from tests.faults.load import Clients, Load, assert_whole
+from tests.faults.load import Clients, Load, Standstills, assert_whole
 
 pytestmark = pytest.mark.cluster
 SPACES_IN_USE = {Space.META, Space.ROSTER, Space.TABLET, Space.REGISTER, Space.ROW, Space.INDEX, Space.PEER}
@@ -66,9 +66,11 @@ def test_read_only_disk_of_one_is_named_and_the_others_serve(cluster: Cluster, l
             third.start(wait_ready=False)
             assert third.wait(120) == 74
             assert "Read-only file system; check data_dir, its owner and the disk" in third.log_tail()
+            standstills = Standstills([first, second])
             with Clients(load, [first, second]) as others:
                 others.wait_for(10)
-            assert [(report.errors, report.wrong) for report in others.reports] == [([], [])] * 2
+            assert standstills.unexplained(others.errors) == []
+            assert [report.wrong for report in others.reports] == [[]] * 2
             subprocess.run(["mount", "-o", "remount,rw", str(third.data_dir)], check=True)
             third.start()
             cluster.wait_whole()
@@ -108,6 +110,7 @@ def test_damaged_file_of_one_is_refused_the_others_serve_and_a_wiped_node_rejoin
         assert words in third.log_text().splitlines()[-1], third.log_tail()
         assert "wipe" in third.log_text().splitlines()[-1]
 
+    standstills = Standstills([first, second])
     with Clients(load, [first, second]) as others:
         # Each key space of the file.
         connection = apsw.Connection(str(file), flags=apsw.SQLITE_OPEN_READONLY)
@@ -126,7 +129,8 @@ def test_damaged_file_of_one_is_refused_the_others_serve_and_a_wiped_node_rejoin
         file.write_bytes(older)
         refused("is an older copy")
         others.wait_for(10)
-    assert [(report.errors, report.wrong) for report in others.reports] == [([], [])] * 2
+    assert standstills.unexplained(others.errors) == []
+    assert [report.wrong for report in others.reports] == [[]] * 2
     for node in (first, second):
         assert load.verify(node.store()) == []
     # What the document says: away with the directory, and join again.
