@@ -19,11 +19,11 @@ _MISSING: Any = object()
 
 def by_family(tx: Transaction, table: Table, keys: Sequence[tuple[Value, ...]]) -> list[Record]:
     """Rows of the groups with these family keys, which are in the table's order of family columns."""
+    if len(keys) == 1:
+        return [] if None in keys[0] else tx.rows(table, table.family_group(keys[0]))
     groups = list(dict.fromkeys([table.family_group(key) for key in keys if None not in key]))
     if len(groups) > 1:
         tx.ensure(groups)
-    if len(groups) == 1:
-        return tx.rows(table, groups[0])
     return [record for group in groups for record in tx.rows(table, group)]
 
 

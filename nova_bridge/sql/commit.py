@@ -145,7 +145,16 @@ def _commit(tx: Transaction, rows: Rows, foreign_keys: bool) -> None:
         except DhtError as error:
             raise from_store(error) from None
         counts.applied += 1
+        _remember_places(tx, rows)
         return
+
+
+def _remember_places(tx: Transaction, rows: Rows) -> None:
+    """Who made a row knows its group, and need not find it when it asks by the row's id."""
+    hints = tx.database.hints
+    for table, (group, _), pending in rows:
+        if table.number in hints.by_id and pending.base is None and pending.current is not None:
+            hints.put((table.number, pending.current.pk[0]), group)
 
 
 def _may_be_cut(rows: Rows) -> bool:

@@ -32,12 +32,18 @@ class GroupView:
 
     def __init__(self, key: GroupKey, ballot: Ballot, rows: dict[RowKey, bytes], version: int) -> None:
         self.key, self.ballot, self.version = key, ballot, version
-        self._raw: dict[bytes, dict[RowKey, bytes]] = {}
+        raw: dict[bytes, dict[RowKey, bytes]] = {}
+        self._raw = raw
         self._records: dict[int, dict[RowKey, Record]] = {}
-        self.size_bytes = 0
+        size_bytes = 0
         for row_key, data in rows.items():
-            self.size_bytes += len(row_key) + len(data)
-            self._raw.setdefault(table_part(row_key), {})[row_key] = data
+            size_bytes += len(row_key) + len(data)
+            part = row_key[:_PREFIX_BYTES]
+            if part in raw:
+                raw[part][row_key] = data
+            else:
+                raw[part] = {row_key: data}
+        self.size_bytes = size_bytes
 
     def records(self, table: Table) -> dict[RowKey, Record]:
         """The table's rows in this group, by row key and in its order."""
@@ -93,11 +99,15 @@ class GroupCache:
 
 
 class Hints:
-    """Where rows were seen: (table number, integer key) or an entry's group -> group key. Verified by every reader."""
+    """Where rows were seen: (table number, integer key) or an entry's group -> group key. Verified by every reader.
+
+    `by_id`: numbers of the tables of which rows had to be found by their integer keys.
+    """
 
     def __init__(self, entries_max: int = HINTS_MAX) -> None:
         self._groups: dict[tuple[int, Value] | GroupKey, GroupKey] = {}
         self._entries_max = entries_max
+        self.by_id: set[int] = set()
 
     def get(self, key: tuple[int, Value] | GroupKey) -> GroupKey | None:
         """The group that held it last."""

@@ -16,7 +16,7 @@ from dht.model import Comparison, Constraint, Order, Scope
 from nova_bridge.sql import access
 from nova_bridge.sql.schema import Record, Table, Unique
 from nova_bridge.sql.transaction import Transaction
-from nova_bridge.sql.values import BLOB, NUMERIC, REAL, TEXT, coerce, sort_key
+from nova_bridge.sql.values import BLOB, INTEGER, NUMERIC, REAL, TEXT, coerce, sort_key
 
 LOG = logging.getLogger(__name__)
 EQ, IS, IS_NULL = (
@@ -46,6 +46,9 @@ ROWS_GUESSED = 1000
 SCAN_COST = 300.0
 """Of a row, in look-ups of a row whose group a find has brought along. A scan goes through all nodes' rows, which may
 be far more than the guess; any way from another table's find is better, however many rows that one may have."""
+BY_KEY = frozenset({"key", "family", "entry"})
+AS_IT_IS = {TEXT: str, INTEGER: int, REAL: int, NUMERIC: int, BLOB: bytes}
+"""By affinity: values of this type are compared with the column as they are."""
 PRODUCT_MAX = 10_000
 """Combinations of IN lists looked up one by one; beyond that a find takes the lists as they are."""
 
@@ -82,6 +85,7 @@ class Planner:
         self.table = table
         self.plans: list[Plan] = []
         self._numbers: dict[Plan, int] = {}
+        self._as_it_is = [AS_IT_IS[affinity] for affinity in table.affinities]
         self._in_lists = in_lists
 
     def best_index(self, info: apsw.IndexInfo) -> bool:
@@ -239,10 +243,10 @@ class Planner:
         return sum(1 for _ in itertools.takewhile(equal.__contains__, columns))
 
     def pages(
-        self, tx: Transaction, number: int, arguments: Sequence[Any], whole_groups: bool
+        self, tx: Transaction, plan: Plan, arguments: Sequence[Any], whole_groups: Callable[[], bool]
     ) -> Iterator[list[Record]] | None:
         """Answer xFilter page by page, where the statement probably stops reading before the end; else None."""
-        plan, table = self.plans[number], self.table
+        table = self.table
         if plan.order is None or plan.kind not in {"find", "scan"} or not tx.reading or tx.overlay.get(table.number):
             return None
         wanted = tx.rows_wanted
@@ -252,22 +256,26 @@ class Planner:
         if wanted is None or constraints is None:
             return None
         scope = self._scope(tx, constraints)
-        return tx.find_as_read(table, constraints, plan.order, whole_groups, plan, scope, wanted)
+        return tx.find_as_read(table, constraints, plan.order, whole_groups(), plan, scope, wanted)
 
-    def run(self, tx: Transaction, number: int, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
+    def run(
+        self, tx: Transaction, plan: Plan, arguments: Sequence[Any], whole_groups: Callable[[], bool]
+    ) -> list[Record]:
         """Answer xFilter."""
-        plan = self.plans[number]
         records = self._run(tx, plan, arguments, whole_groups)
         if plan.sort and len(records) > 1:
             records = _sorted(records, plan.sort)
         return records
 
-    def _run(self, tx: Transaction, plan: Plan, arguments: Sequence[Any], whole_groups: bool) -> list[Record]:
+    def _run(
+        self, tx: Transaction, plan: Plan, arguments: Sequence[Any], whole_groups: Callable[[], bool]
+    ) -> list[Record]:
         table = self.table
         if plan.kind == "whole":
             return tx.rows(table, table.family_group(()))
-        if plan.kind in {"key", "family", "entry"}:
-            keys = self._keys(plan, arguments)
+        if plan.kind in BY_KEY:
+            key = self._key(plan, arguments)
+            keys = [key] if key is not None else self._keys(plan, arguments)
             if keys is not None:
                 return self._by_keys(tx, plan, keys)
         constraints = self._constraints(plan, arguments)
@@ -276,7 +284,7 @@ class Planner:
         if LOG.isEnabledFor(logging.DEBUG):
             self._tell_scan(constraints)
         limit = _limit(plan, arguments) if plan.cut and self._tells_all(plan, arguments) else None
-        return tx.find(table, constraints, plan.order, limit, whole_groups, plan, self._scope(tx, constraints))
+        return tx.find(table, constraints, plan.order, limit, whole_groups(), plan, self._scope(tx, constraints))
 
     def _scope(self, tx: Transaction, constraints: Sequence[Constraint]) -> Scope:
         table = self.table
@@ -309,6 +317,16 @@ class Planner:
         if len(keys) > 1:
             keys = sorted(dict.fromkeys(keys), key=lambda k: [sort_key(v) for v in k])
         return tx.by_pk(table, keys)
+
+    def _key(self, plan: Plan, arguments: Sequence[Any]) -> tuple[Any, ...] | None:
+        """The one key to look up, where its values are compared as they are; None: see `_keys`."""
+        types, unique = self._as_it_is, plan.unique
+        for position, value in zip(plan.key, arguments, strict=False):
+            if type(value) is not types[position]:
+                return None
+            if unique is not None and position == unique.deleted and value != 0:
+                return None
+        return tuple(arguments[: len(plan.key)])
 
     def _keys(self, plan: Plan, arguments: Sequence[Any]) -> list[tuple[Any, ...]] | None:
         """The keys to look up; None where the plan's way does not hold for these values, so that a find must do."""

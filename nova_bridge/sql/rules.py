@@ -29,6 +29,8 @@ def check_unique(
 
     `near`: the row makes its group, so that only this PoP is asked (`Transaction.begins`).
     """
+    if changed is not None and table.unique_columns.isdisjoint(changed):
+        return
     rules = [u for u in table.uniques if changed is None or not set(u.columns).isdisjoint(changed)]
     if not rules:
         return

@@ -6,6 +6,7 @@ catalog. `Table` is made from it once per catalog version: the same by position 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -123,6 +124,14 @@ class Foreign(msgspec.Struct, frozen=True):
     child: str
 
 
+def mask_of(positions: Iterable[int]) -> int:
+    """Columns as bits."""
+    mask = 0
+    for position in positions:
+        mask |= 1 << position
+    return mask
+
+
 class Record:
     """A row as a transaction met it, decoded; never changed. `values` by position, the hidden rowid last if any."""
 
@@ -165,10 +174,12 @@ class Table:
         self.affinities = [c.affinity for c in self.columns]
         self.width = len(self.columns)
         self.rowid_key = not definition.primary
-        self._fields = [(c.number, coerce(c.affinity, c.default) if c.added_default else None) for c in self.columns]
+        self._numbers = [c.number for c in self.columns]
+        self._absent = [coerce(c.affinity, c.default) if c.added_default else None for c in self.columns]
         if self.rowid_key:
             self.position[HIDDEN_ROWID] = self.width
-            self._fields.append((HIDDEN_ROWID, None))
+            self._numbers.append(HIDDEN_ROWID)
+            self._absent.append(None)
         self.primary = tuple(self.position[n] for n in definition.primary) or (self.width,)
         self.integer_key = self.primary[0] if definition.integer_key else None
         self.required = [i for i, c in enumerate(self.columns) if c.not_null and i != self.integer_key]
@@ -176,9 +187,12 @@ class Table:
         self.unindexed = frozenset(i for i, c in enumerate(self.columns) if c.added_default)
         self.family, self.whole = definition.family, definition.whole
         self.family_key = tuple(self.position[n] for n in definition.family_columns)
+        self.placing = frozenset((*self.primary, *self.family_key))
         self.merge = frozenset(self.position[n] for n in definition.merge if n in self.position)
+        self.merge_mask = mask_of(self.merge)
         self.indexes = [tuple(self.position[n] for n in i.columns) for i in definition.indexes]
         self.uniques = [self._unique(i) for i in definition.indexes if i.kind != "plain"]
+        self.unique_columns = frozenset(position for unique in self.uniques for position in unique.columns)
         self.foreign = [
             Foreign(
                 tuple(self.position[n] for n in f.columns),
@@ -208,10 +222,9 @@ class Table:
 
     def decode(self, group: GroupKey, key: RowKey, row: Row) -> Record:
         """The record of a stored row."""
-        get = row.get
-        values = tuple([get(number, default) for number, default in self._fields])
+        values = tuple(map(row.get, self._numbers, self._absent))
         pk = tuple([values[p] for p in self.primary])
-        if self.unindexed and (lacks := [p for p in self.unindexed if self._fields[p][0] not in row]):
+        if self.unindexed and (lacks := [p for p in self.unindexed if self._numbers[p] not in row]):
             return AgedRecord(group, key, pk, values, frozenset(lacks))
         return Record(group, key, pk, values)
 
@@ -220,15 +233,20 @@ class Table:
         pk = tuple([values[p] for p in self.primary])
         return Record(self.group_of(values, pk), row_key(self.number, pk), pk, values)
 
+    def changed(self, record: Record, values: tuple[Any, ...], positions: Collection[int]) -> Record:
+        """The record of a row that this process changed at these positions."""
+        if not self.placing.isdisjoint(positions):
+            return self.record(values)
+        return Record(record.group, record.key, record.pk, values)
+
     def encode(self, values: tuple[Any, ...]) -> Row:
         """All columns of a new row; a NULL is left out where absence means NULL."""
-        return {
-            n: v for (n, default), v in zip(self._fields, values, strict=True) if v is not None or default is not None
-        }
+        columns = zip(self._numbers, values, self._absent, strict=True)
+        return {number: value for number, value, absent in columns if value is not None or absent is not None}
 
     def number_of(self, position: int) -> int:
         """The stable number of the column at the position."""
-        return self._fields[position][0]
+        return self._numbers[position]
 
     def group_of(self, values: tuple[Any, ...], pk: tuple[Value, ...]) -> GroupKey:
         """The group that a row belongs to."""

@@ -185,6 +185,7 @@ class Transaction(Reads):
             near = self._find_by_pk(table, keys, Scope.NEAR)
             met = {record.pk for record in near}
             return near + self._find_by_pk(table, [pk for pk in keys if pk not in met], Scope.POPS)
+        self.database.hints.by_id.add(table.number)
         column = table.number_of(table.primary[0])
         values = tuple(dict.fromkeys(pk[0] for pk in keys))
         comparison = Comparison.EQ if len(values) == 1 else Comparison.IN
@@ -273,8 +274,11 @@ class Transaction(Reads):
         for position in set_columns:
             mask |= read & 1 << position
         guards = dict(before.guards)
-        for position in range(len(base.values)):
-            if mask >> position & 1 and position not in before.columns and position not in guards:
+        mask &= (1 << len(base.values)) - 1
+        while mask:
+            position = (mask & -mask).bit_length() - 1
+            mask &= mask - 1
+            if position not in before.columns and position not in guards:
                 guards[position] = stale[position] if position in stale else base.stored(position)
         return guards
 

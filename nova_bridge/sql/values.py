@@ -133,10 +133,10 @@ class Named(Mapping[str, Value]):
 
 def adapt_all(parameters: Sequence[Any] | Mapping[str, Any]) -> Any:
     """All parameters of a statement, positional or named."""
+    if isinstance(parameters, (tuple, list)):
+        return parameters if _NATIVE.issuperset(map(type, parameters)) else [adapt(value) for value in parameters]
     if isinstance(parameters, Mapping):
         return Named(parameters)
-    if isinstance(parameters, (tuple, list)) and _NATIVE.issuperset(map(type, parameters)):
-        return parameters
     return [adapt(value) for value in parameters]
 
 

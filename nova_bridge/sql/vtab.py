@@ -16,7 +16,7 @@ from nova_bridge.sql.plan import Planner
 from nova_bridge.sql.schema import Place, Record, Table
 from nova_bridge.sql.transaction import Transaction
 from nova_bridge.sql.values import DECLARED, EQ_OR_NULL, eq_or_null
-from nova_bridge.sql.writes import Writer
+from nova_bridge.sql.writes import NO_CHANGE, Writer
 
 
 class Sight:
@@ -72,6 +72,8 @@ class VirtualTable:
         self.session, self.table = session, table
         self.planner = Planner(table, session.in_lists)
         self.BestIndexObject = self.planner.best_index
+        self.unchanged = ((NO_CHANGE,) * table.width).__getitem__
+        self._open = session.open_tables.setdefault(table.family, {})
 
     def FindFunction(self, name: str, count: int) -> tuple[int, Any] | None:
         """The one function of which the planner is told as of a comparison."""
@@ -81,20 +83,34 @@ class VirtualTable:
 
     def Open(self) -> Cursor | ChangingCursor:
         """Count who is open: a find of a family whose other tables are joined brings the groups along."""
-        counts = self.session.open_tables.setdefault(self.table.family, {})
-        counts[self.table.number] = counts.get(self.table.number, 0) + 1
+        number = self.table.number
+        self._open[number] = self._open.get(number, 0) + 1
         return ChangingCursor(self) if self.session.changing else Cursor(self)
 
     def closed(self) -> None:
         """One cursor less."""
-        counts = self.session.open_tables[self.table.family]
-        counts[self.table.number] -= 1
-        if not counts[self.table.number]:
-            del counts[self.table.number]
+        number = self.table.number
+        left = self._open[number] - 1
+        if left:
+            self._open[number] = left
+        else:
+            del self._open[number]
 
     def joined(self) -> bool:
         """Whether the statement reads other tables of this family as well."""
-        return len(self.session.open_tables[self.table.family]) > 1 and bool(self.table.family_key)
+        return len(self._open) > 1 and bool(self.table.family_key)
+
+    def rowid(self, record: Record) -> int:
+        """A number that is the row's own while the statement runs."""
+        table = self.table
+        if table.integer_key is not None:
+            number: int = record.values[table.integer_key]
+            return number
+        if table.rowid_key:
+            number = record.values[table.width]
+            return number
+        numbers = self.session.numbers
+        return numbers.setdefault((record.group, record.key), len(numbers) + 1)
 
     def Disconnect(self) -> None:
         """Nothing is held."""
@@ -145,26 +161,26 @@ class Cursor:
     def Filter(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         """Fetch the rows of a plan."""
         table = self._table
-        tx, planner, joined = table.session.tx, table.planner, table.joined()
-        self._mask = planner.plans[number].mask
-        self._pages = planner.pages(tx, number, arguments, joined)
+        tx, planner = table.session.tx, table.planner
+        plan = planner.plans[number]
+        self._mask = plan.mask
+        self._pages = planner.pages(tx, plan, arguments, table.joined) if plan.order is not None else None
         if self._pages is None:
-            self._take(planner.run(tx, number, arguments, joined))
+            self._take(planner.run(tx, plan, arguments, table.joined))
         else:
             self._take(next(self._pages, []))
 
     def _take(self, rows: list[Record]) -> None:
+        self._rows, self._at = rows, 0
+        if not rows:
+            self.row = None
+            return
         tx = self._table.session.tx
         tx.marks.read(rows, self._mask)
         if not tx.reading:
             tx.marks.copy(rows, self._mask)
-        self._rows, self._at = rows, 0
-        self._show(rows[0] if rows else None)
-
-    def _show(self, row: Record | None) -> None:
-        self.row = row
-        if row is not None:
-            self.Column = row.values.__getitem__
+        row = self.row = rows[0]
+        self.Column = row.values.__getitem__
 
     def Eof(self) -> bool:
         """No row left."""
@@ -182,18 +198,10 @@ class Cursor:
             self.row = None
 
     def Rowid(self) -> int:
-        """A number that is the row's own while the statement runs."""
-        record, table = self.row, self._table.table
-        if record is None:
+        """See `VirtualTable.rowid`."""
+        if self.row is None:
             raise ValueError("the cursor shows no row")
-        if table.integer_key is not None:
-            number: int = record.values[table.integer_key]
-            return number
-        if table.rowid_key:
-            number = record.values[table.width]
-            return number
-        numbers = self._table.session.numbers
-        return numbers.setdefault((record.group, record.key), len(numbers) + 1)
+        return self._table.rowid(self.row)
 
     def Close(self) -> None:
         """The statement is done."""
@@ -204,20 +212,24 @@ class Cursor:
 class ChangingCursor:
     """The rows that an UPDATE or DELETE goes through; remembers what it looked at."""
 
+    __slots__ = ("ColumnNoChange", "_at", "_mask", "_row", "_rows", "_sight", "_table")
+
     def __init__(self, table: VirtualTable) -> None:
         self._table = table
         self._rows: list[Record] = []
         self._at = self._mask = 0
         self._row: Record | None = None
         self._sight: Sight | None = None
-        self._plain = Cursor(table)
+        self.ColumnNoChange = table.unchanged
+        """Of a column that the UPDATE leaves alone; there are many of them in each row."""
 
     def Filter(self, number: int, name: str, arguments: Sequence[Any]) -> None:
         """Fetch the rows of a plan; its own conditions were looked at already."""
         table = self._table
-        self._rows = table.planner.run(table.session.tx, number, arguments, table.joined())
+        plan = table.planner.plans[number]
+        self._rows = table.planner.run(table.session.tx, plan, arguments, table.joined)
         self._mask = 0
-        for term in table.planner.plans[number].terms:
+        for term in plan.terms:
             self._mask |= 1 << term.position
         self._at = -1
         self.Next()
@@ -232,8 +244,9 @@ class ChangingCursor:
         if self._at >= len(self._rows):
             self._row = self._sight = None
             return
-        row = self._row = self._plain.row = self._rows[self._at]
-        handles, key = self._table.session.handles, (self._table.table.number, self._plain.Rowid())
+        row, table = self._rows[self._at], self._table
+        self._row = row
+        handles, key = table.session.handles, (table.table.number, table.rowid(row))
         sight = handles.get(key)
         if sight is None or (sight.record.group, sight.record.key) != (row.group, row.key):
             sight = handles[key] = Sight(row, 0)
@@ -249,15 +262,11 @@ class ChangingCursor:
             sight.mask |= 1 << number
         return row.values[number]
 
-    def ColumnNoChange(self, number: int) -> Any:
-        """A column that the UPDATE leaves alone."""
-        return apsw.no_change
-
     def Rowid(self) -> int:
         """The number by which the row is changed."""
         if self._row is None:
             raise ValueError("the cursor shows no row")
-        return self._plain.Rowid()
+        return self._table.rowid(self._row)
 
     def Close(self) -> None:
         """The statement is done."""

@@ -10,9 +10,12 @@ import apsw
 
 from nova_bridge.sql import rules
 from nova_bridge.sql.errors import not_null_failed, unique_failed
-from nova_bridge.sql.schema import ColumnDef, Foreign, Record, Table
+from nova_bridge.sql.schema import ColumnDef, Foreign, Record, Table, mask_of
 from nova_bridge.sql.transaction import Pending, Transaction
 from nova_bridge.sql.values import coerce
+
+NO_CHANGE: Any = apsw.no_change
+"""Of a column that an UPDATE leaves alone. The module's own attribute costs a call each time."""
 
 
 class Writer:
@@ -46,7 +49,7 @@ class Writer:
     def insert(self, table: Table, rowid: int | None, fields: Sequence[Any]) -> int:
         """Returns what lastrowid shall be."""
         tx = self.tx
-        values = [coerce(a, v) for a, v in zip(table.affinities, fields, strict=True)]
+        values = [None if v is None else coerce(a, v) for a, v in zip(table.affinities, fields, strict=True)]
         if self.named_columns is not None:
             for position, column in table.defaults:
                 if column.name.lower() not in self.named_columns:
@@ -124,16 +127,15 @@ class Writer:
         if current is None:
             return
         values = list(current.values)
-        changed = []
-        for position, value in enumerate(fields):
-            if value is not apsw.no_change:
-                # The hidden rowid comes behind the columns.
-                values[position] = coerce(table.affinities[position], value) if position < table.width else value
-                changed.append(position)
+        changed = [position for position, value in enumerate(fields) if value is not NO_CHANGE]
+        for position in changed:
+            # The hidden rowid comes behind the columns.
+            value = fields[position]
+            values[position] = coerce(table.affinities[position], value) if position < table.width else value
         if table.integer_key is not None and not isinstance(values[table.integer_key], int):
             raise sqlite3.IntegrityError("datatype mismatch")
         _check_not_null(table, values)
-        new = table.record(tuple(values))
+        new = table.changed(current, tuple(values), changed)
         old_place, place = (current.group, current.key), (new.group, new.key)
         if new.pk != current.pk:
             self._check_new_identity(table, new)
@@ -153,19 +155,18 @@ class Writer:
 
     def _replace(self, table: Table, current: Record, new: Record, changed: list[int], mask: int) -> None:
         tx = self.tx
-        mask &= ~sum(1 << p for p in table.merge)
+        mask &= ~table.merge_mask
         before = tx.pending(table, current)
         old_place, place = (current.group, current.key), (new.group, new.key)
-        for unique in table.uniques:
-            if not set(unique.columns).isdisjoint(changed):
-                mask |= sum(1 << p for p in unique.columns)
+        if not table.unique_columns.isdisjoint(changed):
+            for unique in table.uniques:
+                if not set(unique.columns).isdisjoint(changed):
+                    mask |= mask_of(unique.columns)
         guards = tx.guards(table, before, old_place, mask, (p for p in changed if p not in table.merge))
         if place == old_place:
             tx.put(table, place, Pending(before.base, new, before.columns.union(changed), guards))
             return
-        everything = tx.guards(
-            table, before, old_place, (1 << len(new.values)) - 1 & ~sum(1 << p for p in table.merge), ()
-        )
+        everything = tx.guards(table, before, old_place, (1 << len(new.values)) - 1 & ~table.merge_mask, ())
         tx.put(table, old_place, Pending(before.base, None, before.columns, everything))
         target = tx.pending(table, new)
         stored = target.base if target.base is not new else None
@@ -177,13 +178,13 @@ class Writer:
         current = tx.current(table, record)
         if current is None:
             return
-        mask &= ~sum(1 << p for p in table.merge)
+        mask &= ~table.merge_mask
         for unique in table.uniques:
-            mask |= sum(1 << p for p in unique.columns) if unique.kind == "entry" else 0
+            mask |= mask_of(unique.columns) if unique.kind == "entry" else 0
         before = tx.pending(table, current)
         place = (current.group, current.key)
         # A row that was copied and goes, as into an archive: what another writes to it meanwhile would be in neither.
-        mask |= tx.marks.copied.get(place, 0) & ~sum(1 << p for p in table.merge)
+        mask |= tx.marks.copied.get(place, 0) & ~table.merge_mask
         tx.put(table, place, Pending(before.base, None, before.columns, tx.guards(table, before, place, mask, ())))
         if self.foreign_keys:
             self._lose_key(table, current, None)
@@ -195,7 +196,7 @@ class Writer:
             return
         for child, foreign, rows in rules.children_of(tx, table, old, new):
             # A row that refers to another parent by the time of the commit is none of this one's.
-            refers = sum(1 << p for p in foreign.columns)
+            refers = mask_of(foreign.columns)
             action = foreign.on_delete if new is None else foreign.on_update
             if action == "CASCADE" and new is None:
                 for row in rows:
@@ -235,7 +236,7 @@ def _check_not_null(table: Table, values: Sequence[Any]) -> None:
 
 def _with_key(tx: Transaction, child: Table, foreign: Foreign, action: str, new: Record | None) -> list[Any]:
     """What an action sets of a child: the key that its parent has now, NULL, or the defaults."""
-    fields: list[Any] = [apsw.no_change] * child.width
+    fields: list[Any] = [NO_CHANGE] * child.width
     _, keys = rules.parent_of(tx.schema, foreign)
     for position, key in zip(foreign.columns, keys, strict=True):
         if action == "CASCADE" and new is not None:

@@ -270,6 +270,28 @@ def test_joined_family_comes_with_its_root(connect: Connect, store: Any) -> None
     assert store.calls == ["read", "read"]
 
 
+def test_row_asked_by_its_id_where_this_process_made_it_is_read_and_not_found(connect: Connect, store: Any) -> None:
+    a, b = connect(isolation_level=None), connect(isolation_level=None)
+    a.execute("CREATE TABLE instance_extra (id INTEGER PRIMARY KEY, instance_uuid VARCHAR(36), flavor TEXT)")
+    update = "UPDATE instance_extra SET flavor = ? WHERE id = ?"
+    first = a.execute("INSERT INTO instance_extra (instance_uuid) VALUES ('u1')").lastrowid
+    assert a.execute(update, ("x", first)).rowcount == 1
+    assert "find" in store.calls
+    second, gone = [
+        a.execute("INSERT INTO instance_extra (instance_uuid) VALUES (?)", (uuid,)).lastrowid for uuid in ("u2", "u3")
+    ]
+    store.calls.clear()
+    assert a.execute(update, ("x", second)).rowcount == 1
+    assert store.calls == ["read", "commit"]
+    # Where it was made says nothing of where it is.
+    b.execute("UPDATE instance_extra SET instance_uuid = 'u4' WHERE id = ?", (second,))
+    b.execute("DELETE FROM instance_extra WHERE id = ?", (gone,))
+    assert a.execute(update, ("y", second)).rowcount == 1
+    assert a.execute(update, ("y", gone)).rowcount == 0
+    rows = a.execute("SELECT instance_uuid, flavor FROM instance_extra WHERE id IN (?, ?)", (second, gone)).fetchall()
+    assert rows == [("u4", "y")]
+
+
 def test_groups_that_a_transaction_has_many_of_are_not_brought_again(connect: Connect, store: Any) -> None:
     a = connect(isolation_level=None)
     a.execute("CREATE TABLE instances (id INTEGER PRIMARY KEY, uuid VARCHAR(36) NOT NULL UNIQUE, host TEXT)")
