@@ -166,7 +166,8 @@ class Connection:
         """BEGIN."""
         if self.in_transaction:
             raise sqlite3.OperationalError("cannot start a transaction within a transaction")
-        self.tx.reset()
+        if self.tx.touched:
+            self.tx.reset()
         self.in_transaction, self._savepoints, self._begun_by_savepoint = True, [], False
 
     def end(self, keep: bool) -> None:

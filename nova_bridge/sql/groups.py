@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 from dht.model import Ballot, GroupKey, GroupRead, RowKey, Value
-from dht.rows import decode_row
+from dht.rows import decode_row, table_prefix
 from nova_bridge.sql.schema import Record, Table
 
 CACHE_BYTES_MAX = 32 * 1024 * 1024
@@ -30,7 +30,10 @@ class GroupView:
 
     __slots__ = ("_raw", "_records", "ballot", "key", "size_bytes", "version")
 
-    def __init__(self, key: GroupKey, ballot: Ballot, rows: dict[RowKey, bytes], version: int) -> None:
+    def __init__(
+        self, key: GroupKey, ballot: Ballot, rows: dict[RowKey, bytes], version: int, before: GroupView | None = None
+    ) -> None:
+        """`before`: the group at another ballot, of the same version; what is equal in both is not decoded again."""
         self.key, self.ballot, self.version = key, ballot, version
         raw: dict[bytes, dict[RowKey, bytes]] = {}
         self._raw = raw
@@ -44,6 +47,12 @@ class GroupView:
             else:
                 raw[part] = {row_key: data}
         self.size_bytes = size_bytes
+        if before is not None:
+            # Other threads may be decoding more of it.
+            for number, records in tuple(before._records.items()):
+                prefix = table_prefix(number)
+                if raw.get(prefix) == before._raw[prefix]:
+                    self._records[number] = records
 
     def records(self, table: Table) -> dict[RowKey, Record]:
         """The table's rows in this group, by row key and in its order."""
@@ -82,7 +91,7 @@ class GroupCache:
                 if read.key in self._views:
                     self._views.move_to_end(read.key)
             return known
-        view = GroupView(read.key, read.ballot, read.rows or {}, version)
+        view = GroupView(read.key, read.ballot, read.rows or {}, version, known)
         with self._lock:
             old = self._views.pop(read.key, None)
             self._bytes += view.size_bytes - (old.size_bytes if old else 0)

@@ -79,6 +79,11 @@ class Reads(abc.ABC):
         self.rows_wanted: int | None = None
 
     @property
+    def touched(self) -> bool:
+        """Whether anything was asked since the last `reset`; all of it goes by the schema."""
+        return self._schema is not None
+
+    @property
     def schema(self) -> Schema:
         """The schema that the whole transaction uses."""
         if self._schema is None:

@@ -13,7 +13,7 @@ import pytest
 
 from dht.errors import Invalid
 from dht.model import ZERO, GroupRead
-from dht.rows import encode_value, group_key
+from dht.rows import encode_row, encode_value, group_key
 from nova_bridge.sql import families, pages, statements
 from nova_bridge.sql.connection import Connection
 from nova_bridge.sql.database import IdBlocks
@@ -178,6 +178,24 @@ def test_group_cache_keeps_what_was_used_last() -> None:
         cache.take(read, cache.get(read.key, 1), 1)
     assert cache.get(reads[1].key, 1) is None
     assert cache.get(reads[0].key, 1) is not None
+
+
+def test_group_at_another_ballot_only_tables_whose_rows_changed_are_decoded_again() -> None:
+    columns = (ColumnDef(1, "id", "I"), ColumnDef(2, "a", "I"))
+    one, other, third = [Table("db", TableDef(n, f"t{n}", "", columns, 3, (1,), True)) for n in (16, 17, 18)]
+
+    def rows(values: dict[Table, list[int]]) -> dict[bytes, bytes]:
+        return {t.pk_key((i,)): encode_row({1: i, 2: a}) for t, of in values.items() for i, a in enumerate(of)}
+
+    cache = GroupCache()
+    before = cache.take(GroupRead(b"g", ZERO, rows({one: [5, 6], other: [7], third: [8]})), None, 1)
+    known = {table.number: before.records(table) for table in (one, other, third)}
+    changed = rows({one: [5, 6], other: [7, 9]})
+    after = cache.take(GroupRead(b"g", ZERO._replace(round=1), changed), cache.get(b"g", 1), 1)
+    assert after.records(one) is known[16]
+    assert [r.values for r in after.records(other).values()] == [(0, 7), (1, 9)]
+    assert [r.values for r in before.records(other).values()] == [(0, 7)]
+    assert after.records(third) == {}
 
 
 def test_savepoint_without_begin_commits_at_release(connect: Connect) -> None:
