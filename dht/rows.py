@@ -29,6 +29,8 @@ _TEXT: Final = b"\x20"
 _BLOB: Final = b"\x30"
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 _OFFSET_BIAS: Final = 1 << 15
+_DIGESTS_KEPT: Final = 4096
+_DIGESTED_ROW_BYTES_KEPT: Final = 4096
 _row_encoder = msgspec.msgpack.Encoder()
 _row_decoder: msgspec.msgpack.Decoder[Row] = msgspec.msgpack.Decoder(dict[int, Any])
 
@@ -186,4 +188,12 @@ def tablet_of(group: GroupKey, tablets: int) -> int:
 
 def row_digest(key: RowKey, row: bytes) -> int:
     """A row's share of its group's digest; a group's digest is the sum of them modulo 2**128, so deltas update it."""
+    return (_kept_digest if len(row) <= _DIGESTED_ROW_BYTES_KEPT else _digest)(key, row)
+
+
+def _digest(key: RowKey, row: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(len(key).to_bytes(4, "big") + key + row, digest_size=16).digest(), "big")
+
+
+_kept_digest = functools.lru_cache(maxsize=_DIGESTS_KEPT)(_digest)
+"""A row is digested when it is written, and when it is written over; by a coordinator's node for its acceptor too."""

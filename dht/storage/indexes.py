@@ -153,10 +153,17 @@ class Indexes:
         return indexes
 
     def change(
-        self, batch: Batch, tablet: int, group: GroupKey, key: RowKey, old: bytes | None, new: bytes | None
+        self,
+        batch: Batch,
+        tablet: int,
+        database: bytes,
+        group: GroupKey,
+        key: RowKey,
+        old: bytes | None,
+        new: bytes | None,
     ) -> None:
         """Into the batch: the entries that a row gains and loses when `old` becomes `new`."""
-        indexes = self.of(database_prefix(group), key[:TABLE_PREFIX_BYTES])
+        indexes = self.of(database, key[:TABLE_PREFIX_BYTES])
         pk = key[TABLE_PREFIX_BYTES:]
         tail = pk + group
         value = ENTRY.pack(tablet, len(pk), len(group))

@@ -8,8 +8,9 @@ so a batch holds at most one change of a register.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -27,6 +28,23 @@ _INTENT_TABLE: Final = table_prefix(SYSTEM_INTENT)
 _SYSTEM_END: Final = table_prefix(0)
 """Behind the keys of the store's own rows, whose tables are negative, and before those of all others."""
 _ALL_TABLES: Final = None
+_PLACES_KEPT: Final = 16_384
+_HEADERS_KEPT: Final = 8_192
+
+
+class Place(NamedTuple):
+    """Where a group lies: its tablet, the key of its header, what the keys of its rows begin with, its database."""
+
+    tablet: int
+    header: bytes
+    rows: bytes
+    database: bytes
+
+
+@functools.lru_cache(maxsize=_PLACES_KEPT)
+def _place_of(key: GroupKey, tablets: int) -> Place:
+    tablet = tablet_of(key, tablets)
+    return Place(tablet, tablet.to_bytes(_TABLET_BYTES, "big") + key, row_place(key), database_prefix(key))
 
 
 class Header(Struct, frozen=True):
@@ -67,6 +85,16 @@ def _marked(header: Header) -> Header:
     )
 
 
+def _header_of(value: bytes) -> Header:
+    try:
+        return _decode_header(value)
+    except msgspec.MsgspecError as error:
+        raise StorageError(
+            f"a register's header cannot be read ({error}): the file is damaged or of another version; wipe this "
+            "node's data directory, it is rebuilt from the other replicas"
+        ) from None
+
+
 class RegisterFile:
     """All registers of one node, over its disk. `tablets`: the domain's number of tablets, fixed for its life."""
 
@@ -79,15 +107,36 @@ class RegisterFile:
         self._unsettled: dict[bytes, dict[GroupKey, set[bytes] | None]] = {}
         # What is chosen and not yet written down as such: it costs nothing with the register's next change.
         self._marks: dict[GroupKey, Ballot] = {}
+        # Headers that were read or written lately, each with the bytes that it stands for.
+        self._headers: dict[GroupKey, tuple[bytes, Header]] = {}
         for key, value in scan(disk, Space.REGISTER, b"", PREFIX_END * 3):
-            if not self._header_of(value).settled:
+            if not _header_of(value).settled:
                 group = key[_TABLET_BYTES:]
                 self._unsettled.setdefault(database_prefix(group), {})[group] = _ALL_TABLES
 
     def header(self, key: GroupKey) -> Header:
         """The register's header; `ABSENT` when this node has none."""
-        value = self._disk.get(Space.REGISTER, self._place(key))
-        return ABSENT if value is None else self._marked_header(key, value)
+        stored = self._stored_header(key, self._place(key))
+        if self._marks and self._marks.get(key) == stored.accepted:
+            return _marked(stored)
+        return stored
+
+    def _stored_header(self, key: GroupKey, place: Place) -> Header:
+        """Without a mark that is not on the disk."""
+        value = self._disk.get(Space.REGISTER, place.header)
+        if value is None:
+            return ABSENT
+        known = self._headers.get(key)
+        if known is not None and known[0] == value:
+            return known[1]
+        header = _header_of(value)
+        self._keep(key, value, header)
+        return header
+
+    def _keep(self, key: GroupKey, value: bytes, header: Header) -> None:
+        if len(self._headers) >= _HEADERS_KEPT:
+            self._headers.clear()
+        self._headers[key] = value, header
 
     def mark(self, key: GroupKey, ballot: Ballot) -> bool:
         """Note that the ballot is chosen; whether that is news of the state held here.
@@ -100,7 +149,7 @@ class RegisterFile:
         self._marks[key] = ballot
         self.changes.note(key)
         if not header.intents:
-            self._settle(key)
+            self._settle(self._place(key).database, key)
         return True
 
     def keep_marks(self, batch: Batch) -> None:
@@ -113,18 +162,18 @@ class RegisterFile:
 
         The window alone may have many more rows than the application, and each that is read costs the same.
         """
-        place = row_place(key)
+        place = self._place(key).rows
         cut = len(place)
         low = place + _SYSTEM_END if system is False else place
         high = place + (_SYSTEM_END if system else PREFIX_END)
         return {pair[0][cut:]: pair[1] for pair in self._disk.range(Space.ROW, low, high)}
 
     def row(self, key: GroupKey, rowkey: RowKey) -> bytes | None:
-        return self._disk.get(Space.ROW, row_place(key) + rowkey)
+        return self._disk.get(Space.ROW, self._place(key).rows + rowkey)
 
     def holds(self, key: GroupKey, prefix: bytes, count: int) -> bool:
         """Whether the group has so many rows whose keys begin so."""
-        low = row_place(key) + prefix
+        low = self._place(key).rows + prefix
         return len(list(self._disk.range(Space.ROW, low, low + PREFIX_END, limit=count))) == count
 
     def write(
@@ -140,12 +189,10 @@ class RegisterFile:
         `size_bytes` and `intents` of the given header are ignored: they follow from what is stored and the delta.
         `was`: the delta's rows as they are here, from who has looked already.
         """
-        tablet = tablet_of(key, self._tablets)
-        place = tablet.to_bytes(_TABLET_BYTES, "big") + key
-        value = self._disk.get(Space.REGISTER, place)
-        before = ABSENT if value is None else self._header_of(value)
+        place = self._place(key)
+        before = self._stored_header(key, place)
         size_bytes, intents = before.size_bytes, before.intents
-        rows_at = row_place(key)
+        rows_at = place.rows
         for rowkey, new in delta.items():
             old = self._disk.get(Space.ROW, rows_at + rowkey) if was is None else was[rowkey]
             if old == new:
@@ -159,14 +206,16 @@ class RegisterFile:
                 intents += (new is not None) - (old is not None)
             batch.writes.append((Space.ROW, rows_at + rowkey, new))
             if table >= _FIRST_APPLICATION_TABLE:
-                self._indexes.change(batch, tablet, key, rowkey, old, new)
+                self._indexes.change(batch, place.tablet, place.database, key, rowkey, old, new)
         header = Header(
             header.promise, header.accepted, header.chosen, header.digest, header.deleted, size_bytes, intents
         )
-        batch.put(Space.REGISTER, place, _encode_header(header))
+        value = _encode_header(header)
+        batch.put(Space.REGISTER, place.header, value)
+        self._keep(key, value, header)
         self._marks.pop(key, None)
         self.changes.note(key)
-        self._note(key, header, delta)
+        self._note(place.database, key, header, delta)
         return header
 
     def replace(self, batch: Batch, key: GroupKey, header: Header, rows: Mapping[RowKey, bytes]) -> Header:
@@ -175,14 +224,15 @@ class RegisterFile:
         delta.update(rows)
         stored = self.write(batch, key, header, delta)
         if not stored.settled:
-            self._unsettled[database_prefix(key)][key] = _ALL_TABLES
+            self._unsettled[self._place(key).database][key] = _ALL_TABLES
         return stored
 
     def erase(self, batch: Batch, key: GroupKey) -> None:
         """Into the batch: the register gone without a trace (collection of a tombstone, wipe of a tablet)."""
         self.write(batch, key, ABSENT, dict.fromkeys(self.rows(key)))
-        batch.delete(Space.REGISTER, self._place(key))
-        self._settle(key)
+        place = self._place(key)
+        batch.delete(Space.REGISTER, place.header)
+        self._settle(place.database, key)
 
     def keys(self, tablet: int, after: GroupKey = b"", limit: int | None = None) -> list[GroupKey]:
         """Groups of the tablet that have a header (tombstones too), in key order, those behind `after` only."""
@@ -209,7 +259,7 @@ class RegisterFile:
         return [pair[0][_TABLET_BYTES:] for pair in pairs]
 
     def tablet(self, key: GroupKey) -> int:
-        return tablet_of(key, self._tablets)
+        return _place_of(key, self._tablets).tablet
 
     def spec_version(self, database: str) -> int:
         """The catalog version that the indexes of the database follow; 0 before the first."""
@@ -217,7 +267,7 @@ class RegisterFile:
 
     def told_version(self, key: GroupKey) -> int:
         """The newest catalog version of the group's database that this node knows of, followed or not."""
-        return self._indexes.told(database_prefix(key))
+        return self._indexes.told(self._place(key).database)
 
     def told_versions(self) -> dict[bytes, int]:
         """The same of every database, by its encoded name."""
@@ -273,27 +323,18 @@ class RegisterFile:
         """The same of all databases, tables and tablets."""
         return sorted(group for groups in self._unsettled.values() for group in groups)
 
-    def _place(self, key: GroupKey) -> bytes:
-        return tablet_of(key, self._tablets).to_bytes(_TABLET_BYTES, "big") + key
+    def _place(self, key: GroupKey) -> Place:
+        return _place_of(key, self._tablets)
 
     def _marked_header(self, key: GroupKey, value: bytes) -> Header:
-        header = self._header_of(value)
+        header = _header_of(value)
         return _marked(header) if self._marks and self._marks.get(key) == header.accepted else header
 
-    def _header_of(self, value: bytes) -> Header:
-        try:
-            return _decode_header(value)
-        except msgspec.MsgspecError as error:
-            raise StorageError(
-                f"a register's header cannot be read ({error}): the file is damaged or of another version; wipe this "
-                "node's data directory, it is rebuilt from the other replicas"
-            ) from None
-
-    def _note(self, key: GroupKey, header: Header, delta: Mapping[RowKey, bytes | None]) -> None:
+    def _note(self, database: bytes, key: GroupKey, header: Header, delta: Mapping[RowKey, bytes | None]) -> None:
         if header.settled:
-            self._settle(key)
+            self._settle(database, key)
             return
-        groups = self._unsettled.setdefault(database_prefix(key), {})
+        groups = self._unsettled.setdefault(database, {})
         if header.intents or (key not in groups and not delta):
             # An intent's changes are opaque here, and without a delta nothing says what is in doubt.
             groups[key] = _ALL_TABLES
@@ -302,8 +343,7 @@ class RegisterFile:
         if touched is not None:
             touched.update([rowkey[:TABLE_PREFIX_BYTES] for rowkey in delta])
 
-    def _settle(self, key: GroupKey) -> None:
-        database = database_prefix(key)
+    def _settle(self, database: bytes, key: GroupKey) -> None:
         groups = self._unsettled.get(database)
         if groups is not None and key in groups:
             del groups[key]

@@ -383,6 +383,14 @@ def test_header_that_is_garbage_raises_storage_error() -> None:
         RegisterFile(disk)
 
 
+def test_header_that_was_not_submitted_is_not_told() -> None:
+    disk, file = make()
+    put(file, disk, group(1), {row_key(1, (1,)): row(1)})
+    before = file.header(group(1))
+    file.write(Batch(), group(1), Header(Ballot(1, 1, 9, b"n", 1, 9)), {})
+    assert file.header(group(1)) == before
+
+
 VALUES = st.one_of(
     st.none(),
     st.integers(-3, 3),
