@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+from dht.errors import StorageError
 from dht.model import NodeId, Struct
 
 Answer = Callable[[NodeId, Struct], Awaitable[Struct]]
-"""Serves one request of a peer: (sender, message) -> reply. A DhtError that it raises travels back as that error."""
+"""Serves one request of a peer: (sender, message) -> reply. A DhtError that it raises travels back as that error.
+
+An answer that is a Future goes on by itself: what little there was to do is done. Anything else takes a task.
+"""
 
 
 class Clock(Protocol):
@@ -39,11 +43,11 @@ class Chance(Protocol):
 class Network(Protocol):
     """Requests to peers. At most once delivery; a reply may be lost after the request was served."""
 
-    async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
-        """The peer's reply.
+    def call(self, to: NodeId, message: Struct, timeout_s: float) -> Awaitable[Struct]:
+        """The peer's reply; what is no Future begins only when it is awaited.
 
-        Raises the peer's DhtError as its own class; `Unavailable` with detail sent=False when the request certainly did
-        not leave; `Indeterminate` when it may have been served (no reply in time, link lost).
+        Raises, once awaited, the peer's DhtError as its own class; `Unavailable` with detail sent=False when the
+        request certainly did not leave; `Indeterminate` when it may have been served (no reply in time, link lost).
         """
         ...
 
@@ -82,6 +86,10 @@ class Batch:
         self.writes.append((space, key, None))
 
 
+Flushed = Callable[[StorageError | None], None]
+"""Told that what was submitted is durable, or why it never will be."""
+
+
 class Disk(Protocol):
     """Ordered key/value spaces with atomic batches.
 
@@ -107,6 +115,10 @@ class Disk(Protocol):
 
     async def durable(self, number: int) -> None:
         """Return when all batches up to the number are on the disk. Raises StorageError if they never will be."""
+        ...
+
+    def when_durable(self, number: int, then: Flushed) -> None:
+        """`durable` for who needs no task to wait: `then` is called once, before this returns if they are there."""
         ...
 
     @property

@@ -63,6 +63,8 @@ GLOBAL_RESERVE_BYTES = 4 * 1024 * 1024
 GLOBAL_WAIT_S = 1.0
 """How long a new node waits for the roster of `global` before it says that it cannot ask it."""
 READY_POLL_S = 0.05
+_NODES_REQUESTS = frozenset((ListPops, AskWhere, AskCopies, *BUS_REQUESTS, *copies.QUESTIONS, *restore.QUESTIONS))
+"""What one node asks another beside the domains that both keep."""
 
 
 class Daemon:
@@ -286,9 +288,14 @@ class Daemon:
 
     # ---- who is out there
 
-    async def _answer_peer(self, sender: NodeId, message: Struct) -> Struct:
+    def _answer_peer(self, sender: NodeId, message: Struct) -> Awaitable[Struct]:
         if isinstance(message, InDomain):
-            return await self._global_network.open(sender, message)
+            return self._global_network.open(sender, message)
+        if type(message) in _NODES_REQUESTS:
+            return self._answer_other(sender, message)
+        return self.own.answer(sender, message)
+
+    async def _answer_other(self, sender: NodeId, message: Struct) -> Struct:
         if isinstance(message, ListPops):
             return ListPopsReply(self.pops.told())
         if isinstance(message, AskWhere):
@@ -300,9 +307,7 @@ class Daemon:
             return self.followers.answer(message)
         if isinstance(message, restore.QUESTIONS):
             return self.followers.hand_over(message)
-        if isinstance(message, AskCopies):
-            return CopiesReply(self.followers.lines())
-        return await self.own.answer(sender, message)
+        return CopiesReply(self.followers.lines())
 
     def _hints_are_asked(self) -> bool:
         """Somewhere, of what lives here: this node need not have clients that ask."""

@@ -6,7 +6,7 @@ it is made sure that it is this node's, and not an older copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 from dht import requests
@@ -103,10 +103,13 @@ class DomainNode:
         self.domain.repair.settle = self.store.settle
         self.shard: requests.Store | None = None
 
-    async def answer(self, sender: NodeId, message: Struct) -> Message:
+    def answer(self, sender: NodeId, message: Struct) -> Awaitable[Message]:
         """Serve a peer: of this domain, or a client's request that it passes on."""
-        if type(message) not in _CLIENTS_REQUESTS or not isinstance(message, Message):
-            return await self.store.answer(sender, message)
+        if type(message) in _CLIENTS_REQUESTS and isinstance(message, Message):
+            return self._answer_client(sender, message)
+        return self.store.answer(sender, message)
+
+    async def _answer_client(self, sender: NodeId, message: Message) -> Message:
         if not self.domain.joined:
             raise NotServing(f"this node is no member of domain {self.name}; ask one that is")
         if isinstance(message, requests.ClaimPop | requests.MovePop) and self.name != GLOBAL:

@@ -5,7 +5,7 @@ The registers' messages name no domain; what comes without an envelope is for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from dht import codec
 from dht.codec import Message, message
@@ -34,10 +34,10 @@ class DomainNetwork:
         self._begin = begin
         self._answer: Answer | None = None
 
-    async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
+    def call(self, to: NodeId, message: Struct, timeout_s: float) -> Awaitable[Struct]:
         if not self._network.alive(to):
             self._begin(to)
-        return await self._network.call(to, InDomain(self._domain, codec.encode(message)), timeout_s)
+        return self._network.call(to, InDomain(self._domain, codec.encode(message)), timeout_s)
 
     def alive(self, node: NodeId) -> bool:
         return self._network.alive(node)
@@ -53,10 +53,10 @@ class DomainNetwork:
     def serve(self, answer: Answer) -> None:
         self._answer = answer
 
-    async def open(self, sender: NodeId, envelope: InDomain) -> Struct:
+    def open(self, sender: NodeId, envelope: InDomain) -> Awaitable[Struct]:
         """Serve what is in the envelope. Raises NotFound for another domain's, RemoteProtocolError for garbage."""
         if envelope.domain != self._domain:
             raise NotFound(f"domain {envelope.domain} is not kept on this node")
         if self._answer is None:
             raise Unavailable("this node has just started and does not answer yet: try again")
-        return await self._answer(sender, codec.decode(envelope.content))
+        return self._answer(sender, codec.decode(envelope.content))

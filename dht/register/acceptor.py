@@ -13,7 +13,11 @@ admit here.
 
 from __future__ import annotations
 
-from dht.errors import Invalid, NotServing, RemoteProtocolError
+import asyncio
+from functools import partial
+
+from dht.codec import Message
+from dht.errors import Invalid, NotServing, RemoteProtocolError, StorageError
 from dht.limits import READ_GROUPS_MAX, ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, RowKey
 from dht.register import catalog
@@ -38,7 +42,7 @@ from dht.register.messages import (
 )
 from dht.rows import encode_value
 from dht.storage.registers import Header
-from dht.world import Batch
+from dht.world import Batch, Flushed
 
 _NOT_SERVING = ReplicaState(False, ZERO, 0)
 _READ_BYTES_MAX = 16 * 1024 * 1024
@@ -150,7 +154,7 @@ class Acceptor:
             return True
         if header.accepted != request.base:
             return False
-        changed = ((rowkey, was[rowkey], new) for rowkey, new in request.rows.items())
+        changed = [(rowkey, was[rowkey], new) for rowkey, new in request.rows.items()]
         return digest_bytes(digest_after(int.from_bytes(header.digest, "big"), changed)) == request.digest
 
     def chosen(self, request: Chosen) -> None:
@@ -264,8 +268,49 @@ class Acceptor:
         if not number:
             return
         await self._disk.durable(number)
+        self._not_pending(number, key)
+
+    def when_durable(self, number: int, key: GroupKey | None, then: Flushed) -> None:
+        """`durable` for who needs no task to wait (`dht.world.Disk.when_durable`)."""
+        if not number:
+            then(None)
+        else:
+            self._disk.when_durable(number, partial(self._flushed, number, key, then))
+
+    def _flushed(self, number: int, key: GroupKey | None, then: Flushed, error: StorageError | None) -> None:
+        if error is None:
+            self._not_pending(number, key)
+        then(error)
+
+    def _not_pending(self, number: int, key: GroupKey | None) -> None:
         if key is not None and self._pending.get(key) == number:
             del self._pending[key]
+
+    def told(self, reply: Message, number: int, key: GroupKey | None = None) -> asyncio.Future[Message]:
+        """The reply, once the batch is durable on which it rests."""
+        told: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        if not number:
+            told.set_result(reply)
+        else:
+            self._disk.when_durable(number, partial(self._tell, told, reply, number, key))
+        return told
+
+    def _tell(
+        self,
+        told: asyncio.Future[Message],
+        reply: Message,
+        number: int,
+        key: GroupKey | None,
+        error: StorageError | None,
+    ) -> None:
+        if error is None:
+            self._not_pending(number, key)
+        if told.done():
+            return
+        if error is None:
+            told.set_result(reply)
+        else:
+            told.set_exception(error)
 
     @staticmethod
     def _with_promise(header: Header, ballot: Ballot) -> Header:

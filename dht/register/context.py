@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from dht.codec import Message
 from dht.domain.roster import Roster, TabletReplicas
-from dht.errors import NotServing
+from dht.errors import DhtError, Indeterminate, NotServing
 from dht.limits import BACKOFF_MAX_S, BACKOFF_MIN_S
 from dht.model import Ballot, GroupKey, NodeId, Struct
 from dht.register.rules import RULES, Rules
@@ -18,6 +19,9 @@ from dht.storage.registers import RegisterFile
 from dht.world import Chance, Clock, Disk, Network
 
 log = logging.getLogger(__name__)
+
+Heard = Callable[[Struct | DhtError], None]
+"""Gets what came of a question."""
 
 
 class Tablets(Protocol):
@@ -47,7 +51,7 @@ class Tablets(Protocol):
         """Take what a replica's refusal says of the tablet; whether there are other replicas to ask now."""
         ...
 
-    async def answer(self, sender: NodeId, message: Struct) -> Message:
+    def answer(self, sender: NodeId, message: Struct) -> Awaitable[Message]:
         """Messages that are not of the registers."""
         ...
 
@@ -80,7 +84,7 @@ class Context:
     domain: Tablets
     rules: Rules = RULES
     counters: dict[str, int] = field(default_factory=dict)
-    tasks: dict[asyncio.Task[Any], None] = field(default_factory=dict)
+    tasks: dict[asyncio.Future[Any], None] = field(default_factory=dict)
     operations: int = 0
 
     def count(self, name: str, by: int = 1) -> None:
@@ -96,8 +100,37 @@ class Context:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self.tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.count("background_errors")
-            log.error("a background step of the registers failed", exc_info=error)
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        self.count("background_errors")
+        log.error("a background step of the registers failed", exc_info=error)
+
+    def ask(self, node: NodeId, message: Struct, timeout_s: float, heard: Heard) -> None:
+        """Ask a peer; `heard` gets the reply, or the error that came of it, a little later, unless this node stops.
+
+        For what is asked all the time: a task for each question costs more than the question.
+        """
+        try:
+            asked = asyncio.ensure_future(self.network.call(node, message, timeout_s))
+        except DhtError as error:
+            asyncio.get_running_loop().call_soon(heard, error)
+            return
+        self.tasks[asked] = None
+        asked.add_done_callback(partial(self._heard, heard))
+
+    def _heard(self, heard: Heard, asked: asyncio.Future[Struct]) -> None:
+        self.tasks.pop(asked, None)
+        if asked.cancelled():
+            return
+        error = asked.exception()
+        if error is not None and not isinstance(error, DhtError):
+            self._failed(error)
+            error = Indeterminate(f"asking it failed: {error!r}")
+        try:
+            heard(asked.result() if error is None else error)
+        except Exception as bug:
+            self._failed(bug)
 
     def replicas(self, key: GroupKey) -> TabletReplicas:
         return self.domain.replicas(self.file.tablet(key))

@@ -18,9 +18,9 @@ found": absence is answered by the home alone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from dht import requests
 from dht.codec import Message
@@ -115,8 +115,8 @@ class FarStore:
             elif repeatable and others:
                 limit_s = max(left_s / 2, PEER_TIMEOUT_S)
             limit_s = min(left_s, limit_s)
-            call = self._network.call(node, message, limit_s)
             try:
+                call = self._network.call(node, message, limit_s)
                 reply = await (self._while_heard(node, call, limit_s, patient=not others) if repeatable else call)
                 return expect(reply, kind)
             except Unavailable as error:
@@ -130,9 +130,7 @@ class FarStore:
                 why = error.message
         raise self._unavailable(why)
 
-    async def _while_heard(
-        self, node: NodeId, asked: Coroutine[Any, Any, Struct], timeout_s: float, *, patient: bool
-    ) -> Struct:
+    async def _while_heard(self, node: NodeId, asked: Awaitable[Struct], timeout_s: float, *, patient: bool) -> Struct:
         """The node's reply. Raises Indeterminate when the node falls silent, long before a long timeout.
 
         `patient`: a moment's silence, as of a busy node, is forgiven, for there is no other one to ask.

@@ -136,31 +136,25 @@ class StoreNode:
 
     # Peers.
 
-    async def answer(self, sender: NodeId, message: Struct) -> Message:
-        """Serve a peer's request, of the registers or of the domain."""
+    def answer(self, sender: NodeId, message: Struct) -> Awaitable[Message]:
+        """Serve a peer's request, of the registers or of the domain (`dht.world.Answer`)."""
         serve = self._answers.get(type(message))
         if serve is None:
-            return await self._context.domain.answer(sender, message)
-        return await serve(message)
+            return self._context.domain.answer(sender, message)
+        return serve(message)
 
-    async def _prepare(self, request: Prepare) -> Message:
-        reply, number = self._acceptor.prepare(request)
-        await self._acceptor.durable(number, request.key)
-        return reply
+    def _prepare(self, request: Prepare) -> Awaitable[Message]:
+        return self._acceptor.told(*self._acceptor.prepare(request), request.key)
 
-    async def _accept(self, request: Accept) -> Message:
-        reply, number = self._acceptor.accept(request)
-        await self._acceptor.durable(number, request.key)
-        return reply
+    def _accept(self, request: Accept) -> Awaitable[Message]:
+        return self._acceptor.told(*self._acceptor.accept(request), request.key)
 
-    async def _read_replica(self, request: ReadReplica) -> Message:
-        reply, number = self._acceptor.read(request)
-        await self._acceptor.durable(number)
-        return reply
+    def _read_replica(self, request: ReadReplica) -> Awaitable[Message]:
+        return self._acceptor.told(*self._acceptor.read(request))
 
-    async def _chosen(self, request: Chosen) -> Message:
+    def _chosen(self, request: Chosen) -> Awaitable[Message]:
         self._acceptor.chosen(request)
-        return ChosenReply()
+        return self._acceptor.told(ChosenReply(), 0)
 
     async def _list_groups(self, request: ListGroups) -> Message:
         return await self._databases.list_groups(request)

@@ -19,21 +19,20 @@ will come after this moment.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from dht.domain.roster import proven, quorums
 from dht.errors import DhtError, Invalid, Unavailable
 from dht.limits import PEER_TIMEOUT_S, READ_GROUPS_MAX
-from dht.model import SYSTEM_INTENT, ZERO, Ballot, GroupKey, GroupRead, NodeId, Part, RowKey
+from dht.model import SYSTEM_INTENT, ZERO, Ballot, GroupKey, GroupRead, NodeId, Part, RowKey, Struct
 from dht.register.acceptor import Acceptor
 from dht.register.context import Context
 from dht.register.coordinator import Coordinator
 from dht.register.messages import Kind, Operation, ReadItem, ReadReplica, ReadReplicaReply, ReplicaState, Wanted
 from dht.register.operations import Intent, decode_intent
 from dht.register.reach import Reach
-from dht.register.rounds import expect
 from dht.register.routing import Router
 from dht.rows import table_prefix
 
@@ -279,38 +278,21 @@ class Reader:
             for want in wants
         )
         request = ReadReplica(items)
+        heard = partial(self._heard, node, wants, gathering)
         if not own:
-            self._context.spawn(self._ask_peer(node, request, wants, gathering))
+            self._context.ask(node, request, PEER_TIMEOUT_S, heard)
             return
         try:
             reply, number = self._acceptor.read(request)
-        except DhtError:
-            self._heard(node, wants, None, gathering)
+        except DhtError as error:
+            heard(error)
             return
-        if number:
-            self._context.spawn(self._when_durable(number, reply, wants, gathering))
-        else:
-            self._heard(node, wants, reply, gathering)
+        self._acceptor.when_durable(number, None, lambda error: heard(reply if error is None else error))
 
-    async def _ask_peer(self, node: NodeId, request: ReadReplica, wants: list[_Want], gathering: _Gathering) -> None:
-        reply: ReadReplicaReply | None = None
-        with contextlib.suppress(DhtError):
-            reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ReadReplicaReply)
-        self._heard(node, wants, reply, gathering)
-
-    async def _when_durable(
-        self, number: int, reply: ReadReplicaReply, wants: list[_Want], gathering: _Gathering
-    ) -> None:
-        told: ReadReplicaReply | None = None
-        with contextlib.suppress(DhtError):
-            await self._acceptor.durable(number)
-            told = reply
-        self._heard(self._context.node, wants, told, gathering)
-
-    def _heard(self, node: NodeId, wants: list[_Want], reply: ReadReplicaReply | None, gathering: _Gathering) -> None:
-        """One replica's reply, None if there is none."""
+    def _heard(self, node: NodeId, wants: list[_Want], gathering: _Gathering, reply: Struct | DhtError) -> None:
+        """One replica's reply, or what came instead of one."""
         states: Sequence[ReplicaState | None] = [None] * len(wants)
-        if reply is None:
+        if not isinstance(reply, ReadReplicaReply):
             self._context.count("read_replies_lost")
         else:
             gathering.link = max(gathering.link, reply.link)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
+from dht.codec import Message
 from dht.domain.roster import TabletReplicas, proven, quorums
 from dht.errors import DhtError, NotServing, RemoteProtocolError, StorageError
 from dht.limits import PEER_TIMEOUT_S, ROUNDS_AHEAD_MAX
 from dht.model import ZERO, Ballot, GroupKey, NodeId, RowKey, Struct
 from dht.register.acceptor import Acceptor
-from dht.register.context import Context
+from dht.register.context import Context, Heard
 from dht.register.group import GroupState
 from dht.register.laggards import Laggards
 from dht.register.messages import (
@@ -127,9 +129,9 @@ class Rounds:
             quorum = max(accept_quorum, quorum)
         tally = Tally(replicas.nodes, quorum, self._watch)
         replies: dict[NodeId, Prepared] = {}
-        for node in replicas.nodes:
+        for node in self._own_last(replicas):
             request = Prepare(key, ballot, None if node == context.node else known)
-            context.spawn(self._prepare_at(standing, node, request, tally, replies))
+            self._ask(node, request, key, partial(self._prepared, standing, node, tally, replies))
         if not await tally.done:
             return False
         best = max(replies.values(), key=lambda reply: (reply.accepted, reply.rows is not None))
@@ -168,27 +170,26 @@ class Rounds:
             return None
         return self._context.file.rows(key)
 
-    async def _prepare_at(
-        self, standing: Standing, node: NodeId, request: Prepare, tally: Tally, replies: dict[NodeId, Prepared]
+    def _prepared(
+        self,
+        standing: Standing,
+        node: NodeId,
+        tally: Tally,
+        replies: dict[NodeId, Prepared],
+        told: Struct | DhtError,
     ) -> None:
+        ok = False
         try:
-            if node == self._context.node:
-                reply, number = self._acceptor.prepare(request)
-                await self._acceptor.durable(number, request.key)
-            else:
-                answer = await self._context.network.call(node, request, PEER_TIMEOUT_S)
-                reply = expect(answer, Prepared)
+            reply = _expect_told(told, Prepared)
+            standing.hear(reply.promise)
+            if reply.ok and not tally.done.done():
+                replies[node] = reply
+            ok = reply.ok
         except DhtError as error:
             self._failed(error)
-            tally.vote(node, False)
-            return
-        except BaseException:
-            tally.vote(node, False)  # a bug here must not leave the round, and with it the group, waiting for ever
-            raise
-        standing.hear(reply.promise)
-        if reply.ok and not tally.done.done():
-            replies[node] = reply
-        tally.vote(node, reply.ok)
+        finally:
+            # Whatever comes, a bug too: the round, and with it the group, must not wait for ever.
+            tally.vote(node, ok)
 
     # Accept.
 
@@ -216,43 +217,65 @@ class Rounds:
         )
         quorum, _ = quorums(len(replicas.nodes))
         tally = Tally(replicas.nodes, quorum if context.rules.chosen_before_answer else 1, self._watch)
-        for node in replicas.nodes:
-            context.spawn(self._accept_at(standing, node, request, tally))
+        for node in self._own_last(replicas):
+            whole = self._whole(standing, request) if node in standing.behind else None
+            heard = partial(self._accepted, standing, node, request, tally, False)
+            self._ask(node, whole or request, request.key, heard)
         accepted = await tally.done
         if accepted:
             self.mark(replicas, standing.key, request.ballot)
         return accepted
 
-    async def _accept_at(self, standing: Standing, node: NodeId, request: Accept, tally: Tally) -> None:
+    def _accepted(
+        self,
+        standing: Standing,
+        node: NodeId,
+        request: Accept,
+        tally: Tally,
+        last: bool,
+        told: Struct | DhtError,
+    ) -> None:
+        """`last`: all rows were sent because the replica had asked for them; it is not asked again."""
         try:
-            sent = request
-            if node in standing.behind:
-                sent = self._whole(standing, request) or request
-            reply = await self.send_accept(node, sent)
-            if reply.verdict == Verdict.NEED_WHOLE:
-                whole = self._whole(standing, request)
-                if whole is None:
-                    # The state has moved on meanwhile; the next accept brings this replica the whole.
-                    standing.behind[node] = None
-                else:
-                    reply = await self.send_accept(node, whole)
+            vote = self._vote_of(standing, node, request, tally, last, told)
+        except BaseException:
+            tally.vote(node, False)
+            raise
+        if vote is not None:
+            tally.vote(node, vote)
+
+    def _vote_of(
+        self,
+        standing: Standing,
+        node: NodeId,
+        request: Accept,
+        tally: Tally,
+        last: bool,
+        told: Struct | DhtError,
+    ) -> bool | None:
+        """None: it is asked once more, with all rows."""
+        try:
+            reply = _expect_told(told, Accepted)
         except DhtError as error:
             self._failed(error)
             # A replica that does not serve the tablet, or has no disk, has nothing to finish the group with.
             if not isinstance(error, NotServing | StorageError) and self._context.network.alive(node):
                 self._laggards.note(node, request.key, request.ballot)
-            tally.vote(node, False)
-            return
-        except BaseException:
-            tally.vote(node, False)
-            raise
+            return False
+        if reply.verdict == Verdict.NEED_WHOLE and not last:
+            whole = self._whole(standing, request)
+            if whole is not None:
+                self._ask(node, whole, request.key, partial(self._accepted, standing, node, request, tally, True))
+                return None
+            # The state has moved on meanwhile; the next accept brings this replica the whole.
+            standing.behind[node] = None
         standing.hear(reply.promise)
         if reply.verdict == Verdict.ACCEPTED:
             standing.behind.pop(node, None)
             standing.version = max(standing.version, reply.version)
         else:
             self._laggards.note(node, request.key, request.ballot)
-        tally.vote(node, reply.verdict == Verdict.ACCEPTED)
+        return reply.verdict == Verdict.ACCEPTED
 
     async def send_accept(self, node: NodeId, request: Accept) -> Accepted:
         """The replica's reply; this node's own is durable then, too."""
@@ -282,25 +305,45 @@ class Rounds:
         quorum, _ = quorums(len(replicas.nodes))
         tally = Tally(replicas.nodes, quorum, self._watch)
         request = ReadReplica((ReadItem(standing.key, replicas.epoch, Wanted.BALLOT),))
-        for node in replicas.nodes:
-            self._context.spawn(self._confirm_at(node, request, state.ballot, tally))
+        for node in self._own_last(replicas):
+            self._ask(node, request, None, partial(self._confirmed, node, state.ballot, tally))
         return await tally.done
 
-    async def _confirm_at(self, node: NodeId, request: ReadReplica, ballot: Ballot, tally: Tally) -> None:
+    def _confirmed(self, node: NodeId, ballot: Ballot, tally: Tally, told: Struct | DhtError) -> None:
+        same = False
         try:
-            if node == self._context.node:
-                reply, number = self._acceptor.read(request)
-                await self._acceptor.durable(number)
-            else:
-                reply = expect(await self._context.network.call(node, request, PEER_TIMEOUT_S), ReadReplicaReply)
+            reply = _expect_told(told, ReadReplicaReply)
             same = len(reply.items) == 1 and reply.items[0].serving and reply.items[0].accepted == ballot
         except DhtError as error:
             self._failed(error)
-            same = False
-        except BaseException:
-            tally.vote(node, False)
-            raise
-        tally.vote(node, same)
+        finally:
+            tally.vote(node, same)
+
+    # One replica.
+
+    def _own_last(self, replicas: TabletReplicas) -> list[NodeId]:
+        """Whom to ask, in order: what the others are asked is on its way while this node's own decides."""
+        own = self._context.node
+        return sorted(replicas.nodes, key=own.__eq__)
+
+    def _ask(self, node: NodeId, request: Prepare | Accept | ReadReplica, key: GroupKey | None, heard: Heard) -> None:
+        """Ask a replica, the own one like the others: what it tells is durable then. `key`: what may be written."""
+        if node != self._context.node:
+            self._context.ask(node, request, PEER_TIMEOUT_S, heard)
+            return
+        reply: Message
+        try:
+            match request:
+                case Prepare():
+                    reply, number = self._acceptor.prepare(request)
+                case Accept():
+                    reply, number = self._acceptor.accept(request)
+                case ReadReplica():
+                    reply, number = self._acceptor.read(request)
+        except DhtError as error:
+            heard(error)
+            return
+        self._acceptor.when_durable(number, key, lambda error: heard(reply if error is None else error))
 
     def _watch(self, tally: Tally) -> None:
         self._context.spawn(self._end_if_silent(tally))
@@ -355,3 +398,10 @@ def expect(answer: Struct, kind: type[T]) -> T:
     if not isinstance(answer, kind):
         raise RemoteProtocolError(f"a peer answered with {type(answer).__name__} where {kind.__name__} was due")
     return answer
+
+
+def _expect_told(told: Struct | DhtError, kind: type[T]) -> T:
+    """The same of what `Context.ask` has told. Raises the error that came instead."""
+    if isinstance(told, DhtError):
+        raise told
+    return expect(told, kind)

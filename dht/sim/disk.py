@@ -15,7 +15,7 @@ from sortedcontainers import SortedDict
 from dht.errors import StorageError
 from dht.sim.loop import NOWHERE
 from dht.storage.memory import OrderedSpaces
-from dht.world import Batch
+from dht.world import Batch, Flushed
 
 FLUSH_MIN_S, FLUSH_MAX_S = 0.000_05, 0.002
 
@@ -70,9 +70,21 @@ class SimDisk(OrderedSpaces):
             return
         if self._failed is not None:
             raise StorageError(self._failed)
+        await self._waiter(number)
+
+    def when_durable(self, number: int, then: Flushed) -> None:
+        if number <= self._flushed or self.lies:
+            then(None)
+        elif self._failed is not None:
+            then(StorageError(self._failed))
+        else:
+            # Told in the context of who asks: of a node that is paused, when it goes on.
+            self._waiter(number).add_done_callback(lambda waiter: then(_error_of(waiter)))
+
+    def _waiter(self, number: int) -> asyncio.Future[None]:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((number, waiter))
-        await waiter
+        return waiter
 
     def crash(self) -> int:
         """The machine or the process dies; returns how many batches are lost. Those who waited are never told."""
@@ -136,3 +148,9 @@ class SimDisk(OrderedSpaces):
                 waiter.set_result(None)
         if self._unflushed:
             self._start_flush()
+
+
+def _error_of(waiter: asyncio.Future[None]) -> StorageError | None:
+    error = waiter.exception()
+    assert error is None or isinstance(error, StorageError)
+    return error

@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +26,10 @@ import apsw
 
 from dht.errors import StorageError
 from dht.storage.pending import Pending
-from dht.storage.sqlite_file import CRC_BYTES, SqliteFile, apply, intact, shown
-from dht.world import Batch
+from dht.storage.sqlite_file import CRC_BYTES, SqliteFile, Write, apply, intact, shown
+from dht.world import Batch, Flushed
+
+log = logging.getLogger(__name__)
 
 RESERVE_BYTES: Final = 16 * 1024 * 1024
 PENDING_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -47,16 +51,13 @@ _TAIL_REVERSE: Final = "SELECT key, value FROM kv WHERE space = ? AND key >= ? O
 
 @dataclass(slots=True)
 class _Submitted:
-    """A batch on its way to the file, or (`writes` None) the order to stop."""
+    """A batch on its way to the file."""
 
     number: int
-    writes: list[tuple[int, bytes, bytes | None]] | None
+    writes: list[Write]
     size_bytes: int
-
-    @property
-    def counted_bytes(self) -> int:
-        """What it adds to a backlog. One batch may be larger than any backlog may get: a new index of a large table."""
-        return min(self.size_bytes, GROUP_BYTES_MAX)
+    counted_bytes: int
+    """What it adds to a backlog. One batch may be larger than any backlog may get: a new index of a large table."""
 
 
 class _Cache:
@@ -87,10 +88,19 @@ class _Cache:
         if self._young_bytes > CACHE_BYTES_MAX // 2:
             self._old, self._young, self._young_bytes = self._young, {}, 0
 
-    def change(self, place: tuple[int, bytes], value: bytes | None) -> None:
-        """What is cached is now this."""
-        if place in self._young or place in self._old:
-            self.put(place, value)
+    def take(self, writes: list[Write], *, only_known: bool) -> int:
+        """These are the values now. `only_known`: what is not cached stays so. The bytes of all, about."""
+        size_bytes = 0
+        for space, key, value in writes:
+            place = (space, key)
+            entry_bytes = len(key) + _ENTRY_BYTES + (0 if value is None else len(value))
+            size_bytes += entry_bytes
+            if not only_known or place in self._young or place in self._old:
+                self._young[place] = value
+                self._young_bytes += entry_bytes
+        if self._young_bytes > CACHE_BYTES_MAX // 2:
+            self._old, self._young, self._young_bytes = self._young, {}, 0
+        return size_bytes
 
 
 @dataclass(slots=True)
@@ -117,13 +127,14 @@ class SqliteDisk:
         self._reader = self._file.reader
         self._overlay: dict[int, Pending] = {}
         self._cache = _Cache()
-        self._waiters: dict[int, list[asyncio.Future[None]]] = {}
+        self._waiting: dict[int, list[Flushed]] = {}
         self._submitted = 0
         self._durable = 0
         self._backlog_bytes = 0
         self._failed: str | None = None
         self._closed = False
-        self._queue: queue.SimpleQueue[_Submitted] = queue.SimpleQueue()
+        self._handing: list[_Submitted] = []
+        self._queue: queue.SimpleQueue[list[_Submitted] | None] = queue.SimpleQueue()
         self._finished: deque[list[_Submitted]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._write, name="lucd-disk", daemon=True)
@@ -134,11 +145,13 @@ class SqliteDisk:
         return self._failed
 
     def get(self, space: int, key: bytes) -> bytes | None:
-        self._refuse_if_failed()
+        if self._failed is not None:
+            raise StorageError(self._failed)
         place = (space, key)
         value = self._cache.get(place)
-        if value is not _NOT_CACHED:
-            return value
+        return self._read(space, key, place) if value is _NOT_CACHED else value
+
+    def _read(self, space: int, key: bytes, place: tuple[int, bytes]) -> bytes | None:
         pending = self._overlay.get(space)
         if pending is not None and (entry := pending.get(key)) is not None:
             value = entry[1]
@@ -177,26 +190,27 @@ class SqliteDisk:
 
     def submit(self, batch: Batch) -> int:
         self._refuse_if_failed()
-        self._settle()
-        if not batch.writes:
+        if self._finished:
+            self._settle()
+        writes = batch.writes
+        if not writes:
             # Who submits nothing wants to know when all before is durable: no work for the writer, and no commit.
             return self._submitted
         self._submitted = number = self._submitted + 1
-        size_bytes = 0
         # What a request writes is read at the next one; what is copied or built by the thousand is not.
-        note = self._cache.put if len(batch.writes) <= CACHED_WRITES_MAX else self._cache.change
-        for space, key, value in batch.writes:
-            pending = self._overlay.get(space)
+        size_bytes = self._cache.take(writes, only_known=len(writes) > CACHED_WRITES_MAX)
+        overlay = self._overlay
+        for space, key, value in writes:
+            pending = overlay.get(space)
             if pending is None:
-                pending = self._overlay[space] = Pending()
+                pending = overlay[space] = Pending()
             pending.put(key, number, value)
-            note((space, key), value)
-            size_bytes += len(key) + _ENTRY_BYTES + (0 if value is None else len(value))
-        submitted = _Submitted(number, batch.writes, size_bytes)
+        counted_bytes = min(size_bytes, GROUP_BYTES_MAX)
+        submitted = _Submitted(number, writes, size_bytes, counted_bytes)
         self.counters.batches += 1
         self.counters.pending_bytes += size_bytes
-        self._backlog_bytes += submitted.counted_bytes
-        self._queue.put(submitted)
+        self._backlog_bytes += counted_bytes
+        self._hand_over_soon(submitted)
         if self._backlog_bytes > PENDING_BYTES_MAX:
             self._failed = (
                 f"cannot write {self._file.path}: the disk did not keep up, {self.counters.pending_bytes} bytes wait "
@@ -208,25 +222,58 @@ class SqliteDisk:
         return number
 
     async def durable(self, number: int) -> None:
-        self._settle()
         if number <= self._durable:
             return
-        self._refuse_if_failed()
-        if number > self._submitted:
-            raise ValueError(f"batch {number} was never submitted; the newest is {self._submitted}")
-        self._loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.setdefault(number, []).append(waiter)
-        # The writer may have finished between the first look and the moment it could know of this loop.
-        self._settle()
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.when_durable(number, partial(_end, waiter))
         await waiter
+
+    def when_durable(self, number: int, then: Flushed) -> None:
+        """As `dht.world.Disk.when_durable`; `then` is called from the loop."""
+        if self._finished:
+            self._settle()
+        if number <= self._durable:
+            then(None)
+        elif self._failed is not None:
+            then(StorageError(self._failed))
+        elif number > self._submitted:
+            raise ValueError(f"batch {number} was never submitted; the newest is {self._submitted}")
+        else:
+            self._waiting.setdefault(number, []).append(then)
+            if (loop := asyncio.get_running_loop()) is not self._loop:
+                self._loop = loop
+                self._hand_over()
+                # The writer may have finished between the first look and the moment it could know of this loop.
+                self._settle()
+
+    def _hand_over_soon(self, submitted: _Submitted) -> None:
+        """Not at once: what is submitted meanwhile shares a commit, and what is to be sent meanwhile is on its way.
+
+        The writer that is woken up wants the interpreter, which sending lets go of for a moment: it would wait for it
+        then, and the sender for the writer.
+        """
+        self._handing.append(submitted)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._hand_over()
+            return
+        if len(self._handing) == 1 or loop is not self._loop:
+            self._loop = loop
+            loop.call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        if self._handing:
+            handed, self._handing = self._handing, []
+            self._queue.put(handed)
 
     def close(self) -> None:
         """Write what was submitted, close the file, release the lock. Idempotent; blocks for the last commit."""
         if self._closed:
             return
         self._closed = True
-        self._queue.put(_Submitted(0, None, 0))
+        self._hand_over()
+        self._queue.put(None)
         self._thread.join()
         self._settle()
         self._failed = self._failed or f"cannot use {self._file.path}: it was closed"
@@ -259,35 +306,43 @@ class SqliteDisk:
         self._notify()
         return StorageError(self._failed)
 
-    def _settle(self) -> None:
-        """Take notice of finished commits: forget their part of the overlay, wake who waits for them."""
+    def _settle(self, tell_now: bool = False) -> None:
+        """Take notice of finished commits: forget their part of the overlay, tell who waits for them.
+
+        `tell_now`: called by the loop itself. Else whoever calls is in the middle of something, and they are told soon.
+        """
         while self._finished:
             group = self._finished.popleft()
             for submitted in group:
-                for space, key, _ in submitted.writes or ():
-                    self._overlay[space].forget(key, submitted.number)
+                number = submitted.number
+                for space, key, _ in submitted.writes:
+                    self._overlay[space].forget(key, number)
                 self.counters.pending_bytes -= submitted.size_bytes
                 self._backlog_bytes -= submitted.counted_bytes
-                self._durable = submitted.number
-                self._wake(submitted.number, None)
-        if self._failed is not None and self._waiters:
-            for number in list(self._waiters):
-                self._wake(number, self._failed)
+                self._durable = number
+                if number in self._waiting:
+                    self._tell(number, None, tell_now)
+        if self._failed is not None and self._waiting:
+            for number in list(self._waiting):
+                self._tell(number, self._failed, tell_now)
 
-    def _wake(self, number: int, failed: str | None) -> None:
-        for waiter in self._waiters.pop(number, ()):
-            if waiter.done():
-                continue
-            if failed is None:
-                waiter.set_result(None)
-            else:
-                waiter.set_exception(StorageError(failed))
+    def _tell(self, number: int, failed: str | None, now: bool) -> None:
+        for then in self._waiting.pop(number, ()):
+            error = None if failed is None else StorageError(failed)
+            if now:
+                try:
+                    then(error)
+                except Exception:
+                    # A bug of one who waits is not to keep the others waiting.
+                    log.exception("what was to follow a commit failed")
+            elif self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon(then, error)
 
     def _notify(self) -> None:
         loop = self._loop
         if loop is not None:
             try:
-                loop.call_soon_threadsafe(self._settle)
+                loop.call_soon_threadsafe(self._settle, True)
             except RuntimeError:
                 # The loop is closed: nobody waits any more.
                 self._loop = None
@@ -300,9 +355,8 @@ class SqliteDisk:
             if not group or self._failed is not None:
                 continue
             started = time.perf_counter()
-            latest = {(space, key): value for submitted in group for space, key, value in submitted.writes or ()}
             try:
-                apply(self._file.writer, latest.items())
+                apply(self._file.writer, _latest(group))
             except Exception as error:
                 # Whatever it was: a writer that died silently would leave everybody waiting.
                 if isinstance(error, apsw.FullError):
@@ -318,17 +372,34 @@ class SqliteDisk:
     def _next_group(self) -> tuple[list[_Submitted], bool]:
         group: list[_Submitted] = []
         size_bytes = 0
-        submitted = self._queue.get()
-        while submitted.writes is not None:
-            group.append(submitted)
-            size_bytes += submitted.size_bytes
+        handed = self._queue.get()
+        while handed is not None:
+            group += handed
+            size_bytes += sum([submitted.size_bytes for submitted in handed])
             if size_bytes >= GROUP_BYTES_MAX:
                 return group, False
             try:
-                submitted = self._queue.get_nowait()
+                handed = self._queue.get_nowait()
             except queue.Empty:
                 return group, False
         return group, True
+
+
+def _latest(group: list[_Submitted]) -> Sequence[Write]:
+    """What the batches leave, each key once at most for each of them."""
+    if len(group) == 1:
+        return group[0].writes
+    latest = {(space, key): value for submitted in group for space, key, value in submitted.writes}
+    return [(space, key, value) for (space, key), value in latest.items()]
+
+
+def _end(waiter: asyncio.Future[None], error: StorageError | None) -> None:
+    if waiter.done():
+        return
+    if error is None:
+        waiter.set_result(None)
+    else:
+        waiter.set_exception(error)
 
 
 def _overlaid(

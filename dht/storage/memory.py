@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sortedcontainers import SortedDict
 
 from dht.errors import StorageError
-from dht.world import Batch
+from dht.world import Batch, Flushed
 
 
 class OrderedSpaces:
@@ -67,6 +67,10 @@ class MemoryDisk(OrderedSpaces):
     async def durable(self, number: int) -> None:
         if self._failed is not None and number > self._submitted:
             raise StorageError(self._failed)
+
+    def when_durable(self, number: int, then: Flushed) -> None:
+        lost = self._failed is not None and number > self._submitted
+        then(StorageError(self._failed or "") if lost else None)
 
     def clone(self) -> MemoryDisk:
         """An independent copy of the content, cheap enough to start each test from a prepared state."""

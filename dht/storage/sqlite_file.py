@@ -58,6 +58,10 @@ PRAGMA user_version = {FORMAT};
 COMMIT"""
 
 
+Write = tuple[int, bytes, bytes | None]
+"""(space, key, value); None deletes."""
+
+
 def seal(space: int, key: bytes, value: bytes) -> bytes:
     """The value as it rests in the file."""
     return crc32(value, crc32(key, space)).to_bytes(CRC_BYTES, "big") + value
@@ -74,15 +78,12 @@ def intact(space: Any, key: Any, stored: Any) -> bool:
     )
 
 
-def apply(writer: apsw.Connection, changes: Iterable[tuple[tuple[int, bytes], bytes | None]]) -> None:
-    """Write all changes, ((space, key), value; None deletes), in one durable transaction.
-
-    Raises apsw.Error; then nothing was written.
-    """
+def apply(writer: apsw.Connection, writes: Iterable[Write]) -> None:
+    """Write all, in order, in one durable transaction. Raises apsw.Error; then nothing was written."""
     items = tuple(
         [
             b"%03d%08d" % (space, len(key)) + key + (b"" if value is None else seal(space, key, value))
-            for (space, key), value in changes
+            for space, key, value in writes
         ]
     )
     if items:

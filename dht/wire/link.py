@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,12 +29,13 @@ from aiohttp import ClientResponse, ClientWebSocketResponse, WSMsgType, web
 
 from dht import codec
 from dht.codec import Message
-from dht.errors import Indeterminate, RemoteProtocolError, Unavailable
+from dht.errors import DhtError, Indeterminate, RemoteProtocolError, Unavailable
 from dht.limits import FRAME_BYTES_MAX, PEER_TIMEOUT_S
 from dht.model import Struct
 from dht.wire import frames, tcp
 from dht.wire.handshake import PeerIdentity
-from dht.wire.serving import answer_in_time
+from dht.wire.serving import answer_in_time, failure_for, outcome_of
+from dht.world import Answer
 
 
 class DialedSocket(ClientWebSocketResponse):
@@ -51,6 +53,28 @@ class DialedSocket(ClientWebSocketResponse):
 
 
 WebSocket = DialedSocket | web.WebSocketResponse
+
+
+class _Waiter(asyncio.Future[Message]):
+    """The reply to a request. Who gives up waiting for it takes it off the link. `short`: see `Link.tick`."""
+
+    __slots__ = ("link", "request_id", "short", "timer")
+
+    def __init__(self, link: Link, request_id: int, short: bool, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self.link = link
+        self.request_id = request_id
+        self.short = short
+        self.timer: asyncio.TimerHandle | None = None
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        self.link.forget(self.request_id)
+        return super().cancel(msg)
+
+    def fail(self, error: DhtError) -> None:
+        if not self.done():
+            self.set_exception(error)
+
 
 QUEUE_BYTES_MAX = 64 * 1024 * 1024
 SILENT_QUEUE_BYTES_MAX = 1024 * 1024
@@ -112,7 +136,7 @@ class Link:
         peer: PeerIdentity,
         dialed: bool,
         far: bool,
-        answer: Callable[[bytes, Message], Awaitable[Struct]],
+        answer: Answer,
         counters: dict[str, int],
         on_close: Callable[[Link], None],
     ) -> None:
@@ -140,9 +164,8 @@ class Link:
         self._counters = counters
         self._on_close = on_close
         self._reader: asyncio.Task[Any] | None = None
-        self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
-        self._short: dict[int, None] = {}
-        self._serving: dict[int, asyncio.Task[None]] = {}
+        self._waiting: dict[int, _Waiter] = {}
+        self._serving: dict[int, asyncio.Future[Any]] = {}
         self._next_id = 0
         self._queue: list[bytes] = []
         self._queue_bytes = 0
@@ -163,30 +186,28 @@ class Link:
         """Whether somebody waits for something on this link."""
         return bool(self._waiting or self._serving or self._queue)
 
-    async def call(self, message: Struct, timeout_s: float) -> Message:
-        """As `dht.world.Network.call`, on this link."""
+    def call(self, message: Struct, timeout_s: float) -> asyncio.Future[Message]:
+        """As `dht.world.Network.call`, on this link: asked at once. Raises nothing itself."""
         self._next_id += 1
         request_id = self._next_id
-        frame = frames.encode_frame(request_id, frames.timeout_ms(timeout_s), message)
-        self._enqueue(frame)
-        waiter: asyncio.Future[msgspec.Raw] = self._loop.create_future()
+        waiter = _Waiter(self, request_id, timeout_s <= PEER_TIMEOUT_S, self._loop)
+        try:
+            self._enqueue(frames.encode_frame(request_id, frames.timeout_ms(timeout_s), message))
+        except DhtError as error:
+            waiter.set_exception(error)
+            return waiter
         if not self._waiting:
             self._asked_s = self._loop.time()
         self._waiting[request_id] = waiter
-        if timeout_s <= PEER_TIMEOUT_S:
-            self._short[request_id] = None
-        timer = self._loop.call_later(timeout_s, self._expire, waiter, message, timeout_s)
-        try:
-            raw = await waiter
-        finally:
-            timer.cancel()
-            self._waiting.pop(request_id, None)
-            self._short.pop(request_id, None)
-        try:
-            return frames.read_reply(raw)
-        except RemoteProtocolError:
-            self.drop_for_garbage()
-            raise
+        waiter.timer = self._loop.call_later(timeout_s, self._expire, waiter, type(message).__name__, timeout_s)
+        return waiter
+
+    def forget(self, request_id: int) -> _Waiter | None:
+        """Nobody waits for this reply any more; who did, if anybody."""
+        waiter = self._waiting.pop(request_id, None)
+        if waiter is not None and waiter.timer is not None:
+            waiter.timer.cancel()
+        return waiter
 
     async def run(self) -> None:
         """Receive until the link ends, whoever ends it; afterwards every request in flight is Indeterminate."""
@@ -256,11 +277,10 @@ class Link:
 
     def _give_up(self) -> None:
         """Fail the short requests: who asks a majority need not wait their time-out for each silent replica."""
-        for request_id in self._short:
-            waiter = self._waiting[request_id]
-            if not waiter.done():
-                text = f"node {self.peer.node_id.hex()} fell silent before its reply: the request may have been served"
-                waiter.set_exception(Indeterminate(text))
+        text = f"node {self.peer.node_id.hex()} fell silent before its reply: the request may have been served"
+        for waiter in [waiter for waiter in self._waiting.values() if waiter.short]:
+            self.forget(waiter.request_id)
+            waiter.fail(Indeterminate(text))
 
     def _take_note_of_arrival(self, received_bytes: int, now_s: float) -> bool:
         """Whether more of a message, which is not complete yet, came since the last look; the peer is heard then."""
@@ -306,10 +326,10 @@ class Link:
             return
         self.closed = True
         self._queue.clear()
-        for waiter in self._waiting.values():
-            if not waiter.done():
-                text = f"the link to node {self.peer.node_id.hex()} was lost before its reply: it may have been served"
-                waiter.set_exception(Indeterminate(text))
+        text = f"the link to node {self.peer.node_id.hex()} was lost before its reply: it may have been served"
+        for waiter in list(self._waiting.values()):
+            self.forget(waiter.request_id)
+            waiter.fail(Indeterminate(text))
         if self._reader is not None and self._reader is not asyncio.current_task():
             self._reader.cancel()
         self._on_close(self)
@@ -319,10 +339,10 @@ class Link:
         self._counters["garbage"] += 1
         self.close()
 
-    def _expire(self, waiter: asyncio.Future[msgspec.Raw], message: Struct, timeout_s: float) -> None:
-        if not waiter.done():
-            text = f"{type(message).__name__}: node {self.peer.node_id.hex()} did not reply in {timeout_s:.3f} s"
-            waiter.set_exception(Indeterminate(f"{text}; it may have been served"))
+    def _expire(self, waiter: _Waiter, asked: str, timeout_s: float) -> None:
+        self._waiting.pop(waiter.request_id, None)
+        text = f"{asked}: node {self.peer.node_id.hex()} did not reply in {timeout_s:.3f} s"
+        waiter.fail(Indeterminate(f"{text}; it may have been served"))
 
     def _enqueue(self, frame: bytes) -> None:
         if self.closed:
@@ -378,21 +398,52 @@ class Link:
         for request_id, timeout_ms, raw in frames.split(data):
             self._counters["frames_in"] += 1
             if timeout_ms == frames.REPLY:
-                waiter = self._waiting.get(request_id)
-                if waiter is not None and not waiter.done():
-                    waiter.set_result(raw)
+                self._take_reply(request_id, raw)
             elif request_id in self._serving:
                 raise RemoteProtocolError(f"request {request_id} is being served already")
             elif len(self._serving) >= SERVING_REQUESTS_MAX:
                 text = f"{SERVING_REQUESTS_MAX} requests of this peer are being served: try later"
                 self._reply(request_id, frames.failure_of(Unavailable(text, sent=False)))
             else:
-                message = codec.decode(memoryview(raw))
-                self._serving[request_id] = self._loop.create_task(self._serve(request_id, timeout_ms / 1000, message))
+                self._begin(request_id, timeout_ms / 1000, codec.decode(memoryview(raw)))
+            if self.closed:
+                return
 
-    async def _serve(self, request_id: int, timeout_s: float, message: Message) -> None:
+    def _take_reply(self, request_id: int, raw: msgspec.Raw) -> None:
+        waiter = self.forget(request_id)
+        if waiter is None or waiter.done():
+            return
         try:
-            reply = await answer_in_time(self._answer(self.peer.node_id, message), message, timeout_s)
+            waiter.set_result(frames.read_reply(raw))
+        except RemoteProtocolError as error:
+            waiter.set_exception(error)
+            self.drop_for_garbage()
+        except DhtError as error:
+            waiter.set_exception(error)
+
+    def _begin(self, request_id: int, timeout_s: float, message: Message) -> None:
+        """Begin to serve a request: in a task of its own, unless all that it takes is done or goes on by itself."""
+        try:
+            answer = self._answer(self.peer.node_id, message)
+        except Exception as error:
+            self._reply(request_id, failure_for(error, message))
+            return
+        if not isinstance(answer, asyncio.Future):
+            self._serving[request_id] = self._loop.create_task(self._serve(request_id, timeout_s, message, answer))
+        elif answer.done():
+            self._reply(request_id, outcome_of(answer, message))
+        else:
+            self._serving[request_id] = answer
+            answer.add_done_callback(partial(self._answered, request_id, message))
+
+    def _answered(self, request_id: int, message: Message, answer: asyncio.Future[Struct]) -> None:
+        del self._serving[request_id]
+        if not answer.cancelled():
+            self._reply(request_id, outcome_of(answer, message))
+
+    async def _serve(self, request_id: int, timeout_s: float, message: Message, answer: Awaitable[Struct]) -> None:
+        try:
+            reply = await answer_in_time(answer, message, timeout_s)
         finally:
             del self._serving[request_id]
         self._reply(request_id, reply)

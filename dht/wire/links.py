@@ -12,7 +12,7 @@ import contextlib
 import logging
 import random
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import aiohttp
@@ -229,13 +229,16 @@ class LinkNetwork:
         peer = self._peers.get(node)
         return peer is not None and peer.link is not None and peer.link.parted
 
-    async def call(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
-        """As `dht.world.Network.call`."""
+    def call(self, to: NodeId, message: Struct, timeout_s: float) -> Awaitable[Struct]:
+        """As `dht.world.Network.call`. Where there is a link the request leaves at once."""
         peer = self._peers.get(to)
-        if to == self.identity.node_id:
-            return await self._call_itself(message, timeout_s)
         if peer is not None and peer.link is not None:
-            return await peer.link.call(message, timeout_s)
+            return peer.link.call(message, timeout_s)
+        if to == self.identity.node_id:
+            return self._call_itself(message, timeout_s)
+        return self._call_over_new_link(to, message, timeout_s)
+
+    async def _call_over_new_link(self, to: NodeId, message: Struct, timeout_s: float) -> Struct:
         deadline = asyncio.get_running_loop().time() + timeout_s
         link = await self._link_to(to, message, timeout_s)
         return await link.call(message, max(0.001, deadline - asyncio.get_running_loop().time()))
@@ -254,9 +257,7 @@ class LinkNetwork:
 
     async def _call_itself(self, message: Struct, timeout_s: float) -> Struct:
         # A task of its own: the deadline of the request inside is not that of the request outside.
-        reply: Struct = await self._spawn(
-            answer_in_time(self._serve(self.identity.node_id, message), message, timeout_s)
-        )
+        reply: Struct = await self._spawn(answer_in_time(self._serve_itself(message), message, timeout_s))
         if isinstance(reply, Failure):
             raise frames.error_of(reply)
         return reply
@@ -508,10 +509,13 @@ class LinkNetwork:
     def _count_links(self) -> None:
         self.counters["links"] = sum(peer.link is not None for peer in self._peers.values())
 
-    async def _serve(self, sender: NodeId, message: Struct) -> Struct:
+    async def _serve_itself(self, message: Struct) -> Struct:
+        return await self._serve(self.identity.node_id, message)
+
+    def _serve(self, sender: NodeId, message: Struct) -> Awaitable[Struct]:
         if self._answer is None:
             raise Unavailable("this node has just started and does not answer yet: try again")
-        return await self._answer(sender, message)
+        return self._answer(sender, message)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()

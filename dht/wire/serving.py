@@ -39,15 +39,26 @@ async def answer_in_time(serving: Awaitable[Struct], message: Struct, timeout_s:
     timer = asyncio.get_running_loop().call_later(timeout_s, alarm.ring)
     try:
         return await serving
-    except DhtError as error:
-        return frames.failure_of(error)
     except asyncio.CancelledError:
         if not alarm.rang or (alarm.task is not None and alarm.task.uncancel() > 0):
             raise
         text = f"{type(message).__name__} was not answered in {timeout_s:.3f} s: it may or may not have taken effect"
         return frames.failure_of(Indeterminate(text))
     except Exception as error:
-        log.exception("%s failed unexpectedly", type(message).__name__)
-        return Failure("error", f"{type(message).__name__} failed: {type(error).__name__}: {error}; see the log")
+        return failure_for(error, message)
     finally:
         timer.cancel()
+
+
+def outcome_of(answer: asyncio.Future[Struct], message: Struct) -> Struct:
+    """The reply that an answer which has ended gives, or the Failure that stands for what went wrong."""
+    error = answer.exception()
+    return answer.result() if error is None else failure_for(error, message)
+
+
+def failure_for(error: BaseException, message: Struct) -> Failure:
+    """What the asker is told of the error that his request ended in; one that is a bug is logged, too."""
+    if isinstance(error, DhtError):
+        return frames.failure_of(error)
+    log.error("%s failed unexpectedly", type(message).__name__, exc_info=error)
+    return Failure("error", f"{type(message).__name__} failed: {type(error).__name__}: {error}; see the log")

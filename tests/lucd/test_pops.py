@@ -124,7 +124,7 @@ class World:
         self.asked.append(node)
         if isinstance(message, requests.ListPops):
             daemon: Any = SimpleNamespace(pops=self.mates[node])
-            return await Daemon._answer_peer(daemon, b"n" * 20, message)
+            return await Daemon._answer_other(daemon, b"n" * 20, message)
         if node not in self.serving:
             raise NotServing("this node is no member of domain lyon; ask one that is")
         return requests.ListDatabasesReply(("cell",))

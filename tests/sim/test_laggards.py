@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from dht.model import Change, Op, Part
 from dht.register.messages import Prepare
@@ -66,13 +67,12 @@ def test_replica_behind_that_settles_before_its_own_promise_is_durable_comes_to_
         await store.commit(yard.transaction(update(7)))
         await asyncio.sleep(1.0)
         assert len(set(standings(yard))) == 2
-        durable = behind._acceptor.durable
+        when_durable = behind._acceptor.when_durable
 
-        async def slow(number: int, key: bytes | None = None) -> None:
-            await asyncio.sleep(0.2)
-            await durable(number, key)
+        def slowly(*asked: Any) -> None:
+            asyncio.get_running_loop().call_later(0.2, when_durable, *asked)
 
-        behind._acceptor.durable = slow  # type: ignore[method-assign]
+        behind._acceptor.when_durable = slowly  # type: ignore[method-assign]
         await behind.settle(KEY)
         await asyncio.sleep(1.0)
         assert len(set(standings(yard))) == 1

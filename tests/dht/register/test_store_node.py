@@ -344,18 +344,14 @@ async def test_proposer_ahead_of_its_quorum_gets_the_rows_of_the_others(cluster)
         await cluster.wire.nodes[first].commit(transaction(update("a", {0: 1})), timeout_s=0.1)
     cluster.wire.drop = lambda sender, to, message: False
     ahead = cluster.wire.nodes[first]
-    slow = asyncio.Event()
-    durable = ahead._acceptor.durable
-
-    async def late(number, name=None) -> None:
-        await slow.wait()
-        await durable(number, name)
-
-    ahead._acceptor.durable = late
+    when_durable, waiting = ahead._acceptor.when_durable, []
+    ahead._acceptor.when_durable = lambda *asked: waiting.append(asked)
     try:
         await ahead.commit(transaction(update("a", {1: 1})))
     finally:
-        slow.set()
+        assert waiting
+        for asked in waiting:
+            when_durable(*asked)
 
 
 async def test_groups_of_a_tablet_not_served_are_not_listed(cluster):

@@ -100,6 +100,64 @@ async def test_empty_batch_is_durable_when_what_came_before_it_is_and_makes_no_c
     assert (disk.counters.batches, disk.counters.commits) == (1, 1)
 
 
+async def test_batches_that_are_submitted_in_one_turn_of_the_loop_share_a_commit(disk: SqliteDisk) -> None:
+    for n in range(5):
+        number = disk.submit(batch_of((1, b"k%d" % n, b"v")))
+    await disk.durable(number)
+    assert (disk.counters.batches, disk.counters.commits) == (5, 1)
+
+
+async def test_who_waits_without_a_task_is_told_once_when_the_batch_is_durable(disk: SqliteDisk) -> None:
+    told: list[StorageError | None] = []
+    number = disk.submit(batch_of((1, b"k", b"v")))
+    disk.when_durable(number, told.append)
+    assert not told
+    await disk.durable(number)
+    assert told == [None]
+    disk.when_durable(number, told.append)
+    assert told == [None, None]
+    disk._fail(apsw.IOError("gone"), "write")
+    disk.when_durable(number, told.append)
+    disk.when_durable(number + 1, told.append)
+    assert told[:3] == [None] * 3
+    assert isinstance(told[3], StorageError)
+
+
+async def test_who_waits_without_a_task_is_told_that_the_disk_has_failed(
+    disk: SqliteDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise apsw.IOError("gone")
+
+    monkeypatch.setattr(disk_module, "apply", broken)
+    told: list[StorageError | None] = []
+    number = disk.submit(batch_of((1, b"k", b"v")))
+    disk.when_durable(number, told.append)
+    with pytest.raises(StorageError):
+        await disk.durable(number)
+    assert len(told) == 1
+    assert isinstance(told[0], StorageError)
+
+
+async def test_who_fails_when_he_is_told_keeps_nobody_else_waiting(disk: SqliteDisk) -> None:
+    def broken(error: StorageError | None) -> None:
+        raise RuntimeError("a bug")
+
+    number = disk.submit(batch_of((1, b"k", b"v")))
+    disk.when_durable(number, broken)
+    await asyncio.wait_for(disk.durable(number), 10.0)
+    await asyncio.wait_for(disk.durable(disk.submit(batch_of((1, b"k", b"w")))), 10.0)
+
+
+def test_batch_of_a_loop_that_has_ended_is_written_for_the_next_one(disk: SqliteDisk) -> None:
+    async def submit() -> int:
+        return disk.submit(batch_of((1, b"k", b"v")))
+
+    number = asyncio.run(submit())
+    asyncio.run(asyncio.wait_for(disk.durable(number), 10.0))
+    assert disk.counters.commits == 1
+
+
 async def test_reopened_file_holds_all_and_numbers_start_again(path: Path) -> None:
     disk = SqliteDisk(path, reserve_bytes=RESERVE)
     disk.submit(batch_of((1, b"a", b"1"), (1, b"b", b"2")))

@@ -78,6 +78,62 @@ async def test_call_without_reply_in_time_is_indeterminate():
         assert await a.network.call(b.id, Ask("next"), 3.0)
 
 
+async def test_answer_that_goes_on_by_itself_is_sent_when_it_ends():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        answers = []
+
+        def answer(sender, asked):
+            answers.append(asyncio.get_running_loop().create_future())
+            if asked == Ask("at once"):
+                answers[-1].set_result(Told("done"))
+            return answers[-1]
+
+        b.network.serve(answer)
+        assert await a.network.call(b.id, Ask("at once"), 3.0) == Told("done")
+        call = a.network.call(b.id, Ask("later"), 3.0)
+        await until(lambda: len(answers) == 2)
+        assert b.network._peers[a.id].link.busy
+        answers[1].set_result(Told("later"))
+        assert await call == Told("later")
+        call = a.network.call(b.id, Ask("fails"), 3.0)
+        await until(lambda: len(answers) == 3)
+        answers[2].set_exception(NotServing("sealed", tablet=3))
+        with pytest.raises(NotServing, match="sealed"):
+            await call
+        assert not b.network._peers[a.id].link.busy
+
+
+@pytest.mark.parametrize("error", [NotServing("sealed"), ZeroDivisionError("bug")])
+async def test_answer_that_fails_before_it_begins_is_told(error):
+    async with nodes(2) as (a, b):
+        a.knows(b)
+
+        def answer(sender, asked):
+            raise error
+
+        b.network.serve(answer)
+        for _ in range(2):
+            with pytest.raises(DhtError, match=str(error)):
+                await a.network.call(b.id, Ask("x"), 3.0)
+
+
+async def test_request_that_nobody_waits_for_any_more_is_forgotten_at_once():
+    async with nodes(2) as (a, b):
+        a.knows(b)
+        await a.network.call(b.id, Ask("first"), 3.0)
+        link = a.network._peers[b.id].link
+        call = asyncio.ensure_future(a.network.call(b.id, Ask("slow", 0.2), 3.0))
+        waiting = asyncio.create_task(asyncio.wait_for(a.network.call(b.id, Ask("slow", 0.2), 3.0), 3.0))
+        await until(lambda: len(b.served) == 3)
+        assert link.busy
+        call.cancel()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert not link.busy
+        assert await a.network.call(b.id, Ask("next"), 3.0)
+
+
 async def test_lost_link_makes_calls_indeterminate_and_is_replaced():
     async with nodes(2) as (a, b):
         a.knows(b)

@@ -87,8 +87,8 @@ async def test_far_peer_has_two_round_trips_more(monkeypatch, limit):
         async with unheard(monkeypatch, (0, 0, far_us, 0)) as (ours, _):
             monkeypatch.setattr(link, limit, short_s)
             ours.heard_s = ours._asked_s = now_s = asyncio.get_running_loop().time()
-            ours._short = dict.fromkeys(ours._waiting)
             (waiter,) = ours._waiting.values()
+            waiter.short = True
             ours.tick(now_s + short_s + 0.4)
             ours.heard_s -= short_s + 0.4
             assert (ours.alive and not waiter.done()) == (far_us == 300_000)
