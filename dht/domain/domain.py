@@ -158,6 +158,16 @@ class Domain:
             return self._views[tablet]
         return self.roster.replicas(tablet)
 
+    def views(self) -> tuple[TabletReplicas, ...]:
+        """`replicas` of all tablets; the same object until one of them changes. Raises Unavailable before the first."""
+        return self._views or tuple(map(self.roster.replicas, range(len(self.roster.tablets))))
+
+    def admits(self, tablets: tuple[int, ...], epochs: tuple[int, ...]) -> bool:
+        """Whether `admit` takes each of them; False where it takes to look at each."""
+        if self.generations.superseded or not epochs or min(epochs) < max(1, self.chain.generation_epoch):
+            return False
+        return tuple(map(self.tablets.serves, tablets)) == epochs
+
     def admit(self, tablet: int, epoch: int, accept: bool = False) -> None:
         """Raise NotServing unless this node is an initialised, unsealed replica of exactly that tablet epoch.
 
@@ -411,7 +421,8 @@ class Domain:
             before = self.chain.link(replicas.epoch - 1).replicas(tablet) if old else None
             views.append(self.watch.in_use(tablet, replicas, before))
         same = tuple(views) == self._views
-        self._views = tuple(views)
+        if not same:
+            self._views = tuple(views)
         self._takeover.wake()
         if announce or not same:
             for callback in list(self.on_change):

@@ -35,7 +35,15 @@ class Tablets(Protocol):
 
     def replicas(self, tablet: int) -> TabletReplicas: ...
 
+    def views(self) -> tuple[TabletReplicas, ...]:
+        """`replicas` of all tablets; the same object until one of them changes."""
+        ...
+
     def admit(self, tablet: int, epoch: int, accept: bool = False) -> None: ...
+
+    def admits(self, tablets: tuple[int, ...], epochs: tuple[int, ...]) -> bool:
+        """Whether `admit` takes each of them. False: one or another, ask it of each."""
+        ...
 
     def floor(self, tablet: int) -> Ballot:
         """The promise of the tablet's registers that have no value here."""

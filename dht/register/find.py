@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -81,14 +82,14 @@ class FindServer:
         """Synchronous, so that matches, ballots and unsettled groups are of one moment."""
         context, file = self._context, self._context.file
         query = msgspec.structs.replace(request.query, limit=request.limit)
-        sends: dict[int, bool] = {}
-        for tablet, epoch, rows in zip(request.tablets, request.epochs, request.rows, strict=True):
-            try:
-                context.domain.admit(tablet, epoch)
-            except NotServing:
-                if context.rules.serving_only:
-                    continue
-            sends[tablet] = rows
+        sends: dict[int, bool] = dict(zip(request.tablets, request.rows, strict=True))
+        if not context.domain.admits(request.tablets, request.epochs):
+            for tablet, epoch in zip(request.tablets, request.epochs, strict=True):
+                try:
+                    context.domain.admit(tablet, epoch)
+                except NotServing:
+                    if context.rules.serving_only:
+                        sends.pop(tablet, None)
         matches, truncated = file.find_local(query, sends, request.limit)
         unsettled = file.unsettled(query.database, query.table, sends) if context.rules.find_lists_unsettled else []
         if not context.rules.find_intents:
@@ -146,6 +147,50 @@ class FindServer:
         return tuple(out)
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Tablets that the same nodes keep: what each of them is asked of these, with their rows or without."""
+
+    nodes: frozenset[NodeId]
+    quorum: int
+    tablets: tuple[int, ...]
+    epochs: tuple[int, ...]
+
+
+class _Asked:
+    """What one node is asked."""
+
+    __slots__ = ("epochs", "rows", "shares", "tablets")
+
+    def __init__(self) -> None:
+        self.shares: list[int] = []
+        self.tablets: tuple[int, ...] = ()
+        self.epochs: tuple[int, ...] = ()
+        self.rows: tuple[bool, ...] = ()
+
+    def add(self, number: int, share: _Share, rows: bool) -> None:
+        self.shares.append(number)
+        self.tablets += share.tablets
+        self.epochs += share.epochs
+        self.rows += (rows,) * len(share.tablets)
+
+    @property
+    def sends(self) -> bool:
+        """Whether it is asked for any rows."""
+        return True in self.rows
+
+
+def _shares_of(views: tuple[TabletReplicas, ...]) -> tuple[_Share, ...]:
+    """The tablets by who keeps them. In a PoP of three nodes these are the same for all."""
+    kept: dict[frozenset[NodeId], list[int]] = {}
+    for tablet, replicas in enumerate(views):
+        kept.setdefault(frozenset(replicas.nodes), []).append(tablet)
+    return tuple(
+        _Share(nodes, quorums(len(nodes))[0], tuple(tablets), tuple([views[tablet].epoch for tablet in tablets]))
+        for nodes, tablets in kept.items()
+    )
+
+
 class _Collected:
     """What a round of replies says, tablet by tablet and group by group.
 
@@ -153,12 +198,20 @@ class _Collected:
     what a replica named as known to be chosen.
     """
 
-    def __init__(self, tablet_of: Callable[[GroupKey], int]) -> None:
+    def __init__(
+        self,
+        tablet_of: Callable[[GroupKey], int],
+        views: tuple[TabletReplicas, ...],
+        shares: tuple[_Share, ...],
+    ) -> None:
         self._tablet_of = tablet_of
-        self.needed: dict[int, int] = {}
-        self.replicas: dict[int, TabletReplicas] = {}
+        self._shares = shares
+        self._whole = [0] * len(shares)
+        """By how many each share is covered whole."""
+        self._parts: dict[int, int] = {}
+        """By how many a tablet is covered besides, who do not cover all that they were asked for."""
+        self.replicas = views
         self.marked: dict[GroupKey, Ballot] = {}
-        self.covered: dict[int, int] = {}
         self.rows: dict[GroupKey, list[FoundRow]] = {}
         self.votes: dict[GroupKey, dict[Ballot, int]] = {}
         self.sent: dict[GroupKey, Ballot] = {}
@@ -167,11 +220,24 @@ class _Collected:
         self.horizons: list[bytes] = []
         self.link = 0
 
-    def add(self, reply: FindReplicaReply, sends: frozenset[int]) -> None:
-        """`sends`: the tablets whose rows this replica was asked for."""
+    def missing(self) -> list[int]:
+        """The tablets that no majority has covered."""
+        missing: list[int] = []
+        for share, whole in zip(self._shares, self._whole, strict=True):
+            if (need := share.quorum - whole) > 0:
+                missing += [tablet for tablet in share.tablets if self._parts.get(tablet, 0) < need]
+        return missing
+
+    def add(self, reply: FindReplicaReply, asked: _Asked) -> None:
+        """`asked`: what this replica was asked for."""
         self.link = max(self.link, reply.link)
-        for tablet in reply.covered:
-            self.covered[tablet] = self.covered.get(tablet, 0) + 1
+        if reply.covered == asked.tablets:
+            for number in asked.shares:
+                self._whole[number] += 1
+        else:
+            for tablet in reply.covered:
+                self._parts[tablet] = self._parts.get(tablet, 0) + 1
+        sends = frozenset([tablet for tablet, rows in zip(asked.tablets, asked.rows, strict=True) if rows])
         mine: dict[GroupKey, Ballot] = dict(zip(reply.keys, reply.ballots, strict=False))
         for row in reply.rows:
             self.rows.setdefault(row.group, []).append(row)
@@ -203,6 +269,8 @@ class Finder:
         self._server = server
         self._rounds = rounds
         self._reader = reader
+        self._views: tuple[TabletReplicas, ...] = ()
+        self._shares: tuple[_Share, ...] = ()
 
     async def find(self, query: FindQuery, deadline: float) -> FindResult:
         """Raises Unavailable when some tablet has no majority in time, Invalid when there are too many rows."""
@@ -223,15 +291,18 @@ class Finder:
         """Replies that cover every tablet."""
         context = self._context
         while True:
-            tablets = range(len(context.domain.roster.tablets))
-            for nodes in dict.fromkeys(context.domain.replicas(tablet).nodes for tablet in tablets):
-                self._reach.check(nodes, f"table {query.table} cannot be searched")
-            collected, missing = await self._ask_all(query, limit, deadline)
+            views = context.domain.views()
+            if views is not self._views:
+                self._views, self._shares = views, _shares_of(views)
+            for share in self._shares:
+                self._reach.check(sorted(share.nodes), f"table {query.table} cannot be searched")
+            collected = await self._ask_all(query, limit, deadline)
+            missing = collected.missing()
             if not missing or not context.rules.find_majority:
                 return collected
             if context.remaining(deadline) <= 0:
                 raise Unavailable(
-                    f"{len(missing)} of {len(context.domain.roster.tablets)} tablets have no majority of replicas that "
+                    f"{len(missing)} of {len(views)} tablets have no majority of replicas that "
                     f"can search table {query.table} now; try again when more nodes are reachable"
                 )
             if collected.link:
@@ -242,75 +313,60 @@ class Finder:
                     context.count("refreshes_failed")
             await context.clock.sleep(context.chance.uniform(FIND_AGAIN_MIN_S, FIND_AGAIN_MAX_S))
 
-    async def _ask_all(self, query: FindQuery, limit: int, deadline: float) -> tuple[_Collected, list[int]]:
+    async def _ask_all(self, query: FindQuery, limit: int, deadline: float) -> _Collected:
         """One request to each of as few nodes as cover all tablets, and soon to the others if those do not.
 
-        Returns the replies, and the tablets that lack a majority. Raises Invalid where a reply does not fit a frame.
+        Raises Invalid where a reply does not fit a frame.
         """
         context = self._context
-        collected = _Collected(context.file.tablet)
-        asked: dict[NodeId, list[tuple[int, int, bool]]] = {}
-        rest: dict[NodeId, list[tuple[int, int, bool]]] = {}
-        needed = collected.needed
-        order = self._order()
-        ordered: dict[tuple[NodeId, ...], list[NodeId]] = {}
-        for tablet in range(len(context.domain.roster.tablets)):
-            replicas = context.domain.replicas(tablet)
-            nodes = ordered.get(replicas.nodes)
-            if nodes is None:
-                nodes = ordered[replicas.nodes] = sorted(replicas.nodes, key=lambda node: order.get(node, len(order)))
-            needed[tablet] = quorum = quorums(len(nodes))[0]
-            collected.replicas[tablet] = replicas
-            for i, node in enumerate(nodes):
-                (asked if i < quorum else rest).setdefault(node, []).append((tablet, replicas.epoch, i == 0))
-        waiting: dict[asyncio.Task[FindReplicaReply | Invalid | None], tuple[NodeId, frozenset[int]]] = {}
+        collected = _Collected(context.file.tablet, self._views, self._shares)
+        asked: dict[NodeId, _Asked] = {}
+        rest: dict[NodeId, _Asked] = {}
+        order = self._order(self._shares)
+        for number, share in enumerate(self._shares):
+            for i, node in enumerate(sorted(share.nodes, key=order.__getitem__)):
+                whom = asked if i < share.quorum else rest
+                if node not in whom:
+                    whom[node] = _Asked()
+                whom[node].add(number, share, i == 0)
+        waiting: dict[asyncio.Task[FindReplicaReply | Invalid | None], tuple[NodeId, _Asked]] = {}
 
-        def ask(frames: dict[NodeId, list[tuple[int, int, bool]]]) -> None:
-            for node, tablets in frames.items():
-                sends = frozenset([tablet for tablet, _, rows in tablets if rows])
-                waiting[context.spawn(self._ask(node, query, tablets, limit, deadline))] = node, sends
-
-        def missing() -> list[int]:
-            return [tablet for tablet, quorum in needed.items() if collected.covered.get(tablet, 0) < quorum]
+        def ask(frames: dict[NodeId, _Asked]) -> None:
+            for node, what in frames.items():
+                waiting[context.spawn(self._ask(node, query, what, limit, deadline))] = node, what
 
         ask(asked)
-        while waiting and (missing() or any(sends for _, sends in waiting.values())):
+        while waiting and (collected.missing() or any(what.sends for _, what in waiting.values())):
             done, _ = await asyncio.wait(waiting, timeout=MAJORITY_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in waiting if task in done]:
-                _, sends = waiting.pop(task)
+                _, what = waiting.pop(task)
                 reply = task.result()
                 if isinstance(reply, Invalid):
                     raise reply
                 if reply is not None:
-                    collected.add(reply, sends)
-            if rest and (not done or not waiting) and missing():
+                    collected.add(reply, what)
+            if rest and (not done or not waiting) and collected.missing():
                 ask(rest)
                 rest = {}
             elif not done and not any(context.network.alive(node) for node, _ in waiting.values()):
                 context.count("finds_given_up")
                 break
-        return collected, missing()
+        return collected
 
-    def _order(self) -> dict[NodeId, int]:
+    def _order(self, shares: tuple[_Share, ...]) -> dict[NodeId, int]:
         """In what order nodes are asked: this one, then those that live, the same few for all tablets of a find."""
         context = self._context
-        everybody = dict.fromkeys(node for nodes in dict.fromkeys(context.domain.roster.tablets) for node in nodes)
+        everybody = sorted({node for share in shares for node in share.nodes})
         place = {
             node: (node != context.node, not context.network.alive(node), context.chance.random()) for node in everybody
         }
         return {node: i for i, node in enumerate(sorted(everybody, key=place.__getitem__))}
 
     async def _ask(
-        self, node: NodeId, query: FindQuery, tablets: list[tuple[int, int, bool]], limit: int, deadline: float
+        self, node: NodeId, query: FindQuery, what: _Asked, limit: int, deadline: float
     ) -> FindReplicaReply | Invalid | None:
         """None: no answer. Invalid: it does not fit a frame."""
-        request = FindReplica(
-            query,
-            tuple(tablet for tablet, _, _ in tablets),
-            tuple(epoch for _, epoch, _ in tablets),
-            tuple(rows for _, _, rows in tablets),
-            limit,
-        )
+        request = FindReplica(query, what.tablets, what.epochs, what.rows, limit)
         timeout_s = min(PEER_TIMEOUT_S, self._context.remaining(deadline))
         try:
             if node == self._context.node:
@@ -357,10 +413,11 @@ class Finder:
         for key, votes in collected.votes.items():
             ballot = collected.sent.get(key)
             tablet = self._context.file.tablet(key)
-            if ballot is None or votes[ballot] < collected.needed[tablet] or key in collected.unsettled:
+            replicas = collected.replicas[tablet]
+            needed = quorums(len(replicas.nodes))[0]
+            if ballot is None or votes[ballot] < needed or key in collected.unsettled:
                 dirty.append(key)
                 continue
-            replicas = collected.replicas[tablet]
             chosen = (
                 collected.marked.get(key) == ballot
                 or proven(ballot, replicas.epoch, votes[ballot], len(replicas.nodes))

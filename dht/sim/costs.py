@@ -75,9 +75,15 @@ class Settled:
     def replicas(self, tablet: int) -> TabletReplicas:
         return self.roster.replicas(tablet)
 
+    def views(self) -> tuple[TabletReplicas, ...]:
+        return tuple(map(self.replicas, range(len(self.roster.tablets))))
+
     def admit(self, tablet: int, epoch: int, accept: bool = False) -> None:
         if self.me not in self.roster.tablets[tablet]:
             raise NotServing("not here", roster_epoch=1)
+
+    def admits(self, tablets: tuple[int, ...], epochs: tuple[int, ...]) -> bool:
+        return False
 
     def floor(self, tablet: int) -> Ballot:
         return ZERO

@@ -121,6 +121,12 @@ class StaticDomain:
         if epoch != self.epoch or self.me not in self.roster.tablets[tablet]:
             raise NotServing("not here", roster_epoch=self.roster.epoch)
 
+    def views(self) -> tuple[TabletReplicas, ...]:
+        return tuple(map(self.replicas, range(len(self.roster.tablets))))
+
+    def admits(self, tablets: tuple[int, ...], epochs: tuple[int, ...]) -> bool:
+        return False
+
     def floor(self, tablet: int) -> Ballot:
         return self.floors
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from register_cluster import Cluster, eventually
 
+from dht.domain.roster import TabletReplicas
 from dht.errors import Invalid, SchemaChanged, Unavailable
 from dht.model import (
     Change,
@@ -22,13 +23,15 @@ from dht.model import (
     TableSpec,
     Transaction,
 )
-from dht.register.messages import Chosen
+from dht.register.find import _Asked, _Collected, _shares_of
+from dht.register.messages import Chosen, FindReplicaReply
 from dht.register.rules import RULES
 from dht.rows import decode_row, group_key
 from dht.wire.frames import REPLY, encode_frame
 from tests.sim.bench import Bench, play
 
 ids = iter(range(1, 10**9))
+A, B, C, D = (bytes([65 + n]) * 20 for n in range(4))
 
 
 def key(name) -> bytes:
@@ -354,3 +357,40 @@ async def test_sequence_of_a_database_made_again_gives_no_id_twice(monkeypatch):
     given = [await cluster[n % 3].reserve_ids("db", "s", 1) for n in range(250)]
     assert len(set(given)) == len(given)
     await cluster.stop()
+
+
+def shares():
+    views = tuple(TabletReplicas(7, nodes) for nodes in ((A, B, C), (B, C, A), (A, B, D)))
+    return views, _shares_of(views)
+
+
+def asked_for(*numbers: int) -> _Asked:
+    asked = _Asked()
+    for number in numbers:
+        asked.add(number, shares()[1][number], rows=False)
+    return asked
+
+
+def reply_of(*covered: int) -> FindReplicaReply:
+    return FindReplicaReply(covered, (), (), (), (), False, (), 1)
+
+
+def test_tablets_that_the_same_nodes_keep_are_asked_of_as_one_share():
+    _, (both, other) = shares()
+    assert (both.nodes, both.tablets, both.epochs, both.quorum) == ({A, B, C}, (0, 1), (7, 7), 2)
+    assert (other.nodes, other.tablets) == ({A, B, D}, (2,))
+
+
+def test_tablet_is_missing_until_a_majority_of_its_own_nodes_has_covered_it():
+    collected = _Collected(lambda key: 0, *shares())
+    assert collected.missing() == [0, 1, 2]
+    collected.add(reply_of(0, 1, 2), asked_for(0, 1))
+    assert collected.missing() == [0, 1, 2]
+    collected.add(reply_of(0), asked_for(0))
+    assert collected.missing() == [1, 2]
+    collected.add(reply_of(), asked_for(1))
+    assert collected.missing() == [1, 2]
+    collected.add(reply_of(2), asked_for(1))
+    assert collected.missing() == [1]
+    collected.add(reply_of(1), asked_for(0))
+    assert collected.missing() == []
