@@ -35,12 +35,17 @@ LATE_S = 1.0
 class Cell:
     """One client's counter in one row. `low` to `high`: what it may be; they differ while an outcome is unknown.
 
-    `unknown`: the id of the transaction whose outcome that is.
+    `unknown`: the id of the transaction whose outcome that is. `told`: what the last one not applied met.
     """
 
     low: int = 0
     high: int = 0
     unknown: bytes = b""
+    told: str = "nothing"
+
+    def expects(self) -> str:
+        """For who finds another number."""
+        return f"{self.low} to {self.high}; not applied, by what was told: {self.told}"
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Load:
             for client, cell in enumerate(cells):
                 value = found[FIRST_COLUMN + client]
                 if not cell.low <= value <= cell.high:
-                    wrong.append(f"row {row} client {client}: {value}, not {cell.low} to {cell.high}")
+                    wrong.append(f"row {row} client {client}: {value}, not {cell.expects()}")
         return wrong
 
     def acknowledged(self) -> int:
@@ -217,6 +222,7 @@ class Clients:
         except DhtError as error:
             # Certainly not applied: the next write's guard and the reads hold it to that.
             for cell in cells:
+                cell.told = f"{cell.high}, transaction {transaction.id.hex()} of rows {rows}: {error!r} {error.detail}"
                 cell.high -= 1
             if not isinstance(error, Conflict):
                 raise
@@ -240,6 +246,8 @@ class Clients:
         outcome = store.outcome(cell.unknown, row_group(row))
         if outcome == "unknown":
             return False
+        if outcome != "applied":
+            cell.told = f"{cell.high}, transaction {cell.unknown.hex()}: {outcome} when asked for later"
         cell.low = cell.high = cell.high if outcome == "applied" else cell.low
         cell.unknown = b""
         return True
@@ -267,7 +275,8 @@ class Clients:
         for client, (low, high) in enumerate(zip(before, after, strict=True)):
             value = found[FIRST_COLUMN + client]
             if not isinstance(value, int) or not low <= value <= high:
-                report.wrong.append(f"read of row {row} client {client}: {value}, not {low} to {high}")
+                told = self._load.cells[row][client].told
+                report.wrong.append(f"read of row {row} client {client}: {value}, not {low} to {high}; {told}")
 
 
 class Standstills:
