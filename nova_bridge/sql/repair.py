@@ -2,7 +2,8 @@
 
 Rows are what counts. A row without its entry gets one; an entry that names no row with its values goes, or is given to
 the row that has them; where two rows have the same values, both are named and left alone. Safe beside running writers:
-every step is guarded by what it was decided on, and one that loses against a writer is left to the next run.
+what does not fit is looked at once more, as it was at one moment, before anything is said of it; every step is guarded
+by what it was decided on, and one that loses against a writer is left to the next run.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from dht.model import Transaction as StoreTransaction
 from dht.register.catalog import sequence_group
 from dht.register.local_ids import jump_ids
 from dht.rows import decode_row, split_group_key, split_row_key
-from nova_bridge.sql.access import ENTRY_PREFIX, OWNER_GROUP, OWNER_ROW, owner_columns
+from nova_bridge.sql.access import entry_owner, owner_columns
 from nova_bridge.sql.commit import ENTRY_ROW
 from nova_bridge.sql.database import Database
 from nova_bridge.sql.schema import ENTRY_TABLE, UNIQUE_FAMILY, Place, Record, Table, Unique
 from nova_bridge.sql.transaction import Transaction
 
-Taken = dict[GroupKey, list[tuple[Table, Unique, Record]]]
+Holder = tuple[Table, Unique, Record]
+Taken = dict[GroupKey, list[Holder]]
 """By entry: the rows that have its values."""
+LOOKS_MAX = 20
+"""At what writers change meanwhile; each look is a moment, so more of them do not help."""
 
 
 def check(database: Database, *, repair: bool) -> Iterator[str]:
@@ -41,7 +45,8 @@ def check(database: Database, *, repair: bool) -> Iterator[str]:
                     taken.setdefault(entry, []).append((table, unique, record))
     found = database.store.find(FindQuery(database.name, ENTRY_TABLE, schema.version), database.timeout_s)
     reserved = [row.group for row in found.rows if split_group_key(row.group)[1] == UNIQUE_FAMILY]
-    tables = {table.number: table for table in schema.tables.values()}
+    # Of a table, or a rule, that came after the first look there may be entries now: they are no leftovers.
+    tables = database.reload().by_number
     for entry in dict.fromkeys([*taken, *reserved]):
         yield from _check_entry(database, entry, taken.get(entry, []), tables, repair)
 
@@ -65,18 +70,16 @@ def _check_sequence(database: Database, table: Table, records: list[Record], rep
 
 
 def _check_entry(
-    database: Database,
-    entry: GroupKey,
-    rows: list[tuple[Table, Unique, Record]],
-    tables: Mapping[int, Table],
-    repair: bool,
+    database: Database, entry: GroupKey, rows: list[Holder], tables: Mapping[int, Table], repair: bool
 ) -> Iterator[str]:
-    tx = Transaction(database)
-    raw = next(iter(tx.view(entry).raw(ENTRY_PREFIX).values()), None)
-    owner: Place | None = None
-    if raw is not None:
-        row = decode_row(raw)
-        owner = (bytes(row[OWNER_GROUP]), bytes(row[OWNER_ROW]))  # type: ignore[arg-type]
+    owner = entry_owner(Transaction(database), entry)
+    if len(rows) == 1 and owner == (rows[0][2].group, rows[0][2].key):
+        return
+    tx = _at_one_moment(database, entry, rows)
+    if tx is None:
+        yield f"what has the values {split_group_key(entry)[2]} was changed all the time, not checked: run it again"
+        return
+    owner, rows = entry_owner(tx, entry), _that_have(tx, entry, rows)
     if len(rows) > 1:
         table, unique, _ = rows[0]
         names = ", ".join(table.column_names(unique.columns))
@@ -107,6 +110,29 @@ def _check_entry(
     else:
         return
     yield text + (_apply(database, parts) if repair else "")
+
+
+def _at_one_moment(database: Database, entry: GroupKey, rows: list[Holder]) -> Transaction | None:
+    """Has read the entry, the rows, and the row that the entry names, as they stood together; None: they never did.
+
+    Each group is read twice. Where none has moved, all stood so when the first reading ended.
+    """
+    tx = Transaction(database)
+    for _ in range(LOOKS_MAX):
+        owner = entry_owner(tx, entry)
+        groups = [entry, *(record.group for _, _, record in rows), *(() if owner is None else owner[:1])]
+        tx.ensure(groups)
+        before, tx = tx, Transaction(database)
+        tx.ensure(groups)
+        if all(tx.view(group).ballot == before.view(group).ballot for group in groups):
+            return tx
+    return None
+
+
+def _that_have(tx: Transaction, entry: GroupKey, rows: list[Holder]) -> list[Holder]:
+    """Those of the rows that have the entry's values, as the transaction reads them."""
+    now = [(table, unique, tx.row(table, record.group, record.key)) for table, unique, record in rows]
+    return [(t, u, record) for t, u, record in now if record is not None and t.entry_key(u, record.values) == entry]
 
 
 def _without_the_values(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 
+import msgspec
 import pytest
 
 from dht.model import Change, Op, Part, Transaction
@@ -66,14 +67,19 @@ def test_entry_without_row_goes(store, table, connect):
     connect(isolation_level=None).execute("INSERT INTO things (name) VALUES ('c')")
 
 
-def beside(store, act) -> None:
-    """Have it done when the rows were read, and the entries were not."""
+def beside(store, act, version: int | None = None) -> None:
+    """Have it done when the rows were read, and the entries were not.
+
+    `version`: of the catalog, that the entries' question names then; 0 is what replicas answer that have heard of none.
+    """
     find = store.find
 
     def then(query, *more):
         if query.table == ENTRY_TABLE:
             store.find = find
             act()
+            if version is not None:
+                query = msgspec.structs.replace(query, catalog_version=version)
         return find(query, *more)
 
     store.find = then
@@ -88,14 +94,101 @@ def test_row_that_comes_after_the_rows_were_read_keeps_its_entry(store, table, c
         writer.execute("INSERT INTO things (name) VALUES ('late')")
 
 
-def test_row_that_gets_other_values_after_the_rows_were_read_keeps_its_entry(store, table, connect):
+def test_row_that_gets_other_values_after_the_rows_were_read_keeps_its_entry_and_is_not_reported(store, table, connect):
     writer = connect(isolation_level=None)
     beside(store, lambda: writer.execute("UPDATE things SET name = 'z' WHERE name = 'a'"))
-    (text,) = found(store, repair=True)
-    assert "not mended, a writer was faster" in text
-    assert found(store) == []
+    assert found(store, repair=True) == []
     with pytest.raises(sqlite3.IntegrityError):
         writer.execute("INSERT INTO things (name) VALUES ('z')")
+
+
+def test_row_that_gets_other_values_while_it_is_mended_gets_no_entry_for_those_before(store, table):
+    commit, things = store.commit, Database(store, "cell").schema.tables["things"]
+    renamed = Part(things.row_group((1,)), None, (Change(Op.UPDATE, things.number, (1,), {things.number_of(1): "z"}),))
+    forget(store, "a")
+
+    def later(transaction, *more):
+        store.commit = commit
+        commit(Transaction(os.urandom(16), "cell", 0, (renamed,)))
+        return commit(transaction, *more)
+
+    store.commit = later
+    (text,) = found(store, repair=True)
+    assert "not mended, a writer was faster" in text
+    assert not store.read([entry_of(store, "a")])[0].rows
+
+
+def found_at_two_moments(store, act) -> None:
+    """Have it done while the rows are found: of the odd ones by then, of the even ones already."""
+    find = store.find
+
+    def torn(query, *more):
+        reply = find(query, *more)
+        if query.table != ENTRY_TABLE:
+            store.find = find
+            act()
+            before, after = reply.rows, find(query, *more).rows
+            rows = tuple(
+                new if number % 2 else old for number, (old, new) in enumerate(zip(before, after, strict=True))
+            )
+            reply = msgspec.structs.replace(reply, rows=rows)
+        return reply
+
+    store.find = torn
+
+
+def test_two_rows_of_which_one_has_passed_its_value_on_meanwhile_are_not_reported(store, table, connect):
+    writer = connect(isolation_level=None)
+
+    def pass_on() -> None:
+        writer.execute("UPDATE things SET name = 'x' WHERE id = 1")
+        writer.execute("UPDATE things SET name = 'a' WHERE id = 2")
+
+    found_at_two_moments(store, pass_on)
+    assert found(store, repair=True) == []
+
+
+def test_value_that_goes_to_and_fro_while_it_is_looked_at_is_not_taken_for_a_duplicate(store, table, connect):
+    writer, read = connect(isolation_level=None), store.read
+    owners = [1, 2]
+
+    def swap() -> None:
+        writer.execute("UPDATE things SET name = 'of ' || id WHERE id = ?", (owners[0],))
+        writer.execute("UPDATE things SET name = 'a' WHERE id = ?", (owners[1],))
+        owners.reverse()
+
+    def moving(keys, *more, **named):
+        """Each group is read at a moment of its own, and the value is at that one by then."""
+        if len(keys) < 2:
+            return read(keys, *more, **named)
+        store.read = read
+        replies = []
+        for key in keys:
+            replies += read([key], *more, **named)
+            swap()
+        store.read = moving
+        return replies
+
+    found_at_two_moments(store, swap)
+    store.read = moving
+    texts = found(store, repair=True)
+    assert texts
+    assert all("was changed all the time" in text for text in texts)
+    store.read = read
+    assert found(store) == []
+
+
+def test_entries_of_a_table_that_came_after_the_first_look_stay(store, table, connect):
+    writer = connect(isolation_level=None)
+
+    def make() -> None:
+        writer.execute("CREATE TABLE later (id INTEGER PRIMARY KEY, name TEXT UNIQUE)")
+        writer.execute("INSERT INTO later (name) VALUES ('a')")
+
+    beside(store, make, version=0)
+    assert found(store, repair=True) == []
+    with pytest.raises(sqlite3.IntegrityError):
+        writer.execute("INSERT INTO later (name) VALUES ('a')")
 
 
 def test_entry_whose_row_has_other_values_goes(store, table, connect):
