@@ -21,16 +21,18 @@ from aiohttp.abc import AbstractAccessLogger
 from aiohttp.web_protocol import RequestHandler
 
 from dht.errors import RemoteProtocolError
-from dht.wire import strangers
+from dht.wire import strangers, tcp
 from dht.wire.handshake import HANDSHAKE_BYTES_MAX
 from dht.wire.link import CLOSE_WAIT_S
 from dht.wire.refusals import Refusals
-from dht.wire.strangers import Room, Strangers
+from dht.wire.strangers import Strangers, close_now
 
 LINK_PATH = "/link"
 OTHER_TLS_STATUS = 426
 """Upgrade Required, as in RFC 2817."""
-BACKLOG_CONNECTIONS = 128
+BACKLOG_CONNECTIONS = 512
+"""Who does not fit is not heard at all, and has waited half a second for that."""
+TAKEN_AT_ONCE_MAX = 128
 FULL_PAUSE_S = 1.0
 _PEEKED_BYTES = 64
 _TLS_RECORD = b"\x16"
@@ -43,15 +45,18 @@ _http_log = logging.getLogger(__name__ + ".http")
 _http_log.setLevel(logging.CRITICAL)
 
 
-class _Entering:
-    """A connection that is not with HTTP yet."""
+class _Guest:
+    """A connection that is not proven: first led in by a task, then with HTTP."""
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
+        self.handler: RequestHandler | None = None
 
     def force_close(self) -> None:
-        if self.task is not None:
+        if self.task is not None and not self.task.done():
             self.task.cancel()
+        elif self.handler is not None:
+            close_now(self.handler)
 
 
 class Entrance:
@@ -80,7 +85,6 @@ class Entrance:
         self._guests = guests
         self._refusals = refusals
         self._counters = counters
-        self._entering = Room(strangers.ENTERING_MAX)
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._sockets: list[socket.socket] = []
 
@@ -126,8 +130,8 @@ class Entrance:
             asyncio.get_running_loop().add_reader(listening, self._take, listening)
 
     def _take(self, listening: socket.socket) -> None:
-        """Take in who waits, within one turn of the loop as many as may wait."""
-        for _ in range(BACKLOG_CONNECTIONS):
+        """Take in who waits, so many within one turn of the loop."""
+        for _ in range(TAKEN_AT_ONCE_MAX):
             try:
                 connection, address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionError):
@@ -143,60 +147,69 @@ class Entrance:
             self._enter(connection, str(address[0]))
 
     def _enter(self, connection: socket.socket, host: str) -> None:
-        entering = _Entering()
-        if not self._entering.begin(entering, host):
+        guest = _Guest()
+        if not self._guests.enter(guest, host):
             self._counters["refused"] += 1
             connection.close()
             return
-        task = entering.task = asyncio.get_running_loop().create_task(self._lead_in(connection, host))
+        task = guest.task = asyncio.get_running_loop().create_task(self._lead_in(connection, guest, host))
         self._tasks[task] = None
 
-        def gone(done: asyncio.Task[None]) -> None:
-            self._entering.end(entering)
+        def ended(done: asyncio.Task[None]) -> None:
             self._tasks.pop(done, None)
-
-        task.add_done_callback(gone)
-
-    async def _lead_in(self, connection: socket.socket, host: str) -> None:
-        since_s = asyncio.get_running_loop().time()
-        with contextlib.ExitStack() as unless_handed_on:
-            unless_handed_on.callback(connection.close)
-            try:
-                async with asyncio.timeout(strangers.STRANGER_S):
-                    begin = await _first_bytes(connection)
-                    if begin and self._is_understood(begin):
-                        unless_handed_on.pop_all()
-                        await self._hand_on(connection, since_s)
-                    elif begin:
-                        self._count(host, begin)
-                        await _answer_in_clear(connection, self._mismatch())
-            except ssl.SSLError as error:
-                self._counters["garbage"] += 1
-                text = f"its TLS failed ({error.reason or error}): it is no daemon of lucd, or of another version"
-                self._refusals.tell(host, RemoteProtocolError(text, reason="tls"))
-            except TimeoutError:
+            if done.cancelled():
                 self._counters["refused"] += 1
-            except OSError as error:
-                log.debug("the connection from %s ended before a handshake: %s", host, error)
-            except Exception:
-                log.exception("a connection from %s failed unexpectedly", host)
+            if guest.handler is None:
+                connection.close()
+                self._guests.leave(guest)
+
+        task.add_done_callback(ended)
+
+    async def _lead_in(self, connection: socket.socket, guest: _Guest, host: str) -> None:
+        """Whoever it was not handed on for is closed when this is over."""
+        since_s = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(strangers.STRANGER_S):
+                begin = await _first_bytes(connection)
+                if begin and self._is_understood(begin):
+                    await self._guests.turn(guest, host)
+                    if not tcp.is_leaving(connection):
+                        await self._hand_on(connection, guest, since_s)
+                elif begin:
+                    self._count(host, begin)
+                    await _answer_in_clear(connection, self._mismatch())
+        except ssl.SSLError as error:
+            self._counters["garbage"] += 1
+            text = f"its TLS failed ({error.reason or error}): it is no daemon of lucd, or of another version"
+            self._refusals.tell(host, RemoteProtocolError(text, reason="tls"))
+        except TimeoutError:
+            self._counters["refused"] += 1
+        except OSError as error:
+            log.debug("the connection from %s ended before a handshake: %s", host, error)
+        except Exception:
+            log.exception("a connection from %s failed unexpectedly", host)
 
     def _is_understood(self, begin: bytes) -> bool:
         return begin.startswith(_TLS_RECORD) == (self._context is not None)
 
-    async def _hand_on(self, connection: socket.socket, since_s: float) -> None:
+    async def _hand_on(self, connection: socket.socket, guest: _Guest, since_s: float) -> None:
         """To HTTP, through TLS if there is any; the connection is closed by these."""
         server = self._runner.server
         if server is None:
-            connection.close()
             return
-        handler = server()
-        self._guests.came(handler, since_s)
+        guest.handler = handler = server()
+        # It may be asked for a link before this goes on.
+        self._guests.comes(handler, guest, since_s)
         shutdown_s = None if self._context is None else CLOSE_WAIT_S
-        # How long TLS's handshake may take is the caller's business.
-        await asyncio.get_running_loop().connect_accepted_socket(
-            lambda: handler, connection, ssl=self._context, ssl_shutdown_timeout=shutdown_s
-        )
+        try:
+            # How long TLS's handshake may take is the caller's business.
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: handler, connection, ssl=self._context, ssl_shutdown_timeout=shutdown_s
+            )
+        except BaseException:
+            self._guests.lost(handler)
+            raise
+        self._guests.came(handler)
 
     def _count(self, host: str, begin: bytes) -> None:
         """Only a daemon begins TLS where there is none, or asks for a link without: others are strangers."""

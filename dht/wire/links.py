@@ -365,9 +365,9 @@ class LinkNetwork:
 
     async def _accept(self, request: web.Request) -> web.StreamResponse:
         connection = request.protocol
-        if not self._strangers.begin(connection, request.remote or ""):
+        if not self._strangers.begin(connection):
             self.counters["refused"] += 1
-            raise web.HTTPServiceUnavailable(text="too many handshakes at a time: try later")
+            raise web.HTTPServiceUnavailable(text="this connection had its handshake: come again by another one")
         ws = web.WebSocketResponse(compress=False, max_msg_size=MESSAGE_BYTES_MAX, timeout=CLOSE_WAIT_S)
         try:
             await ws.prepare(request)

@@ -7,6 +7,8 @@ import struct
 from typing import Any, NamedTuple
 
 _BYTES = 104
+_LEAVING = (7, 8)
+"""TCP_CLOSE and TCP_CLOSE_WAIT, of the byte that `struct tcp_info` begins with."""
 _UNACKED_AT = 24
 _LAST_ACK_AT = 56
 _RTT_AT = 68
@@ -71,3 +73,11 @@ def received_bytes(connection: Any) -> int:
 
 def _received_bytes(info: bytes) -> int:
     return int(struct.unpack_from("Q", info, _RECEIVED_AT)[0]) if len(info) >= _RECEIVED_AT + 8 else 0
+
+
+def is_leaving(connection: socket.socket) -> bool:
+    """Whether the other end has closed the connection, or is gone, also where what it sent before is not read yet."""
+    try:
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _LEAVING
+    except OSError:
+        return True

@@ -130,12 +130,12 @@ def test_limits_in_the_reference_are_those_of_the_code() -> None:
             f"{turnstile.WAITING_REQUESTS_MAX:,}; {turnstile.WAIT_S_MAX:.0f},"
         ],
         "connections to the local socket": [f"{local.CONNECTIONS_MAX:,}"],
-        "connections of the links' port without a proven peer: handshakes at once; seconds; bytes": [
-            f"{strangers.HANDSHAKES_MAX},",
+        "connections of the links' port without a proven peer; of these at work at once; seconds; bytes": [
+            f"{strangers.STRANGERS_MAX},",
+            f"; {strangers.HANDSHAKES_MAX},",
             f"; {strangers.STRANGER_S:.0f};",
             f"{strangers.STRANGER_BYTES_MAX // 1024} KiB",
         ],
-        "connections of the links' port within TLS's handshake, or before it": [f"{strangers.ENTERING_MAX},"],
         "bytes waiting for one peer": [f"{link.QUEUE_BYTES_MAX // mib} MiB; {link.SILENT_QUEUE_BYTES_MAX // mib} MiB"],
         "writes waiting for one group": [f"{limits.GROUP_QUEUE_WRITES_MAX:,}"],
     }.items():

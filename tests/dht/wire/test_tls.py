@@ -319,7 +319,7 @@ async def test_connection_that_does_not_go_on_is_turned_out(monkeypatch, begin):
 
 @on_both_loops
 async def test_host_that_floods_the_port_before_tls_keeps_no_other_one_out(monkeypatch):
-    monkeypatch.setattr(strangers, "ENTERING_MAX", 4)
+    monkeypatch.setattr(strangers, "STRANGERS_MAX", 4)
     monkeypatch.setattr(strangers, "STRANGER_S", 60.0)
     async with nodes(1) as (b,), contextlib.AsyncExitStack() as flood:
         readers = []
@@ -336,6 +336,83 @@ async def test_host_that_floods_the_port_before_tls_keeps_no_other_one_out(monke
             await a.network.stop()
         async with asyncio.timeout(5):
             assert await readers[0].read() == b"", "the oldest of them made room"
+
+
+@on_both_loops
+async def test_strangers_that_end_tls_and_ask_for_nothing_count_as_well(monkeypatch):
+    monkeypatch.setattr(strangers, "STRANGERS_MAX", 4)
+    monkeypatch.setattr(strangers, "STRANGER_S", 60.0)
+    async with nodes(1) as (b,), contextlib.AsyncExitStack() as flood:
+        held = []
+        for number in range(6):
+            try:
+                held.append(await asyncio.open_connection("127.0.0.1", b.network.port, ssl=TLS.dialing))
+            except ConnectionError:
+                assert number >= 4
+            else:
+                flood.callback(held[-1][1].transport.abort)
+        assert len(held) == 4
+        assert b.network.counters["refused"] == 2
+
+
+@on_both_loops
+async def test_time_that_a_stranger_takes_for_tls_is_part_of_his_time(monkeypatch):
+    monkeypatch.setattr(strangers, "STRANGER_S", 1.0)
+    async with nodes(1) as (b,):
+        began_s = asyncio.get_running_loop().time()
+        reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port)
+        await asyncio.sleep(0.7)
+        await writer.start_tls(TLS.dialing)
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+        writer.transport.abort()
+        assert asyncio.get_running_loop().time() - began_s < 1.5
+
+
+@on_both_loops
+async def test_many_that_dial_at_once_wait_for_their_turn_and_none_is_sent_away(monkeypatch):
+    monkeypatch.setattr(strangers, "HANDSHAKES_MAX", 2)
+    async with nodes(13) as (b, *others):
+        for other in others:
+            other.knows(b)
+        await until(lambda: b.network.counters["links"] == len(others))
+        assert [other.network.counters["dials"] for other in others] == [1] * len(others)
+        assert (b.network.counters["refused"], b.network.counters["garbage"]) == (0, 0)
+        assert not b.network._strangers._at_work._guests
+        assert not b.network._strangers._all._guests
+
+
+@on_both_loops
+async def test_connection_has_one_turn(monkeypatch):
+    async with nodes(1) as (b,):
+        reader, writer = await asyncio.open_connection("127.0.0.1", b.network.port, ssl=TLS.dialing)
+        for status in (b" 400 ", b" 503 "):
+            writer.write(f"GET {entrance.LINK_PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert status in head
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+        writer.transport.abort()
+
+
+@on_both_loops
+async def test_who_left_before_his_turn_is_not_served(monkeypatch):
+    monkeypatch.setattr(strangers, "HANDSHAKES_MAX", 1)
+    monkeypatch.setattr(strangers, "STRANGER_S", 60.0)
+    made = []
+    comes = strangers.Strangers.comes
+    monkeypatch.setattr(strangers.Strangers, "comes", lambda *given: (made.append(given), comes(*given)))
+    async with nodes(1) as (b,):
+        _reader, first = await asyncio.open_connection("127.0.0.1", b.network.port, ssl=TLS.dialing)
+        for _ in range(3):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await asyncio.open_connection("127.0.0.1", b.network.port, ssl=TLS.dialing)
+        assert len(b.network._entrance._tasks) == 3
+        first.transport.abort()
+        await until(lambda: not b.network._entrance._tasks)
+        assert len(made) == 1
 
 
 @on_both_loops
