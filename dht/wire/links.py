@@ -97,6 +97,8 @@ class _Peer:
 class LinkNetwork:
     """The network of one node. `tls`: None where links have none, which has to be the same on all nodes.
 
+    Raises Unavailable where TLS cannot be with the aiohttp that is installed.
+
     `counters` since the start: links (now), frames_in, frames_out, bytes_in, bytes_out, dials, lost, refused
     (handshakes, and dials that had none because one end has TLS and the other not), garbage, shed (messages not taken
     because the peer is too slow), pauses (in which this process stood still for so long that peers took it for gone).
@@ -105,6 +107,8 @@ class LinkNetwork:
     """
 
     def __init__(self, identity: NodeIdentity, cluster: Cluster, accept_boot: AcceptBoot, tls: LinkTls | None) -> None:
+        if tls is not None:
+            dialing.check_aiohttp()
         self.identity = identity
         names = "links frames_in frames_out bytes_in bytes_out dials lost refused garbage shed pauses"
         self.counters = dict.fromkeys(names.split(), 0)

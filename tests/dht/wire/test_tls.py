@@ -143,6 +143,13 @@ def test_connection_without_tls_has_no_binding_where_links_have_it():
             TLS.binding(None, dialed=dialed)
 
 
+def test_node_with_an_aiohttp_that_would_dial_without_tls_says_so_and_does_not_start(monkeypatch):
+    monkeypatch.delattr(aiohttp.TCPConnector, "_create_connection")
+    with pytest.raises(Unavailable, match="links cannot have TLS with it: install one"):
+        Node()
+    Node(tls=False)
+
+
 # ---- a man in the middle
 
 
@@ -440,6 +447,51 @@ async def test_peer_that_ends_the_connection_within_tls_is_named():
         with pytest.raises(Unavailable, match="cannot be reached: it ended the connection within TLS"):
             await a.network.greet("127.0.0.1", server.sockets[0].getsockname()[1])
     server.close()
+
+
+@on_both_loops
+async def test_dial_of_a_peer_that_takes_the_connection_and_ends_it_at_once_fails_at_once(monkeypatch):
+    """As one does that has no room; uvloop begins TLS on a connection that is closed, and nobody hears of it."""
+    create = aiohttp.TCPConnector._create_connection
+
+    async def connected_and_ended(*given):
+        protocol = await create(*given)
+        await until(lambda: protocol.transport is None or protocol.transport.is_closing())
+        return protocol
+
+    async def hang_up(reader, writer):
+        writer.close()
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", connected_and_ended)
+    failed = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failed.append(context))
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with nodes(1) as (a,), asyncio.timeout(2):
+        with pytest.raises(Unavailable, match="cannot be reached: it ended the connection within TLS"):
+            await a.network.greet("127.0.0.1", server.sockets[0].getsockname()[1])
+    server.close()
+    assert not failed
+
+
+@on_both_loops
+async def test_peer_that_sends_the_dialer_elsewhere_is_refused_and_nobody_else_is_asked():
+    asked = []
+
+    async def elsewhere(request):
+        asked.append(request.path)
+        raise aiohttp.web.HTTPFound(f"http://127.0.0.1:{request.url.port}/secret")
+
+    app = aiohttp.web.Application()
+    app.router.add_get("/{path:.*}", elsewhere)
+    server = aiohttp.test_utils.TestServer(app, scheme="https")
+    await server.start_server(ssl=TLS.listening)
+    try:
+        async with nodes(1) as (a,):
+            with pytest.raises(RemoteProtocolError, match="sending this node to http"):
+                await a.network.greet("127.0.0.1", server.port)
+    finally:
+        await server.close()
+    assert asked == [entrance.LINK_PATH]
 
 
 @on_both_loops
