@@ -179,30 +179,31 @@ async def find_copies(domain: str, ask: Ask, nodes: Sequence[NodeId]) -> Restora
 
     Raises Invalid if none has one that was ever complete.
     """
-    silent = dict.fromkeys(nodes)
+    silent = {(node, name): None for node in nodes for name in (domain, domain + BEFORE)}
 
     async def heard(node: NodeId, question: DomainMessage) -> Struct:
         try:
             reply = await ask(node, question)
         except NotFound:
-            silent.pop(node, None)
+            silent.pop((node, question.domain), None)
             raise
-        silent.pop(node, None)
+        silent.pop((node, question.domain), None)
         return reply
 
     found, outlived = await asyncio.gather(
         ask_each(heard, nodes, AskCopy(domain), CopyCovers),
-        ask_each(ask, nodes, AskCopy(domain + BEFORE), CopyCovers),
+        ask_each(heard, nodes, AskCopy(domain + BEFORE), CopyCovers),
     )
+    mute = tuple(dict.fromkeys(node for node, _ in silent))
     complete, before = _complete(found), _complete(outlived)
     if not complete and not before:
         raise Invalid(
             f"none of the {len(found)} copies of domain {domain} that were found among {len(nodes)} nodes is complete, "
-            f"and {len(silent)} of these nodes do not answer; start the nodes of the PoPs that back it up, and see "
+            f"and {len(mute)} of these nodes do not answer; start the nodes of the PoPs that back it up, and see "
             "`lucd pop list`"
         )
     newest = max((covers.generation for covers in found.values()), default=0)
-    return Restoration(domain, ask, complete, newest, tuple(silent), before)
+    return Restoration(domain, ask, complete, newest, mute, before)
 
 
 def _complete(found: dict[NodeId, CopyCovers]) -> dict[NodeId, CopyCovers]:

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dht.domain.messages import AskCopy, AskCopyPage, DomainMessage
+from dht.domain.messages import AskCopy, AskCopyPage, CopyCovers, DomainMessage
 from dht.domain.restore import BEFORE, STANDING_S_MAX, Restoration, find_copies, floors_after, hand_over
 from dht.domain.roster import check_step
-from dht.errors import Invalid, NotServing, RemoteProtocolError
+from dht.errors import Invalid, NotFound, NotServing, RemoteProtocolError, Unavailable
 from dht.model import Ballot, NodeId, Struct
 from dht.world import Batch
 from tests.dht.domain.beside import Beside
@@ -238,6 +238,18 @@ def test_restore_of_a_domain_that_is_lost_again_before_it_was_copied_takes_the_c
             assert await world.get(third, k) == value(f"v{i}")
 
     play(story)
+
+
+async def test_holder_that_does_not_say_whether_it_has_the_copy_of_before_is_told_as_silent() -> None:
+    """Its copy may be the one that covers most."""
+
+    async def ask(node: NodeId, question: DomainMessage) -> Struct:
+        if question.domain.endswith(BEFORE):
+            raise Unavailable("it does not answer") if node == b"silent" else NotFound("it has none")
+        return CopyCovers(3, 1, (5.0,), {})
+
+    found = await find_copies("one", ask, [b"silent", b"heard"])
+    assert found.silent == (b"silent",)
 
 
 def test_restore_old_members_that_come_back_stop_and_keep_their_files() -> None:
