@@ -66,7 +66,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 class Hello(Struct, frozen=True, tag=1, forbid_unknown_fields=False):
     """What a node says of itself. `address`: host:port where it listens. Unproven until its Proof.
 
-    `channel`: the channel's binding, as it is at its end.
+    `channel`: the channel's binding, as it is at its end; versions whose links had no TLS do not say it.
     """
 
     version: int
@@ -80,7 +80,7 @@ class Hello(Struct, frozen=True, tag=1, forbid_unknown_fields=False):
     start_id: Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
     feature_level: _Count
     nonce: _Nonce
-    channel: Annotated[bytes, msgspec.Meta(max_length=CHANNEL_BYTES_MAX)]
+    channel: Annotated[bytes, msgspec.Meta(max_length=CHANNEL_BYTES_MAX)] = b""
 
 
 class Proof(Struct, frozen=True, tag=2):

@@ -13,6 +13,7 @@ CLUSTER = Cluster.found()
 A = NodeIdentity.create("lyon")
 B = NodeIdentity.create("nantes")
 decode = msgspec.msgpack.Decoder(Hello | Proof | Refused).decode
+decode_any = msgspec.msgpack.decode
 encode = msgspec.msgpack.encode
 
 
@@ -218,3 +219,22 @@ def test_garbage_is_refused_whatever_it_is(chance):
             with pytest.raises(RemoteProtocolError) as caught:
                 side(Role.LISTENER, B).receive(chance.randbytes(size))
             assert caught.value.detail["reason"] == "garbage"
+
+
+def of_older_version(handshake):
+    """Its Hello as it was before links had TLS."""
+    handshake._own_hello = encode(decode_any(handshake._own_hello)[:-1])
+    return handshake
+
+
+@pytest.mark.parametrize("older", [Role.DIALER, Role.LISTENER])
+def test_node_of_a_version_without_tls_gets_a_link_where_links_have_none_and_is_told_why_where_they_have(older):
+    def sides(**more):
+        dialer, listener = side(Role.DIALER, A, **more), side(Role.LISTENER, B, **more)
+        of_older_version(dialer if older is Role.DIALER else listener)
+        return dialer, listener
+
+    dialer, listener = sides()
+    shake(dialer, listener)
+    assert (dialer.peer.node_id, listener.peer.node_id) == (B.node_id, A.node_id)
+    assert refusal_of(*sides(channel_binding=b"c" * 32)) == "channel"
