@@ -115,12 +115,22 @@ def _replace(name: str, decorator: Any) -> None:
     # The decorator first: a function that another thread makes meanwhile is not missed.
     constants = tuple(replacement if c is original else c for c in decorator.__code__.co_consts)
     decorator.__code__ = decorator.__code__.replace(co_consts=constants)
-    replaced = 0
-    for function in gc.get_referrers(original):
-        if isinstance(function, types.FunctionType) and function.__code__ is original:
-            function.__code__ = replacement
-            replaced += 1
-    LOG.debug("%d functions of %s are run again when they lost a race", replaced, name)
+    functions = [f for f in _referrers(original) if isinstance(f, types.FunctionType) and f.__code__ is original]
+    for function in functions:
+        function.__code__ = replacement
+    LOG.debug("%d functions of %s are run again when they lost a race", len(functions), name)
+
+
+def _referrers(target: object) -> list[Any]:
+    """What refers to it, of what the application has frozen too, where the collector does not look."""
+    frozen = gc.get_freeze_count()
+    if frozen:
+        gc.unfreeze()
+    try:
+        return gc.get_referrers(target)
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def run(name: str, names: dict[str, Any], captured: tuple[Any, ...], args: Any, kwargs: Any) -> Any:

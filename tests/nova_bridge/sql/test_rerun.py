@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -304,6 +306,29 @@ def _create_apart_and_advance(context: Any, meddle: Callable[[], None]) -> None:
         session.add(Provider(name="apart"))
     provider.generation = provider.generation + 1
     meddle()
+
+
+FROZEN = """
+import gc
+from oslo_db.sqlalchemy import enginefacade
+from nova_bridge.sql import rerun
+
+@enginefacade.transaction_context().writer
+def change(context):
+    pass
+
+gc.freeze()
+before, frozen = change.__code__, gc.get_freeze_count()
+rerun.install()
+assert before is rerun._codes["oslo_db"], "the decorator's own function"
+assert change.__code__ is not before, "a function made before stays as it was"
+assert gc.get_freeze_count() >= frozen
+"""
+
+
+def test_functions_of_a_process_that_has_frozen_its_objects_are_run_again_too() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FROZEN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_install_again_changes_nothing() -> None:
