@@ -34,7 +34,7 @@ class Registry:
 
 async def claim(sender: bytes, pop: str, node: bytes) -> PopClaim:
     wide: Any = SimpleNamespace(name=GLOBAL, domain=SimpleNamespace(joined=True), store=Registry())
-    reply = await DomainNode.answer(wide, sender, requests.ClaimPop(pop, node, b"i" * 16))
+    reply = await DomainNode._answer_client(wide, sender, requests.ClaimPop(pop, node, b"i" * 16))
     assert isinstance(reply, requests.ClaimPopReply)
     return reply.claim
 
